@@ -1,0 +1,40 @@
+"""Where tensors wait: storage for derived values, one backend a file.
+
+To add a backend, write a class with the methods of :class:`Backend` in a file of its own and add
+its row to the table in ``registry.py``; from another package, use :func:`register` or an entry
+point.
+"""
+
+from dora_cache.backends.cpu import CPUBackend
+from dora_cache.backends.dict import DictBackend
+from dora_cache.backends.lru import LRUBackend
+from dora_cache.backends.null import NullBackend
+from dora_cache.backends.protocol import Backend, Entry, Value
+from dora_cache.backends.registry import (
+    ENTRY_POINT_GROUP,
+    BackendInfo,
+    available,
+    check_options,
+    create,
+    register,
+)
+from dora_cache.backends.storage import Ledger, Ready, storage_bytes
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Backend",
+    "BackendInfo",
+    "CPUBackend",
+    "DictBackend",
+    "Entry",
+    "LRUBackend",
+    "Ledger",
+    "NullBackend",
+    "Ready",
+    "Value",
+    "available",
+    "check_options",
+    "create",
+    "register",
+    "storage_bytes",
+]

@@ -1,0 +1,104 @@
+"""What a backend is, and what it stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dora_cache.backends.storage import Ready, storage_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable
+
+__all__ = ["Backend", "Entry", "Value"]
+
+Value = Tensor | tuple[Tensor, ...]
+"""A derived value: one tensor or a tuple of tensors."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """A stored value and what the cache needs to know before it may be used.
+
+    A backend keeps entries and gives them back; only a backend that moves tensors between devices
+    looks inside, and returns ``dataclasses.replace(entry, value=..., ready=...)``.
+
+    Attributes:
+        value: the derived value, one tensor or a tuple of tensors.
+        stamp: what the value was derived from; opaque to backends, to be handed back unchanged.
+        cost: seconds that deriving the value took.
+        ready: on CUDA, the event after which the value's data may be read; None where the data is
+            there already.
+    """
+
+    value: Value
+    stamp: object = None
+    cost: float = 0.0
+    ready: Ready | None = None
+    _versions: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Note the version counters of the tensors, for :attr:`intact`."""
+        object.__setattr__(self, "_versions", tuple(t._version for t in self.tensors))
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has written into the tensors since the entry was made."""
+        return self._versions == tuple(tensor._version for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the value, one or several."""
+        return self.value if isinstance(self.value, tuple) else (self.value,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages under the value (a view counts its whole storage)."""
+        return storage_bytes(self.tensors)
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Where derived tensors wait until they are used again.
+
+    A backend stores entries under hashable keys. It never computes, never checks freshness, and
+    knows nothing of modules or adapters. Every call comes from one thread at a time: the cache
+    holds its lock. A backend that raises costs a recomputation, never an inference.
+
+    :class:`dora_cache.testing.BackendConformance` checks all that is said here.
+    """
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The most bytes it will ever hold over all its tiers; None if unbounded."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds now: distinct storages, each counted once and whole."""
+
+    def get(self, key: Hashable) -> Entry | None:
+        """Return the entry under ``key`` (a use, for the eviction order), or None."""
+
+    def put(self, key: Hashable, entry: Entry) -> bool:
+        """Store ``entry`` in place of any older one, and say whether it was kept.
+
+        Whatever the answer, the older entry under ``key`` is gone. False means that the entry was
+        not kept: it is larger than the backend, or the backend does not want it.
+        """
+
+    def delete(self, key: Hashable) -> bool:
+        """Drop the entry under ``key``; return whether there was one."""
+
+    def clear(self) -> None:
+        """Drop every entry."""
+
+    def keys(self) -> Collection[Hashable]:
+        """Return the keys of the entries held now; not a use of any of them."""
+
+    def __len__(self) -> int:
+        """Return the number of entries held now."""
+
+    def close(self) -> None:
+        """Drop every entry and free what else the backend owns; called once, at the end."""

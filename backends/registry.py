@@ -1,0 +1,170 @@
+"""Backends by name: the built-in ones, registered ones, and those of installed packages."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from dora_cache.backends.cpu import CPUBackend
+from dora_cache.backends.dict import DictBackend
+from dora_cache.backends.lru import LRUBackend
+from dora_cache.backends.null import NullBackend
+from dora_cache.backends.protocol import Backend
+from dora_cache.errors import BackendError, ConfigError, UnknownBackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["ENTRY_POINT_GROUP", "BackendInfo", "available", "check_options", "create", "register"]
+
+ENTRY_POINT_GROUP = "dora_cache.backends"
+"""Entry points of this group name a callable that returns a :class:`Backend`."""
+
+_BUILT_IN: dict[str, Callable[..., Backend]] = {
+    "dict": DictBackend,
+    "lru": LRUBackend,
+    "cpu": CPUBackend,
+    "null": NullBackend,
+}
+_registered: dict[str, Callable[..., Backend]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """A backend that can be selected by name.
+
+    Attributes:
+        name: what to write as ``backend=``.
+        origin: ``"built in"``, ``"registered"``, or the installed distribution it comes from.
+        options: the settings it takes, e.g. ``("max_bytes",)``.
+        required: those of them that must be given.
+        summary: the first line of its documentation.
+    """
+
+    name: str
+    origin: str
+    options: tuple[str, ...]
+    required: tuple[str, ...]
+    summary: str
+
+
+def register(name: str, factory: Callable[..., Backend]) -> None:
+    """Make ``factory`` selectable as ``backend=name`` in this process.
+
+    ``factory`` is called with the settings that its signature names: ``max_bytes`` and
+    ``device_bytes`` (ints) if given, and everything from ``options``.
+
+    Raises:
+        ConfigError: ``name`` is a built-in backend's, or registered already for another factory.
+    """
+    if name in _BUILT_IN or _registered.get(name, factory) is not factory:
+        msg = f"there is a backend {name!r} already: register yours under another name"
+        raise ConfigError(msg)
+    _registered[name] = factory
+
+
+def available() -> dict[str, BackendInfo]:
+    """Return every backend that can be selected, by name; one that fails to import says so."""
+    found = {name: _describe(name, factory, "built in") for name, factory in _BUILT_IN.items()}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in found:
+            continue
+        origin = point.dist.name if point.dist else "entry point"
+        try:
+            found[point.name] = _describe(point.name, point.load(), origin)
+        except Exception as error:  # noqa: BLE001 - a broken package must not hide the others
+            found[point.name] = BackendInfo(point.name, origin, (), (), f"fails to load: {error}")
+    for name, factory in _registered.items():
+        found[name] = _describe(name, factory, "registered")
+    return found
+
+
+def check_options(name: str, options: Mapping[str, object]) -> None:
+    """Check that ``create(name, **options)`` would be given what the backend takes.
+
+    Raises:
+        UnknownBackendError: there is no such backend.
+        ConfigError: an option is unknown to the backend, or one that it needs is missing.
+    """
+    _check(name, _factory(name), options)
+
+
+def create(name: str, **options: Any) -> Backend:  # noqa: ANN401
+    """Make a new backend.
+
+    Raises:
+        UnknownBackendError: there is no such backend.
+        ConfigError: an option is unknown to the backend, or one that it needs is missing.
+        BackendError: what was made lacks methods of :class:`Backend`.
+    """
+    factory = _factory(name)
+    _check(name, factory, options)
+    backend = factory(**options)
+    if not isinstance(backend, Backend):
+        missing = [part for part in _CONTRACT if not hasattr(backend, part)]
+        msg = f"backend {name!r} is no Backend: {type(backend).__name__} lacks {', '.join(missing)}"
+        raise BackendError(msg)
+    return backend
+
+
+_CONTRACT = (
+    "max_bytes", "nbytes", "get", "put", "delete", "clear", "keys", "__len__", "close",
+)  # fmt: skip
+
+
+def _factory(name: str) -> Callable[..., Backend]:
+    factory = _BUILT_IN.get(name) or _registered.get(name)
+    if factory is not None:
+        return factory
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        try:
+            loaded: Callable[..., Backend] = point.load()
+        except Exception as error:
+            msg = f"backend {name!r} is installed, but fails to load ({point.value}): {error}"
+            raise BackendError(msg) from error
+        return loaded
+    names = sorted({*_BUILT_IN, *_registered, *entry_points(group=ENTRY_POINT_GROUP).names})
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    msg = f"no backend {name!r}: {hint}choose one of {', '.join(map(repr, names))}"
+    raise UnknownBackendError(msg)
+
+
+def _parameters(factory: Callable[..., Backend]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Return the keyword parameters of a factory, and whether it takes any others as well."""
+    named, anything = {}, False
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            anything = True
+        elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            named[name] = parameter
+    return named, anything
+
+
+def _check(name: str, factory: Callable[..., Backend], options: Mapping[str, object]) -> None:
+    parameters, anything = _parameters(factory)
+    required = [key for key, value in parameters.items() if value.default is value.empty]
+    for key in required:
+        if options.get(key) is None:
+            example = '"256MiB"' if key.endswith("bytes") else "..."
+            msg = f"backend {name!r} needs {key}: give for example {key}={example}"
+            raise ConfigError(msg)
+    for key in options:
+        if key in parameters or anything:
+            continue
+        takes = ", ".join(parameters) or "no settings"
+        others = [info.name for info in available().values() if key in info.options]
+        hint = f"; {key} goes with {' or '.join(map(repr, others))}" if others else ""
+        msg = f"backend {name!r} takes no {key} (it takes {takes}){hint}"
+        raise ConfigError(msg)
+
+
+def _describe(name: str, factory: Callable[..., Backend], origin: str) -> BackendInfo:
+    parameters, _ = _parameters(factory)
+    required = [key for key, value in parameters.items() if value.default is value.empty]
+    lines = (inspect.getdoc(factory) or "").strip().splitlines()
+    summary = lines[0] if lines else ""
+    return BackendInfo(name, origin, tuple(parameters), tuple(required), summary)

@@ -1,0 +1,103 @@
+"""Bytes and identities of tensor storages, and readiness of data on CUDA."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Ledger", "Ready", "storage_bytes", "storage_id", "storages"]
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return a number that no other living storage has."""
+    return tensor.untyped_storage()._cdata
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Map the id of every distinct storage under ``tensors`` to its size in bytes."""
+    found = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+    return found
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the distinct storages under ``tensors``.
+
+    A view keeps its whole storage alive, so the whole storage counts, not the view's elements.
+    """
+    return sum(storages(tensors).values())
+
+
+class Ledger:
+    """Counts the bytes of a changing set of tensors, each distinct storage once."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[int] = Counter()
+        self._sizes: dict[int, int] = {}
+        self.nbytes = 0
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count ``tensors`` in; they must stay alive until removed."""
+        for key, size in storages(tensors).items():
+            if key not in self._sizes:
+                self._sizes[key] = size
+                self.nbytes += size
+            self._uses[key] += 1
+
+    def remove(self, tensors: Iterable[Tensor]) -> None:
+        """Count out ``tensors`` that were added before."""
+        for key in storages(tensors):
+            self._uses[key] -= 1
+            if not self._uses[key]:
+                del self._uses[key]
+                self.nbytes -= self._sizes.pop(key)
+
+    def clear(self) -> None:
+        """Count everything out."""
+        self._uses.clear()
+        self._sizes.clear()
+        self.nbytes = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """A point on a CUDA stream after which some tensors' data may be read.
+
+    A tensor written on one stream and read on another needs two things: the reader waits for the
+    writer, and the allocator learns of the reader, so that the memory is not reused too early.
+    """
+
+    device: int
+    stream: int
+    event: torch.cuda.Event
+
+    @classmethod
+    def now(cls, tensors: Iterable[Tensor]) -> Ready | None:
+        """Mark the present point of the current stream; None if no tensor is on CUDA.
+
+        The tensors of one value are on one device.
+        """
+        for tensor in tensors:
+            if tensor.is_cuda:
+                current = torch.cuda.current_stream(tensor.device)
+                return cls(current.device_index, current.cuda_stream, current.record_event())
+        return None
+
+    def join(self, tensors: Iterable[Tensor]) -> None:
+        """Make the current stream wait until the data is there, if it is another stream."""
+        if torch._C._cuda_getCurrentRawStream(self.device) == self.stream:
+            return
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self.event)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(current)

@@ -1,0 +1,49 @@
+"""Unmerged PEFT adapters at LoRA speed, under a memory cap you set, never stale.
+
+::
+
+    cache = dora_cache.attach(model, backend="lru", max_bytes="256MiB")
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from dora_cache.attachment import attach
+from dora_cache.cache import AdapterCache
+from dora_cache.decorator import CacheInfo, cached
+from dora_cache.config import CacheConfig
+from dora_cache.errors import (
+    AdapterNotFoundError,
+    AlreadyAttachedError,
+    BackendError,
+    CacheWarning,
+    ConfigError,
+    DetachedError,
+    DoraCacheError,
+    NothingToCacheError,
+    UnknownBackendError,
+)
+from dora_cache.stats import CacheStats
+
+try:
+    __version__ = version("dora-cache")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AdapterCache",
+    "AdapterNotFoundError",
+    "AlreadyAttachedError",
+    "BackendError",
+    "CacheConfig",
+    "CacheInfo",
+    "CacheStats",
+    "CacheWarning",
+    "ConfigError",
+    "DetachedError",
+    "DoraCacheError",
+    "NothingToCacheError",
+    "UnknownBackendError",
+    "__version__",
+    "attach",
+    "cached",
+]

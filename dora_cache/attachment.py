@@ -1,0 +1,120 @@
+"""Attach a cache to a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dora_cache.cache import AdapterCache
+from dora_cache.decorator import MARK, Derivation, derivations_of
+from dora_cache.config import CacheConfig
+from dora_cache.errors import ConfigError, NothingToCacheError
+from dora_cache.lifecycle import Observer, follow_optimizers, observe
+from dora_cache.recipes import RECIPES, apply_recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dora_cache.cache import Binding
+
+__all__ = ["attach"]
+
+
+def attach(
+    target: nn.Module | object | Callable[..., Any],
+    config: CacheConfig | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> AdapterCache:
+    """Cache what a model derives from its weights alone, until ``detach()``.
+
+    The model's outputs stay what they are (with ``numerics="peft"``, bit for bit), and no weight or
+    entry of its ``state_dict()`` changes. Copies and pickles of the model are of the plain model.
+
+    Args:
+        target: any ``nn.Module`` that contains PEFT layers or modules with ``@cached`` methods; or
+            any other object with such methods, or a ``@cached`` function.
+        config: the settings; by default those of the environment.
+        **settings: single settings instead of ``config``, e.g. ``backend="lru"``,
+            ``max_bytes="256MiB"`` (see :class:`CacheConfig`).
+
+    Returns:
+        The handle: statistics, invalidation, warming, bypass, detach. It is a context manager that
+        detaches on exit.
+
+    Raises:
+        ConfigError: a setting is wrong, or both ``config`` and settings are given.
+        AlreadyAttachedError: part of the model is attached already.
+        NothingToCacheError: the model has nothing to cache.
+    """
+    if config is not None and settings:
+        msg = (
+            "give either a CacheConfig or single settings, not both: "
+            "CacheConfig(...) takes the same settings"
+        )
+        raise ConfigError(msg)
+    if config is not None and not isinstance(config, CacheConfig):
+        msg = (
+            f"config is a {type(config).__name__}: give a CacheConfig, "
+            'CacheConfig.from_file("cache.toml"), or backend="lru", max_bytes="256MiB"'
+        )
+        raise ConfigError(msg)
+    cache = AdapterCache(config or CacheConfig(**settings), _device(target))
+    try:
+        if not _attach(cache, target):
+            raise NothingToCacheError(_nothing(target))
+        follow_optimizers(cache)
+    except BaseException:
+        cache.detach()
+        raise
+    return cache
+
+
+def _attach(cache: AdapterCache, target: object) -> int:
+    derivation = getattr(target, MARK, None)
+    if isinstance(derivation, Derivation) and not hasattr(target, "__self__"):
+        cache.bind_function(derivation)
+        return 1
+    if not isinstance(target, nn.Module):
+        return _attach_owner(cache, target)
+    found = sum(_attach_owner(cache, module) for module in list(target.modules()))
+    return found + apply_recipes(cache, target)
+
+
+def _attach_owner(cache: AdapterCache, owner: object) -> int:
+    """Attach an object with decorated methods; return 0 if it has none."""
+    derivations = derivations_of(type(owner))
+    if not derivations:
+        return 0
+    if not isinstance(owner, nn.Module):
+        for derivation in derivations:
+            if derivation.depends_on is None:
+                msg = (
+                    f"{type(owner).__name__} is no nn.Module, so what {derivation.name!r} depends "
+                    "on cannot be listed: give @cached(..., depends_on=lambda self, ...: [...])"
+                )
+                raise ConfigError(msg)
+    binding = cache.bind(owner)
+    observer = Observer(
+        mode_switched=lambda _: cache.event(binding),
+        moved=lambda _: cache.revalidate(binding),
+    )
+    cache.on_detach(observe(owner, observer))
+    return 1
+
+
+def _device(target: object) -> torch.device:
+    """Return the device of the target's first parameter."""
+    if isinstance(target, nn.Module):
+        for parameter in target.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+def _nothing(target: object) -> str:
+    return (
+        f"{type(target).__name__} has nothing to cache: it needs PEFT layers of a kind that "
+        f"recomputes ({', '.join(RECIPES)}; plain LoRA derives nothing) or methods marked "
+        "@dora_cache.cached"
+    )

@@ -1,0 +1,762 @@
+"""The cache itself: looks up, derives once, stores, and forgets in time."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import warnings
+import weakref
+from collections import Counter, deque
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from dora_cache.backends import Entry, Ready
+from dora_cache.backends.storage import storage_id
+from dora_cache.decorator import SLOT
+from dora_cache.errors import (
+    AdapterNotFoundError,
+    AlreadyAttachedError,
+    CacheWarning,
+    DetachedError,
+)
+from dora_cache.keys import UnkeyableError, freeze
+from dora_cache.stamps import Signature, Stamp, UncheckableError, environment, sign, untraceable
+from dora_cache.stats import CacheStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator
+
+    from dora_cache.backends import Backend, Value
+    from dora_cache.decorator import Derivation
+    from dora_cache.config import CacheConfig
+
+__all__ = ["ALL_ADAPTERS", "AdapterCache", "Binding"]
+
+ALL_ADAPTERS = None
+"""In place of an adapter's name: every adapter, and values that belong to none."""
+
+_bypassed: ContextVar[frozenset[int]] = ContextVar("dora_cache_bypassed", default=frozenset())
+_tokens = itertools.count(1)
+
+
+class Binding:
+    """One owner's tie to a cache: the module (or object, or function) whose values it may hold.
+
+    It refers to the owner weakly, and each owner has its own; a copy of the owner that carries it
+    along by accident is recognised and gets no cached values.
+
+    Attributes:
+        cache: the cache.
+        token: a number no other binding has; part of every key.
+        adapter: the adapter of all its values where the derivation names none.
+        children: bindings that this one's events are passed on to.
+        warmers: called with the owner; yields an adapter's name and a function that derives its
+            values ahead of use.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_owner",
+        "_voided",
+        "_voided_all",
+        "adapter",
+        "cache",
+        "children",
+        "keys",
+        "token",
+        "warmers",
+    )
+
+    def __init__(self, cache: AdapterCache, owner: object | None, adapter: str | None) -> None:
+        self.cache = cache
+        self.token = next(_tokens)
+        self.adapter = adapter
+        self.children: list[weakref.ref[Binding]] = []
+        self.keys: set[Hashable] = set()
+        self.warmers: Callable[[Any], Iterable[tuple[str | None, Callable[[], object]]]] | None = (
+            None
+        )
+        self._voided: dict[str | None, int] = {}
+        self._voided_all = 0
+        self._owner: weakref.ref[Any] | None = None
+        if owner is not None:
+            gone, token = weakref.ref(cache), self.token
+
+            def forget(_: object) -> None:
+                living = gone()
+                if living is not None:
+                    living.owner_died(token)
+
+            self._owner = weakref.ref(owner, forget)
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Copy and pickle as None: a copy of the owner belongs to no cache."""
+        return type(None), ()
+
+    def adopt(self, child: Binding) -> None:
+        """Pass this binding's events on to ``child`` as well."""
+        self.children = [known for known in self.children if known() is not None]
+        self.children.append(weakref.ref(child))
+
+    @property
+    def owner(self) -> Any:  # noqa: ANN401
+        """The owner, or None where there is none or it is gone."""
+        return None if self._owner is None else self._owner()
+
+    def serves(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call with these arguments is the owner's own, outside training mode."""
+        if self._owner is None:
+            return True
+        owner = args[0]
+        return self._owner() is owner and not getattr(owner, "training", False)
+
+    def voided(self, adapter: str | None) -> int:
+        """Return the time of the last event that voids values of ``adapter``."""
+        return max(self._voided_all, self._voided.get(adapter, 0))
+
+    def void(self, adapter: str | None, now: int) -> None:
+        """Void every value of ``adapter`` whose derivation began before ``now``."""
+        if adapter is ALL_ADAPTERS:
+            self._voided_all = now
+            self._voided.clear()
+        else:
+            self._voided[adapter] = now
+
+
+class _Flight:
+    """A value on its way: derived by one thread, awaited by others."""
+
+    __slots__ = ("done", "entry", "error", "signature", "stamp", "thread", "touched")
+
+    def __init__(self, signature: Signature, stamp: Stamp) -> None:
+        self.signature = signature
+        self.stamp = stamp
+        self.thread = threading.get_ident()
+        self.done = threading.Event()
+        self.touched = False
+        self.entry: Entry | None = None
+        self.error: Exception | None = None
+
+
+class _Record(NamedTuple):
+    """What the cache itself remembers of an entry that it gave to the backend."""
+
+    derivation: Derivation
+    binding: weakref.ref[Binding]
+    adapter: str | None
+    stamp: Stamp
+
+
+class _Call(NamedTuple):
+    """One call, ready to be looked up."""
+
+    key: Hashable
+    adapter: str | None
+    signature: Signature
+    dependencies: list[object]
+
+
+class AdapterCache:
+    """Holds the derived values of one model, and knows when each may be used.
+
+    Made by :func:`dora_cache.attach`. Every method may be called from any thread.
+
+    Args:
+        config: the settings.
+        device: the device whose free memory a share like ``"10%"`` means.
+    """
+
+    def __init__(self, config: CacheConfig, device: torch.device | None = None) -> None:
+        self.config = config
+        self.token = next(_tokens)
+        self._backend: Backend = config.make_backend(device or torch.device("cpu"))
+        self._contents = config.guard == "content"
+        # Not reentrant: the callback of a dying owner may run anywhere, and learns by failing to
+        # acquire the lock that it has to leave the work to whoever holds it.
+        self._lock = threading.Lock()
+        self._clock = itertools.count(1)
+        self._bindings: dict[int, Binding] = {}
+        self._flights: dict[Hashable, _Flight] = {}
+        self._records: dict[Hashable, _Record] = {}
+        self._by_storage: dict[int, set[Hashable]] = {}
+        self._dead: deque[int] = deque()
+        self._counts: Counter[str] = Counter()
+        self._lookups: dict[int, list[int]] = {}
+        self._warned: set[tuple[str, type]] = set()
+        self._undo = ExitStack()
+        self._closed = False
+
+    # What users call
+
+    def stats(self) -> CacheStats:
+        """Return the counters as they are now."""
+        with self._locked():
+            entries = self._try("len", lambda: len(self._backend), len(self._records))
+            nbytes = self._try("nbytes", lambda: self._backend.nbytes, 0)
+            max_bytes = self._try("max_bytes", lambda: self._backend.max_bytes, None)
+            counts = self._counts
+            # A backend need not say when it evicts: what is stored and has not gone otherwise is
+            # either there or evicted.
+            gone = counts["invalidations"] + counts["replacements"]
+            evictions = counts["stores"] - gone - entries
+            return CacheStats(
+                evictions=evictions, entries=entries, nbytes=nbytes, max_bytes=max_bytes, **counts
+            )
+
+    def invalidate(self, adapter: str | None = None, *, module: nn.Module | None = None) -> int:
+        """Drop entries, and void values that are being derived now.
+
+        Args:
+            adapter: only this adapter's; by default every adapter's.
+            module: only those of this module and its submodules.
+
+        Returns:
+            How many entries went.
+        """
+        wanted = None if module is None else {id(part) for part in module.modules()}
+        with self._locked():
+            return sum(
+                self._void(binding, adapter)
+                for binding in list(self._bindings.values())
+                if wanted is None or id(binding.owner) in wanted
+            )
+
+    @contextmanager
+    def bypass(self) -> Iterator[None]:
+        """Go past the cache for a while, in this thread (or task) only; entries are kept."""
+        reset = _bypassed.set(_bypassed.get() | {self.token})
+        try:
+            yield
+        finally:
+            _bypassed.reset(reset)
+
+    def warm(self, adapters: Iterable[str] | None = None) -> int:
+        """Derive values ahead of their first use, in the present autocast state.
+
+        Args:
+            adapters: names of the adapters to derive for; by default all that the model has.
+
+        Returns:
+            How many values were derived; those that were there already do not count.
+
+        Raises:
+            AdapterNotFoundError: no cached layer has such an adapter.
+            ValueError: the model is in training mode, where nothing is cached.
+        """
+        self._check_open()
+        if isinstance(adapters, str):
+            adapters = [adapters]
+        wanted = None if adapters is None else list(dict.fromkeys(adapters))
+        known: set[str] = set()
+        jobs: list[Callable[[], object]] = []
+        training = False
+        for binding in list(self._bindings.values()):
+            owner = binding.owner
+            if binding.warmers is None or owner is None:
+                continue
+            for adapter, job in binding.warmers(owner):
+                if adapter is not None:
+                    known.add(adapter)
+                if wanted is None or adapter is None or adapter in wanted:
+                    jobs.append(job)
+                    training = training or getattr(owner, "training", False)
+        missing = [name for name in wanted or () if name not in known]
+        if missing:
+            names = ", ".join(map(repr, sorted(known))) or "none"
+            msg = f"no cached layer has an adapter {missing[0]!r}; adapters are: {names}"
+            raise AdapterNotFoundError(msg)
+        if training:
+            msg = "nothing is cached in training mode: call model.eval() before warm()"
+            raise ValueError(msg)
+        before = self._counts["misses"]
+        with torch.no_grad():
+            for job in jobs:
+                job()
+        return self._counts["misses"] - before
+
+    def detach(self) -> None:
+        """Free every entry and give the model back as it was; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._undo.close()
+        with self._locked():
+            for binding in list(self._bindings.values()):
+                self._void(binding, ALL_ADAPTERS)
+            self._bindings.clear()
+            self._counts["invalidations"] += self._try("len", lambda: len(self._backend), 0)
+            self._try("close", self._backend.close, None)
+            self._records.clear()
+            self._by_storage.clear()
+
+    def __enter__(self) -> Self:
+        """Return the cache itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detach."""
+        self.detach()
+
+    def __repr__(self) -> str:
+        """Return the backend, its contents, and the hits so far."""
+        if self._closed:
+            return "<AdapterCache, detached>"
+        stats = self.stats()
+        return (
+            f"<AdapterCache backend={self.config.backend!r} entries={stats.entries} "
+            f"nbytes={stats.nbytes} hit_rate={stats.hit_rate:.2f}>"
+        )
+
+    # What recipes and lifecycle call
+
+    def bind(self, owner: object, *, adapter: str | None = None) -> Binding:
+        """Take on an owner; its decorated methods use this cache from now on.
+
+        Args:
+            owner: an object with a ``__dict__`` that can be weakly referenced.
+            adapter: the adapter that all its values belong to, where no parameter says.
+
+        Raises:
+            AlreadyAttachedError: the owner belongs to a cache already.
+        """
+        self._check_open()
+        if owner.__dict__.get(SLOT) is not None:
+            raise AlreadyAttachedError(_twice(owner))
+        binding = self._add(Binding(self, owner, adapter))
+        owner.__dict__[SLOT] = binding
+        self.on_detach(lambda: _unbind(binding))
+        return binding
+
+    def bind_function(self, derivation: Derivation) -> Binding:
+        """Take on a plain decorated function.
+
+        Raises:
+            AlreadyAttachedError: the function belongs to a cache already.
+        """
+        self._check_open()
+        if derivation.binding is not None:
+            raise AlreadyAttachedError(_twice(derivation.function))
+        derivation.binding = self._add(Binding(self, None, None))
+        self.on_detach(lambda: setattr(derivation, "binding", None))
+        return derivation.binding
+
+    def on_detach(self, undo: Callable[[], object]) -> None:
+        """Call ``undo`` on detach, last added first."""
+        self._undo.callback(undo)
+
+    def event(self, binding: Binding, adapter: str | None = ALL_ADAPTERS) -> int:
+        """Void the values of a binding and its children after something has happened to them.
+
+        Returns:
+            How many entries went.
+        """
+        with self._locked():
+            return self._void(binding, adapter)
+
+    def touched(self, tensors: Iterable[Tensor]) -> int:
+        """Void every value derived from memory that may have been written to.
+
+        Returns:
+            How many entries went.
+        """
+        touched = set()
+        for tensor in tensors:
+            try:
+                touched.add(storage_id(tensor))
+            except (RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
+                continue
+        with self._locked():
+            for flight in self._flights.values():
+                if not touched.isdisjoint(flight.stamp.storages):
+                    flight.touched = True
+            keys = [key for storage in touched for key in self._by_storage.get(storage, ())]
+            return sum(self._discard(key) for key in dict.fromkeys(keys))
+
+    def revalidate(self, binding: Binding) -> None:
+        """Drop those entries of a binding whose dependencies' memory has been freed.
+
+        For operations that replace some dependencies or none, to free memory early: what this
+        misses would still not be used.
+        """
+        with self._locked():
+            for member in self._family(binding):
+                for key in list(member.keys):
+                    record = self._records.get(key)
+                    if record is not None and record.stamp.expired:
+                        self._discard(key)
+
+    def owner_died(self, token: int) -> None:
+        """Drop everything of an owner that has been garbage collected."""
+        self._dead.append(token)
+        if self._lock.acquire(blocking=False):
+            self._release()
+
+    def counts(self, derivation: Derivation) -> tuple[int, int, int]:
+        """Return hits, misses and entries of one derivation."""
+        with self._locked():
+            hits, misses = self._lookups.get(derivation.number, (0, 0))
+            held = set(self._try("keys", self._backend.keys, ()))
+            entries = sum(
+                key in held
+                for key, record in self._records.items()
+                if record.derivation is derivation
+            )
+            return hits, misses, entries
+
+    def invalidate_derivation(self, derivation: Derivation) -> int:
+        """Drop every entry of one derivation; return how many went."""
+        with self._locked():
+            keys = [k for k, record in self._records.items() if record.derivation is derivation]
+            return sum(self._discard(key) for key in keys)
+
+    # Looking up
+
+    def lookup(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Return the valid stored value of a call, or derive it, once for all threads."""
+        if (
+            self._closed
+            or self.token in _bypassed.get()
+            or not binding.serves(args)
+            or untraceable()
+        ):
+            return self._past(derivation, args, kwargs)
+        call = self._prepare(derivation, binding, args, kwargs)
+        if call is None:
+            return self._past(derivation, args, kwargs)
+        while True:
+            flight, join = None, False
+            with self._lock:
+                entry = self._valid(call, binding)
+                if entry is None:
+                    flight = self._flights.get(call.key)
+                    join = flight is not None and self._joinable(flight, call, binding)
+                    if not join:
+                        flight = self._take_off(call)
+                self._tally(derivation, hit=entry is not None or join)
+            if self._dead:
+                self._sweep_dead()
+            if flight is not None:
+                if not join:
+                    return self._fly(flight, call, derivation, binding, args, kwargs)
+                flight.done.wait()
+                if flight.error is not None:
+                    raise flight.error
+                entry = flight.entry
+            if entry is not None:
+                if entry.ready is not None:
+                    entry.ready.join(entry.tensors)
+                return entry.value
+            with self._lock:  # the one waited for came to nothing: this was no lookup yet
+                self._tally(derivation, hit=True, count=-1)
+
+    def _past(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        with self._lock:
+            self._counts["bypasses"] += 1
+        return derivation.function(*args, **kwargs)
+
+    def _prepare(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> _Call | None:
+        """Key and sign a call; None if it has to go past the cache."""
+        try:
+            bound = derivation.bind(*args, **kwargs)
+        except TypeError:
+            return None  # the function itself says what is wrong with its arguments
+        index = derivation.adapter_index
+        adapter = binding.adapter if index is None else bound[index]
+        tensors: list[Tensor] = []
+        try:
+            rest = bound if binding.owner is None else bound[1:]
+            frozen = tuple([freeze(value, tensors) for value in rest])
+            dependencies = self._dependencies(derivation, binding, tensors, args, kwargs)
+            signature, requires_grad = sign(dependencies, contents=self._contents)
+        except (UnkeyableError, UncheckableError):
+            return None
+        except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
+            self._warn(f"depends_on of {derivation.name!r}", error)
+            return None
+        if requires_grad and not derivation.detach and torch.is_grad_enabled():
+            return None
+        key = (derivation.number, binding.token, frozen, environment())
+        return _Call(key, adapter, signature, dependencies)
+
+    def _dependencies(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        tensors: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> list[object]:
+        if derivation.depends_on is not None:
+            return [*tensors, *derivation.depends_on(*args, **kwargs)]
+        owner = binding.owner
+        return [*tensors, *(own_state(owner) if isinstance(owner, nn.Module) else ())]
+
+    def _valid(self, call: _Call, binding: Binding) -> Entry | None:
+        """Return the entry of a call if it may be used; drop it if not."""
+        entry: Entry | None = self._try("get", lambda: self._backend.get(call.key), None)
+        if entry is None:
+            return None
+        stamp = entry.stamp
+        if (
+            isinstance(stamp, Stamp)
+            and stamp.signature == call.signature
+            and stamp.born > binding.voided(call.adapter)
+            and entry.intact
+        ):
+            return entry
+        self._discard(call.key)
+        return None
+
+    def _joinable(self, flight: _Flight, call: _Call, binding: Binding) -> bool:
+        """Whether a value being derived is the one that the call wants."""
+        return (
+            flight.signature == call.signature
+            and not flight.touched
+            and flight.stamp.born > binding.voided(call.adapter)
+            and flight.thread != threading.get_ident()  # a function that calls itself
+        )
+
+    def _take_off(self, call: _Call) -> _Flight:
+        stamp = Stamp(call.signature, call.dependencies, next(self._clock))
+        flight = _Flight(call.signature, stamp)
+        self._flights[call.key] = flight
+        return flight
+
+    def _fly(
+        self,
+        flight: _Flight,
+        call: _Call,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Derive a value, store it if it still holds, and hand it to those who wait."""
+        entry = None
+        try:
+            began = time.perf_counter()
+            with torch.inference_mode(mode=False), torch.no_grad():
+                value = derivation.function(*args, **kwargs)
+                cost = time.perf_counter() - began
+                kept = _storable(value, flight.stamp)
+            if kept is not None:
+                tensors = kept if isinstance(kept, tuple) else (kept,)
+                entry = flight.entry = Entry(kept, flight.stamp, cost, Ready.now(tensors))
+        except Exception as error:  # not an interrupt: that is this thread's own
+            flight.error = error
+            raise
+        finally:
+            again = None if entry is None else self._prepare(derivation, binding, args, kwargs)
+            with self._locked():
+                if self._flights.get(call.key) is flight:
+                    del self._flights[call.key]
+                if (
+                    entry is not None
+                    and again is not None
+                    and again.signature == call.signature
+                    and not flight.touched
+                    and not self._closed
+                    and flight.stamp.born > binding.voided(call.adapter)
+                ):
+                    self._store(call, entry, derivation, binding)
+            flight.done.set()
+        return value
+
+    # Storing and forgetting; the lock is held
+
+    def _store(self, call: _Call, entry: Entry, derivation: Derivation, binding: Binding) -> None:
+        self._discard(call.key, why="replacements")
+        kept = self._try("put", lambda: self._backend.put(call.key, entry), None)
+        if kept is None:  # the backend failed and may hold it or not
+            self._try("delete", lambda: self._backend.delete(call.key), None)
+            return
+        if not kept:
+            self._counts["rejections"] += 1
+            return
+        self._counts["stores"] += 1
+        stamp = entry.stamp
+        assert isinstance(stamp, Stamp)  # noqa: S101 - for the type checker
+        record = _Record(derivation, weakref.ref(binding), call.adapter, stamp)
+        self._records[call.key] = record
+        binding.keys.add(call.key)
+        for storage in stamp.storages:
+            self._by_storage.setdefault(storage, set()).add(call.key)
+        derivation.caches.add(self)
+        if len(self._records) > 2 * self._try("len", lambda: len(self._backend), 0) + 64:
+            held = set(self._try("keys", self._backend.keys, ()))
+            for key in [key for key in self._records if key not in held]:
+                self._forget(key)
+        if self._counts["stores"] % (len(self._records) + 64) == 0:
+            for key in [key for key, kept in self._records.items() if kept.stamp.expired]:
+                self._discard(key)
+
+    def _discard(self, key: Hashable, why: str = "invalidations") -> int:
+        """Drop an entry and count it; return 1 if there was one."""
+        self._forget(key)
+        deleted = self._try("delete", lambda: self._backend.delete(key), False)  # noqa: FBT003
+        self._counts[why] += bool(deleted)
+        return int(bool(deleted))
+
+    def _forget(self, key: Hashable) -> None:
+        record = self._records.pop(key, None)
+        if record is None:
+            return
+        binding = record.binding()
+        if binding is not None:
+            binding.keys.discard(key)
+        for storage in record.stamp.storages:
+            keys = self._by_storage.get(storage)
+            if keys is not None:
+                keys.discard(key)
+                if not keys:
+                    del self._by_storage[storage]
+
+    def _void(self, binding: Binding, adapter: str | None) -> int:
+        gone = 0
+        for member in self._family(binding):
+            member.void(adapter, next(self._clock))
+            for key in list(member.keys):
+                record = self._records.get(key)
+                if record is not None and adapter in (ALL_ADAPTERS, record.adapter):
+                    gone += self._discard(key)
+        return gone
+
+    def _family(self, binding: Binding) -> Iterator[Binding]:
+        yield binding
+        for reference in binding.children:
+            child = reference()
+            if child is not None:
+                yield from self._family(child)
+
+    def _add(self, binding: Binding) -> Binding:
+        with self._locked():
+            self._bindings[binding.token] = binding
+        return binding
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Drop what dead owners left, then release the lock."""
+        try:
+            while self._dead:
+                binding = self._bindings.pop(self._dead.popleft(), None)
+                if binding is not None:
+                    self._void(binding, ALL_ADAPTERS)
+        finally:
+            self._lock.release()
+        if self._dead and self._lock.acquire(blocking=False):
+            self._release()
+
+    def _sweep_dead(self) -> None:
+        with self._locked():
+            pass
+
+    def _tally(self, derivation: Derivation, *, hit: bool, count: int = 1) -> None:
+        self._counts["hits" if hit else "misses"] += count
+        self._lookups.setdefault(derivation.number, [0, 0])[not hit] += count
+
+    # Failures
+
+    def _try(self, operation: str, action: Callable[[], Any], otherwise: Any) -> Any:  # noqa: ANN401
+        """Call the backend; a failure costs one warning per cause, never an inference."""
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
+            self._warn(f"the backend's {operation}", error)
+            return otherwise
+
+    def _warn(self, what: str, error: Exception) -> None:
+        cause = (what, type(error))
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(
+                f"{what} failed, so values are derived again: {type(error).__name__}: {error}",
+                CacheWarning,
+                stacklevel=2,
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            msg = "this cache is detached: call dora_cache.attach(model) for a new one"
+            raise DetachedError(msg)
+
+
+def own_state(owner: nn.Module) -> Iterator[object]:
+    """Yield the parameters, buffers, and plain attributes of a module and its submodules."""
+    for module in owner.modules():
+        yield from module._parameters.values()
+        yield from module._buffers.values()
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name != "training":
+                yield from _plain(value)
+
+
+def _plain(value: object) -> Iterator[object]:
+    if value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str | int):
+                yield key
+            yield from _plain(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _plain(item)
+
+
+def _storable(value: object, stamp: Stamp) -> Value | None:
+    """Return what to store for a result: it owns its memory and has no graph. None: nothing.
+
+    A view would keep more memory alive than it shows, and an alias of a dependency would change
+    with it, so both are copied.
+    """
+    if type(value) is tuple and value:
+        parts = [_storable(part, stamp) for part in value if isinstance(part, Tensor)]
+        tensors = tuple(part for part in parts if isinstance(part, Tensor))
+        return tensors if len(tensors) == len(value) else None
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    try:
+        sign([value])  # the same doubts as for dependencies: inference tensors, fake ones, ...
+    except UncheckableError:
+        return None
+    tensor = value.detach()
+    own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+    return tensor if own and storage_id(tensor) not in stamp.storages else tensor.clone()
+
+
+def _unbind(binding: Binding) -> None:
+    owner = binding.owner
+    if owner is not None and owner.__dict__.get(SLOT) is binding:
+        del owner.__dict__[SLOT]
+
+
+def _twice(owner: object) -> str:
+    name = getattr(owner, "__qualname__", None) or type(owner).__name__
+    return (
+        f"{name} belongs to a cache already: use that one, or call its detach() before attaching "
+        "again (one cache may cover the whole model)"
+    )

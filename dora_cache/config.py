@@ -1,0 +1,213 @@
+"""Settings: from arguments, the environment, a TOML file, and defaults, in that order."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dora_cache import backends
+from dora_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CacheConfig", "Size", "parse_size"]
+
+_PREFIX = "DORA_CACHE_"
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_BYTES = TypeAdapter(ByteSize)
+
+
+def parse_size(value: int | str) -> int | str:
+    """Read a size in bytes: ``1048576``, ``"256MiB"``, ``"1.5GB"``, or a share like ``"10%"``.
+
+    Returns:
+        The number of bytes, or the share in the form ``"10%"``.
+
+    Raises:
+        ValueError: not a size, or negative, or a share outside 0% to 100%.
+    """
+    examples = 'write bytes like 268435456, or "256MiB", "1.5GB", "10%"'
+    if isinstance(value, str):
+        text = value.strip()
+        share = _PERCENT.fullmatch(text)
+        if share:
+            if not 0 < float(share[1]) <= 100:  # noqa: PLR2004 - percent
+                msg = f"{value!r} is not a share of memory between 0% and 100%: {examples}"
+                raise ValueError(msg)
+            return f"{share[1]}%"
+        if text.startswith("-"):
+            msg = f"{value!r} is negative: {examples}"
+            raise ValueError(msg)
+        try:
+            return int(_BYTES.validate_python(text))
+        except ValidationError:
+            msg = f"{value!r} is not a size: {examples}"
+            raise ValueError(msg) from None
+    if isinstance(value, bool) or not isinstance(value, int):
+        msg = f"{value!r} is not a size: {examples}"
+        raise ValueError(msg)  # noqa: TRY004 - pydantic collects ValueError
+    if value < 0:
+        msg = f"{value} is negative: {examples}"
+        raise ValueError(msg)
+    return value
+
+
+def resolve_size(size: int | str | None, device: torch.device) -> int | None:
+    """Turn a size into bytes; a share is of the memory that is free on ``device`` now."""
+    if not isinstance(size, str):
+        return size
+    if device.type == "cuda":
+        import torch  # noqa: PLC0415 - only a share needs it here
+
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil  # noqa: PLC0415 - only a share needs it
+
+        free = psutil.virtual_memory().available
+    return int(free * float(size.removesuffix("%")) / 100)
+
+
+Size = Annotated[int | str, BeforeValidator(parse_size)]
+"""Bytes as an int, or text such as ``"256MiB"``, ``"1.5GB"`` or ``"10%"``."""
+
+
+class CacheConfig(BaseSettings):
+    """How a cache stores and checks its values.
+
+    Explicit arguments win over ``DORA_CACHE_*`` environment variables (``DORA_CACHE_BACKEND``,
+    ``DORA_CACHE_MAX_BYTES``, ...; ``DORA_CACHE_OPTIONS`` is JSON), these over a file
+    (:meth:`from_file`), and that over the defaults.
+
+    Raises:
+        ConfigError: a name is unknown, a value cannot be read, or two settings contradict.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+
+    backend: str = "dict"
+    """``dict``, ``lru``, ``cpu``, ``null``, or the name of a registered or installed backend."""
+    max_bytes: Size | None = None
+    """Cap on the bytes held over the whole model; a share is of the free memory at attach."""
+    device_bytes: Size | None = None
+    """For ``cpu``: cap on the copies kept on the device."""
+    numerics: Literal["peft", "fast"] = "peft"
+    """``peft``: bit for bit PEFT's eager output. ``fast``: fewer operations, no less accurate."""
+    guard: Literal["version", "content"] = "version"
+    """``content`` also compares what the values depend on, element by element, at each use."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further settings, for third-party backends."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401
+        _check_environment()
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+        backends.check_options(self.backend, self.backend_options())
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], **settings: Any) -> CacheConfig:  # noqa: ANN401
+        """Read a TOML file; the environment and ``settings`` win over it.
+
+        The settings are top-level keys, or stand in a table ``[dora-cache]`` or
+        ``[tool.dora-cache]``.
+
+        Raises:
+            ConfigError: the file is missing, is not TOML, or holds a wrong setting.
+        """
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            msg = f"cannot read the configuration file {path}: {error.strerror or error}"
+            raise ConfigError(msg) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            msg = f"{path} is not valid TOML: {error}"
+            raise ConfigError(msg) from None
+        table = data.get("dora-cache", data.get("tool", {}).get("dora-cache", data))
+        try:
+            return _with_file_values(table)(**settings)
+        except ConfigError as error:
+            msg = f"{path}: {error}"
+            raise ConfigError(msg) from None
+
+    def backend_options(self) -> dict[str, Any]:
+        """Return the settings to make the backend with, sizes as they were given."""
+        sizes = {"max_bytes": self.max_bytes, "device_bytes": self.device_bytes}
+        return {key: size for key, size in sizes.items() if size is not None} | self.options
+
+    def make_backend(self, device: torch.device) -> backends.Backend:
+        """Make the backend; shares of memory are of what is free on ``device`` now.
+
+        Raises:
+            UnknownBackendError: there is no such backend.
+            ConfigError: the backend refuses a setting.
+        """
+        options = {
+            key: resolve_size(value, device) if key in ("max_bytes", "device_bytes") else value
+            for key, value in self.backend_options().items()
+        }
+        return backends.create(self.backend, **options)
+
+
+def _with_file_values(table: dict[str, Any]) -> type[CacheConfig]:
+    """Return a ``CacheConfig`` that reads ``table`` after arguments and environment."""
+
+    class FileConfig(CacheConfig):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            from pydantic_settings import InitSettingsSource  # noqa: PLC0415
+
+            return init_settings, env_settings, InitSettingsSource(settings_cls, table)
+
+    FileConfig.__name__ = FileConfig.__qualname__ = CacheConfig.__name__
+    return FileConfig
+
+
+def _fields() -> list[str]:
+    return list(CacheConfig.model_fields)
+
+
+def _suggest(name: str) -> str:
+    close = difflib.get_close_matches(name, _fields(), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _check_environment() -> None:
+    for variable in os.environ:
+        name = variable.upper().removeprefix(_PREFIX).lower()
+        if variable.upper().startswith(_PREFIX) and name not in _fields():
+            known = ", ".join(_PREFIX + field.upper() for field in _fields())
+            msg = f"unknown environment variable {variable}: {_suggest(name)}known are {known}"
+            raise ConfigError(msg)
+
+
+def _explain(error: ValidationError) -> str:
+    """Say in one line per mistake what to write instead."""
+    lines = []
+    for mistake in error.errors():
+        name = str(mistake["loc"][0]) if mistake["loc"] else "settings"
+        if mistake["type"] == "extra_forbidden":
+            known = ", ".join(_fields())
+            lines.append(f"unknown setting {name!r}: {_suggest(name)}known are {known}")
+        elif mistake["type"] == "literal_error":
+            expected = mistake["ctx"]["expected"]
+            lines.append(f"{name} is {mistake['input']!r}: choose {expected}")
+        else:
+            text = mistake["msg"].removeprefix("Value error, ")
+            lines.append(f"{name}: {text}")
+    return "; ".join(dict.fromkeys(lines))

@@ -1,0 +1,55 @@
+"""Every exception and warning that dora-cache raises."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterNotFoundError",
+    "AlreadyAttachedError",
+    "BackendError",
+    "CacheWarning",
+    "ConfigError",
+    "DetachedError",
+    "DoraCacheError",
+    "NothingToCacheError",
+    "UnknownBackendError",
+]
+
+
+class DoraCacheError(Exception):
+    """Base class of the errors below."""
+
+
+class ConfigError(DoraCacheError, ValueError):
+    """A setting is unknown, cannot be parsed, or contradicts another one."""
+
+
+class BackendError(DoraCacheError):
+    """A backend breaks the contract of :class:`dora_cache.backends.Backend`."""
+
+
+class UnknownBackendError(ConfigError):
+    """No backend of that name is registered or installed."""
+
+
+class AlreadyAttachedError(DoraCacheError, RuntimeError):
+    """Part of the model belongs to another cache already."""
+
+
+class DetachedError(DoraCacheError, RuntimeError):
+    """The cache has been detached and cannot be used any more."""
+
+
+class NothingToCacheError(DoraCacheError, ValueError):
+    """Nothing in the model derives a value that dora-cache knows how to store."""
+
+
+class AdapterNotFoundError(DoraCacheError, KeyError):
+    """No cached layer of the model has an adapter of that name."""
+
+    def __str__(self) -> str:
+        """Return the message itself; ``KeyError`` would show its ``repr``."""
+        return str(self.args[0]) if self.args else ""
+
+
+class CacheWarning(UserWarning):
+    """Something in the cache failed; inference went on without it."""

@@ -1,0 +1,95 @@
+"""From a call to a key: one key for one logical call, however its arguments are spelled."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+__all__ = ["UnkeyableError", "freeze", "make_binder"]
+
+
+class UnkeyableError(TypeError):
+    """An argument cannot be part of a key."""
+
+
+_AS_IS = frozenset(
+    {type(None), str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+_WITH_TYPE = frozenset({bool, int, complex})
+
+
+def freeze(value: object, tensors: list[Tensor]) -> Hashable:
+    """Turn an argument into something hashable that equals only its like.
+
+    Equal numbers of different types get different keys (``1``, ``1.0`` and ``True`` may derive
+    different dtypes). Tensors, and those of modules, are keyed by identity and appended to
+    ``tensors``, for the stamp.
+
+    Raises:
+        UnkeyableError: an argument of a type whose equality says nothing sure.
+    """
+    kind = type(value)
+    if kind in _AS_IS:
+        return value
+    if kind in _WITH_TYPE:
+        return (kind, value)
+    if kind is float:
+        return (kind, value.hex())  # type: ignore[attr-defined]  # tells -0.0 from 0.0; NaN is NaN
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return (Tensor, id(value))
+    if isinstance(value, nn.Module):
+        tensors.extend(value.parameters())
+        tensors.extend(value.buffers())
+        return (nn.Module, id(value))
+    if isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, tuple | list):
+        return (kind, tuple(freeze(item, tensors) for item in value))
+    if isinstance(value, dict):
+        return (kind, frozenset((freeze(k, tensors), freeze(v, tensors)) for k, v in value.items()))
+    if isinstance(value, set | frozenset):
+        return (kind, frozenset(freeze(item, tensors) for item in value))
+    msg = f"an argument of type {kind.__name__} cannot be part of a key"
+    raise UnkeyableError(msg)
+
+
+def make_binder(function: Callable[..., Any]) -> tuple[Callable[..., tuple[Any, ...]], list[str]]:
+    """Compile the signature of ``function`` into a fast binder.
+
+    Returns:
+        A function that takes the same arguments and returns their values in the signature's order
+        with defaults filled in (``*args`` as one tuple, ``**kwargs`` as one dict), and the names in
+        that order. Wrong arguments raise ``TypeError``, as the function itself would.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    declared, namespace = [], {}
+    kinds = [parameter.kind for parameter in parameters]
+    for index, parameter in enumerate(parameters):
+        kind = parameter.kind
+        if kind is parameter.KEYWORD_ONLY and not {
+            parameter.KEYWORD_ONLY,
+            parameter.VAR_POSITIONAL,
+        } & set(kinds[:index]):
+            declared.append("*")
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
+        default = ""
+        if parameter.default is not parameter.empty:
+            namespace[f"_default{index}"] = parameter.default
+            default = f"=_default{index}"
+        declared.append(f"{stars}{parameter.name}{default}")
+        next_kind = kinds[index + 1] if index + 1 < len(kinds) else None
+        if (
+            kind is parameter.POSITIONAL_ONLY and next_kind is not parameter.POSITIONAL_ONLY
+        ):
+            declared.append("/")
+    names = [parameter.name for parameter in parameters]
+    source = f"lambda {', '.join(declared)}: ({''.join(f'{name}, ' for name in names)})"
+    return eval(source, namespace), names  # noqa: S307 - made of a signature's own names

@@ -1,0 +1,197 @@
+"""Hang behaviour on a module, reversibly: its class becomes a subclass of what it was.
+
+A subclass, unlike a closure on the instance, survives nothing it should not: copies and pickles of
+the module are of the original class, and detaching restores it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dora_cache.decorator import SLOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["Observer", "observe", "plain_class", "reduce_as_plain"]
+
+_OBSERVER = "_dora_cache_observer"
+_PLAIN = "__dora_cache_plain__"
+_OWN_ATTRIBUTES = (SLOT, _OBSERVER)
+
+
+class Observer:
+    """What to do when something happens to a module; every method may be left as it is.
+
+    Attributes:
+        calls: for methods of the module by name, what to call once they have returned or raised:
+            ``handler(module, *args, **kwargs)`` with the method's own arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode_switched: Callable[[Any], object] = lambda _: None,
+        moved: Callable[[Any], object] = lambda _: None,
+        calls: Mapping[str, Callable[..., object]] | None = None,
+    ) -> None:
+        self.mode_switched = mode_switched
+        self.moved = moved
+        self.calls = dict(calls or {})
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Copy and pickle as None."""
+        return type(None), ()
+
+
+# One subclass for each class and set of observed methods, shared by all modules of that class.
+_subclasses: weakref.WeakKeyDictionary[type, dict[tuple[Any, ...], type]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def observe(
+    owner: object, observer: Observer, overrides: Mapping[str, Callable[..., Any]] | None = None
+) -> Callable[[], None]:
+    """Tell ``observer`` what happens to ``owner`` until the returned function is called.
+
+    Args:
+        owner: a module, or any object with a ``__dict__``.
+        observer: what to do on which event.
+        overrides: functions that stand in for methods of the class, as in a subclass.
+
+    Returns:
+        A function that gives the owner its class back.
+    """
+    plain = type(owner)
+    methods = tuple(sorted(name for name in observer.calls if hasattr(plain, name)))
+    overrides = dict(overrides or {})
+    variants = _subclasses.setdefault(plain, {})
+    key = (methods, *overrides.items())
+    if key not in variants:
+        variants[key] = _subclass(plain, methods, overrides)
+    swapped = variants[key]
+    owner.__dict__[_OBSERVER] = observer
+    owner.__class__ = swapped
+    reference = weakref.ref(owner)
+
+    def restore() -> None:
+        living = reference()
+        if living is not None:
+            living.__dict__.pop(_OBSERVER, None)
+            if type(living) is swapped:
+                living.__class__ = plain
+
+    return restore
+
+
+def plain_class(kind: type) -> type:
+    """Return the class that an observed module had before, or the class itself."""
+    plain: type = getattr(kind, _PLAIN, kind)
+    return plain
+
+
+def _subclass(
+    plain: type, methods: tuple[str, ...], overrides: Mapping[str, Callable[..., Any]]
+) -> type:
+    namespace: dict[str, Any] = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        _PLAIN: plain,
+        "__reduce_ex__": _reduce_ex(plain),
+    }
+    if issubclass(plain, nn.Module):
+        namespace |= {
+            "__setattr__": _set_attribute(plain),
+            "_apply": _after(plain, "_apply", lambda observer: observer.moved, pass_on=False),
+            "_replicate_for_data_parallel": _cutting(plain, "_replicate_for_data_parallel"),
+        }
+    if hasattr(plain, "__deepcopy__"):
+        namespace["__deepcopy__"] = _cutting(plain, "__deepcopy__")
+    for name in methods:
+        namespace[name] = _after(plain, name, _handler(name), pass_on=True)
+    namespace |= overrides
+    return type(plain)(plain.__name__, (plain,), namespace)
+
+
+def _handler(name: str) -> Callable[[Observer], Callable[..., object]]:
+    return lambda observer: observer.calls[name]
+
+
+def _after(
+    plain: type,
+    name: str,
+    handler: Callable[[Observer], Callable[..., object]],
+    *,
+    pass_on: bool,
+) -> Callable[..., Any]:
+    """Return a method that calls the original one, and then the observer even if it raised."""
+    original = getattr(plain, name)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            observer = self.__dict__.get(_OBSERVER)
+            if observer is not None:
+                if pass_on:
+                    handler(observer)(self, *args, **kwargs)
+                else:
+                    handler(observer)(self)
+
+    return method
+
+
+def _set_attribute(plain: type) -> Callable[..., None]:
+    original = plain.__setattr__
+
+    def set_attribute(self: Any, name: str, value: object) -> None:  # noqa: ANN401
+        switched = name == "training" and self.__dict__.get("training") != value
+        original(self, name, value)
+        if switched:
+            observer = self.__dict__.get(_OBSERVER)
+            if observer is not None:
+                observer.mode_switched(self)
+
+    return set_attribute
+
+
+def reduce_as_plain(reduced: Any) -> Any:  # noqa: ANN401
+    """Change what ``__reduce_ex__`` returned, so that a copy has the original class and no ties."""
+    if not isinstance(reduced, tuple):
+        return reduced
+    function, args, *rest = reduced
+    args = tuple(plain_class(arg) if isinstance(arg, type) else arg for arg in args)
+    if function is copyreg.__newobj__ and len(args) == 1:  # type: ignore[attr-defined]
+        # pickle refuses a __newobj__ of another class than the object's.
+        function, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
+    if rest and isinstance(rest[0], dict):
+        rest[0] = {key: item for key, item in rest[0].items() if key not in _OWN_ATTRIBUTES}
+    return (function, args, *rest)
+
+
+def _reduce_ex(plain: type) -> Callable[..., Any]:
+    return lambda self, protocol: reduce_as_plain(plain.__reduce_ex__(self, protocol))
+
+
+def _cutting(plain: type, name: str) -> Callable[..., Any]:
+    """Return a method that copies as the original one does, and cuts the copy's ties."""
+    original = getattr(plain, name)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any) -> Any:  # noqa: ANN401
+        copy = original(self, *args)
+        for attribute in _OWN_ATTRIBUTES:
+            copy.__dict__.pop(attribute, None)
+        if type(copy) is type(self):
+            copy.__class__ = plain
+        return copy
+
+    return method

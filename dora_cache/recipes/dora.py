@@ -1,0 +1,335 @@
+"""DoRA (https://arxiv.org/abs/2402.09353), on linear, embedding and convolution layers.
+
+A layer computes ``y = s * (W x + g B A x) + bias`` with ``s = m / ||W + g B A||``, one number for
+each output. ``s`` depends on weights alone. It is what is stored; neither ``W`` nor ``B A`` is
+touched again until one of them changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from dora_cache.decorator import SLOT, cached
+from dora_cache.lifecycle import reduce_as_plain
+from dora_cache.recipes.peft_layers import follow_layer, weights_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dora_cache.cache import AdapterCache
+
+__all__ = ["RECIPE"]
+
+
+class _Dora:
+    name = "DoRA"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, LoraLayer)
+
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:  # noqa: ANN401
+        fast = cache.config.numerics == "fast"
+        found = False
+        for adapter, variant in list(layer.lora_variant.items()):
+            if isinstance(variant, _CachedVariant):
+                found = True
+                continue
+            kind = _kind(type(variant))
+            if kind is None:
+                continue
+            if not found:
+                binding = follow_layer(cache, layer, self)
+                binding.warmers = _warmers
+            found = True
+            wrapped = _cached_variant(type(variant), kind, fast=fast)(variant)
+            layer.lora_variant[adapter] = wrapped
+            cache.on_detach(_restorer(layer.lora_variant, adapter, wrapped))
+        return found
+
+
+RECIPE = _Dora()
+
+
+def _kind(variant: type) -> str | None:
+    """Name the arithmetic of a variant class; None if it is not one known here."""
+    for kind, known in (
+        ("linear", (DoraLinearVariant,)),
+        ("embedding", (DoraEmbeddingVariant,)),
+        ("conv", (DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)),
+    ):
+        if any(variant.forward is base.forward for base in known):
+            return kind
+    return None
+
+
+class _CachedVariant:
+    """Marks the variants that stand in for PEFT's; they copy and pickle as PEFT's."""
+
+    kind: str
+    fast: bool
+
+    def __init__(self, original: Any) -> None:  # noqa: ANN401
+        self.original = original
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
+        return reduce_as_plain(self.original.__reduce_ex__(protocol))
+
+
+@functools.cache
+def _cached_variant(plain: type, kind: str, *, fast: bool) -> type:
+    forward = (_FAST if fast else _EXACT)[kind]
+
+    def run(
+        module: Any,  # noqa: ANN401
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Tensor:
+        if module.training or SLOT not in module.__dict__ or torch.compiler.is_compiling():
+            original: Tensor = plain.forward(  # type: ignore[attr-defined]
+                module, active_adapter=active_adapter, x=x, result=result, **kwargs
+            )
+            return original
+        return forward(module, active_adapter, x, result)
+
+    namespace = {"forward": staticmethod(run), "kind": kind, "fast": fast}
+    return type(plain.__name__, (_CachedVariant, plain), namespace)
+
+
+def _restorer(variants: dict[str, Any], adapter: str, wrapped: Any) -> Callable[[], None]:  # noqa: ANN401
+    def restore() -> None:
+        if variants.get(adapter) is wrapped:
+            variants[adapter] = wrapped.original
+
+    return restore
+
+
+# What is derived
+
+
+def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Iterator[object]:  # noqa: ANN401, ARG001
+    yield layer.scaling[adapter]
+    yield layer.lora_magnitude_vector[adapter].weight
+    if adapter in layer.lora_A:
+        yield layer.lora_A[adapter].weight
+        lora_b = layer.lora_B[adapter]
+        yield lora_b.weight
+        yield lora_b.bias
+    else:
+        yield layer.lora_embedding_A[adapter]
+        yield layer.lora_embedding_B[adapter]
+    yield from weights_of(layer.get_base_layer())
+
+
+@cached("DoRA norm", adapter="adapter", depends_on=_depends_on, detach=True)
+def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
+    """Derive ``||W + g B A||`` by PEFT's own operations, in the dtype they would have.
+
+    Args:
+        layer: the LoRA layer.
+        adapter: the adapter's name.
+        dtype: dtype of the layer's input, for linear layers.
+
+    Returns:
+        Shape (out,) for linear and embedding layers, (1, out, 1, ...) for convolutions.
+    """
+    dora = layer.lora_magnitude_vector[adapter]
+    base = layer.get_base_layer()
+    if adapter in layer.lora_A:
+        factors = {"lora_A": layer.lora_A[adapter], "lora_B": layer.lora_B[adapter]}
+    else:
+        factors = {
+            "lora_A": layer.lora_embedding_A[adapter].T,
+            "lora_B": layer.lora_embedding_B[adapter].T,
+        }
+    delta = dora.get_lora_weight(**factors)
+    if dtype is None:
+        weight = base.weight
+        if weight.dim() > 2:  # noqa: PLR2004 - a convolution's
+            delta = delta.reshape(weight.shape)
+    else:
+        delta = delta.to(dtype)
+        weight = dequantize_module_weight(base).to(dtype)
+    norm: Tensor = dora.get_weight_norm(
+        weight=weight, lora_weight=delta.detach(), scaling=layer.scaling[adapter]
+    )
+    return norm.detach()
+
+
+@cached("DoRA scale", adapter="adapter", depends_on=_depends_on, detach=True)
+def _stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
+    """Derive ``s = m / ||W + g B A||``; shape as of the norm."""
+    norm = _norm.__wrapped__(layer, adapter, dtype)
+    scale: Tensor = layer.lora_magnitude_vector[adapter].weight / norm
+    return scale
+
+
+def _wants_gradient(layer: Any, adapter: str) -> bool:  # noqa: ANN401
+    magnitude = layer.lora_magnitude_vector[adapter].weight
+    return torch.is_grad_enabled() and magnitude.requires_grad
+
+
+def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
+    """Return ``s``. The norm is a constant to autograd; the magnitude's gradient must flow."""
+    if _wants_gradient(layer, adapter):
+        scale: Tensor = layer.lora_magnitude_vector[adapter].weight / _norm(layer, adapter, dtype)
+        return scale
+    return _stored_scale(layer, adapter, dtype)
+
+
+# How it is used: the operations of PEFT's forward, in PEFT's order, for the same bits
+
+
+def _linear(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+    scale = _scale(layer, adapter, x.dtype).view(1, -1)
+    delta = layer.lora_B[adapter](layer.lora_A[adapter](x))
+    bias = layer.get_base_layer().bias
+    base = result if bias is None else result - bias
+    return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
+
+
+def _conv(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+    scale = _scale(layer, adapter)
+    bias = layer.get_base_layer().bias
+    base = result
+    if bias is not None:
+        base = result - bias.view(1, -1, *[1] * (result.dim() - 2))
+    delta = layer.lora_B[adapter](layer.lora_A[adapter](x))
+    return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
+
+
+def _embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+    scale = _scale(layer, adapter)
+    delta = scale * _embedded(layer, adapter, x) * layer.scaling[adapter]
+    embed_scale = layer._get_embed_scale()
+    if embed_scale is not None:
+        delta = delta * embed_scale.to(delta.dtype)
+    return scale * result + delta
+
+
+def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:  # noqa: ANN401
+    embedded: Tensor = layer._embed(x, layer.lora_embedding_A[adapter].T)
+    return embedded @ layer.lora_embedding_B[adapter].T
+
+
+_EXACT = {"linear": _linear, "embedding": _embedding, "conv": _conv}
+
+
+# numerics="fast": s in float32 (float64 for float64 weights), and y = s * (Wx + gBAx) at once
+
+_ROWS_AT_ONCE = 1 << 22  # elements of W, so that deriving takes tens of megabytes at most
+
+
+@cached("DoRA scale, fast", adapter="adapter", depends_on=_depends_on, detach=True)
+def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:  # noqa: ANN401
+    """Derive ``s`` and, where the base layer has a bias, ``(1 - s) * bias``.
+
+    Returns:
+        One or two tensors of shape (out,), float32, or float64 for a float64 base weight.
+    """
+    base = layer.get_base_layer()
+    weight = dequantize_module_weight(base)
+    dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    with torch.autocast(weight.device.type, enabled=False):
+        scaling = layer.scaling[adapter]
+        norms = [
+            torch.linalg.vector_norm(rows.to(dtype) + scaling * delta, dim=1)
+            for rows, delta in _rows(layer, adapter, weight, dtype)
+        ]
+        magnitude = layer.lora_magnitude_vector[adapter].weight.flatten().to(dtype)
+        scale = magnitude / torch.cat(norms)
+        bias = getattr(base, "bias", None)
+        return (scale,) if bias is None else (scale, (1 - scale) * bias.to(dtype))
+
+
+def _rows(
+    layer: Any,  # noqa: ANN401
+    adapter: str,
+    weight: Tensor,
+    dtype: torch.dtype,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``W`` and ``B A`` as matrices with a row for each output, some rows at a time."""
+    if adapter not in layer.lora_A:
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        weight, bias = weight.T, None
+    else:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        # PEFT finds B A by sending the identity through both layers, lora_B's bias included.
+        bias = layer.lora_B[adapter].bias if weight.dim() == 2 else None  # noqa: PLR2004
+        if getattr(layer, "fan_in_fan_out", False):
+            weight = weight.T
+    rank = a.shape[0]
+    a, b = a.reshape(rank, -1).to(dtype), b.reshape(-1, rank).to(dtype)
+    if weight.dim() > 2:  # noqa: PLR2004 - a convolution's: small, and grouped ones mix rows
+        yield weight.flatten(1), (b @ a).reshape(weight.shape).flatten(1)
+        return
+    step = max(1, _ROWS_AT_ONCE // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        delta = b[rows] @ a
+        yield weight[rows], delta if bias is None else delta + bias[rows, None].to(dtype)
+
+
+def _combine(layer: Any, adapter: str, result: Tensor, delta: Tensor) -> Tensor:  # noqa: ANN401
+    """Return ``s * (result + g * delta) + (1 - s) * bias``; the result already has the bias."""
+    scale, *shift = _fast_scale(layer, adapter)
+    shape = (1, -1, *[1] * (result.dim() - 2)) if _is_conv(layer) else (-1,)
+    scaling = layer.scaling[adapter]
+    if isinstance(scaling, Tensor):
+        y = result + delta * scaling
+    else:
+        y = torch.add(result, delta, alpha=scaling)
+    y = y * scale.view(shape) if torch.is_grad_enabled() else y.mul_(scale.view(shape))
+    return y + shift[0].view(shape) if shift else y
+
+
+def _is_conv(layer: Any) -> bool:  # noqa: ANN401
+    return hasattr(layer, "conv_fn")
+
+
+def _fast_projected(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+    if _wants_gradient(layer, adapter):
+        exact = _conv if _is_conv(layer) else _linear
+        return exact(layer, adapter, x, result)
+    return _combine(layer, adapter, result, layer.lora_B[adapter](layer.lora_A[adapter](x)))
+
+
+def _fast_embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+    if _wants_gradient(layer, adapter):
+        return _embedding(layer, adapter, x, result)
+    delta = _embedded(layer, adapter, x)
+    embed_scale = layer._get_embed_scale()
+    if embed_scale is not None:
+        delta = delta * embed_scale.to(delta.dtype)
+    return _combine(layer, adapter, result, delta)
+
+
+_FAST = {"linear": _fast_projected, "embedding": _fast_embedding, "conv": _fast_projected}
+
+
+def _warmers(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:  # noqa: ANN401
+    """Derive what an inference without gradients will use."""
+    for adapter, variant in layer.lora_variant.items():
+        if not isinstance(variant, _CachedVariant):
+            continue
+        if variant.fast:
+            yield adapter, partial(_fast_scale, layer, adapter)
+        elif variant.kind == "linear":
+            yield adapter, partial(_stored_scale, layer, adapter, layer.lora_A[adapter].weight.dtype)
+        else:
+            yield adapter, partial(_stored_scale, layer, adapter)

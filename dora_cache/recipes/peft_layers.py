@@ -1,0 +1,151 @@
+"""What all recipes for PEFT layers share: events, and the two ways to hang a cache on a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from dora_cache.decorator import SLOT, cached
+from dora_cache.lifecycle import Observer, observe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+    from dora_cache.cache import AdapterCache, Binding
+
+__all__ = ["Recipe", "follow_layer", "follow_part", "follow_tuner", "memoised", "weights_of"]
+
+
+class Recipe(Protocol):
+    """How one kind of adapter layer is cached."""
+
+    name: str
+    """What the adapter is called in the field, e.g. ``"DoRA"``."""
+
+    def applies(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` is of the kind."""
+
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:  # noqa: ANN401
+        """Cache what can be cached in a layer that :meth:`applies`, adapters added since included.
+
+        Called on attach, and again whenever an adapter is added to the layer.
+
+        Returns:
+            Whether anything in the layer is cached.
+        """
+
+
+def weights_of(layer: nn.Module) -> Iterator[Tensor]:
+    """Yield what determines a base layer's weight: itself, or what it is dequantized from."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and type(weight) is nn.Parameter:
+        yield weight
+        return
+    yield from layer.parameters()
+    yield from layer.buffers()
+    weight = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    for owner in (weight, state, getattr(state, "state2", None)):
+        for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
+            if hasattr(value, "untyped_storage"):
+                yield value
+
+
+def follow_layer(
+    cache: AdapterCache,
+    layer: BaseTunerLayer,
+    recipe: Recipe,
+    overrides: dict[str, Callable[..., Any]] | None = None,
+) -> Binding:
+    """Bind a tuner layer and follow what happens to it; a layer bound before is returned as it is.
+
+    Args:
+        cache: the cache.
+        layer: the tuner layer.
+        recipe: applied again whenever an adapter is added to the layer.
+        overrides: methods that stand in for the layer's own.
+    """
+    bound: Binding | None = layer.__dict__.get(SLOT)
+    if bound is not None and bound.cache is cache:
+        return bound
+    binding = cache.bind(layer)
+
+    def base_written(layer: BaseTunerLayer, *_: object, **__: object) -> None:
+        # merge and unmerge write through .data, which version counters do not see.
+        cache.touched(weights_of(layer.get_base_layer()))
+
+    def added(layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        cache.event(binding, kwargs["adapter_name"] if "adapter_name" in kwargs else args[0])
+        recipe.apply(cache, layer)
+
+    def deleted(_: BaseTunerLayer, adapter_name: str) -> None:
+        cache.event(binding, adapter_name)
+
+    def switched(layer: BaseTunerLayer) -> None:
+        for adapter in _in_training(layer):
+            cache.event(binding, adapter)
+
+    observer = Observer(
+        mode_switched=switched,
+        moved=lambda _: cache.revalidate(binding),
+        calls={
+            "merge": base_written,
+            "unmerge": base_written,
+            "update_layer": added,
+            "delete_adapter": deleted,
+        },
+    )
+    cache.on_detach(observe(layer, observer, overrides))
+    return binding
+
+
+def follow_part(
+    cache: AdapterCache,
+    parent: Binding,
+    part: nn.Module,
+    adapter: str,
+    overrides: dict[str, Callable[..., Any]],
+    warmers: Callable[[Any], Iterable[tuple[str | None, Callable[[], object]]]],
+) -> None:
+    """Bind a module that belongs to one adapter of a layer; a no-op if it is bound already."""
+    if part.__dict__.get(SLOT) is not None:
+        return
+    binding = cache.bind(part, adapter=adapter)
+    binding.warmers = warmers
+    parent.adopt(binding)
+    # The mode is switched on the layer as well, which knows whether the adapter is in training.
+    observer = Observer(moved=lambda _: cache.revalidate(binding))
+    cache.on_detach(observe(part, observer, overrides))
+
+
+def follow_tuner(cache: AdapterCache, tuner: BaseTuner, rescan: Callable[[], object]) -> None:
+    """Call ``rescan`` whenever a tuner has put adapters into the model."""
+    observer = Observer(calls={"inject_adapter": lambda *_, **__: rescan()})
+    cache.on_detach(observe(tuner, observer))
+
+
+def memoised(
+    method: Callable[..., Any],
+    name: str,
+    *,
+    adapter: str | None = None,
+    depends_on: Callable[..., Iterable[object]],
+) -> Callable[..., Any]:
+    """Return an override of ``method`` that is cached, for ``follow_layer`` and ``follow_part``."""
+    override: Callable[..., Any] = cached(name, adapter=adapter, depends_on=depends_on)(method)
+    return override
+
+
+def _in_training(layer: BaseTunerLayer) -> set[str]:
+    """Return the adapters that training may change: the active ones, and any that require grad."""
+    adapters = set(layer.active_adapters)
+    for attribute in layer.adapter_layer_names:
+        for adapter, part in (getattr(layer, attribute, None) or {}).items():
+            parameters = part.parameters() if isinstance(part, nn.Module) else [part]
+            if any(parameter.requires_grad for parameter in parameters):
+                adapters.add(adapter)
+    return adapters

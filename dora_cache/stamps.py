@@ -1,0 +1,180 @@
+"""What a value was derived from, and whether that is still so."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Signature", "Stamp", "UncheckableError", "environment", "sign", "untraceable"]
+
+Signature = tuple[Any, ...]
+"""Compares equal as long as nothing that a value depends on has changed."""
+
+
+class UncheckableError(Exception):
+    """It cannot be told whether a dependency changes; the call must go past the cache."""
+
+
+_plain_types: dict[type, bool] = {Tensor: True, torch.nn.Parameter: True}
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether tensors of this type carry their own data (no fake, wrapped or functional ones)."""
+    plain = _plain_types.get(kind)
+    if plain is None:
+        plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+        _plain_types[kind] = plain
+    return plain
+
+
+def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Signature, bool]:
+    """Sign tensors and scalars, in order.
+
+    A tensor's signature is its identity, version counter, storage, address, dtype, shape and
+    strides. Any in-place operation that PyTorch counts, any replacement of the tensor or of its
+    data, and any move changes it. The storage part is sound only while a :class:`Stamp` made of the
+    same tensors is alive, since a weak reference keeps the storage's number from being used again.
+
+    Args:
+        dependencies: tensors, and plain scalars (None, bool, int, float, str, dtype, device);
+            tuples, lists and dicts of these.
+        contents: also sign every element of every tensor.
+
+    Returns:
+        The signature, and whether any of the tensors requires gradients.
+
+    Raises:
+        UncheckableError: a tensor without a version counter (an inference tensor) or without data
+            of its own (fake, functional, wrapper subclass), or something else altogether.
+    """
+    parts: list[object] = []
+    requires_grad = False
+    for item in dependencies:
+        if isinstance(item, Tensor):
+            if not _is_plain(type(item)):
+                msg = f"a {type(item).__name__} has no data of its own"
+                raise UncheckableError(msg)
+            requires_grad = requires_grad or item.requires_grad
+            try:
+                parts.append(
+                    (
+                        id(item),
+                        item._version,
+                        item.untyped_storage()._cdata,
+                        item.data_ptr(),
+                        item.dtype,
+                        item.size(),
+                        item.stride(),
+                    )
+                )
+            except (RuntimeError, NotImplementedError) as error:
+                raise UncheckableError(str(error)) from None
+            if contents:
+                parts.append(_digest(item))
+        elif isinstance(item, float):
+            parts.append((float, item.hex()))
+        elif item is None or isinstance(item, bool | int | str | torch.dtype | torch.device):
+            parts.append((type(item), item))
+        elif isinstance(item, tuple | list | dict):
+            inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+            signature, wanted = sign(inner, contents=contents)
+            parts.append((len(inner), signature))
+            requires_grad = requires_grad or wanted
+        else:
+            msg = f"a dependency is a {type(item).__name__}: yield tensors and plain scalars"
+            raise UncheckableError(msg)
+    return tuple(parts), requires_grad
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Hash a tensor's elements in order (128 bits of BLAKE2b); waits for the device."""
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+    data = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _tensors(dependencies: Iterable[object]) -> Iterable[Tensor]:
+    for item in dependencies:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, tuple | list):
+            yield from _tensors(item)
+        elif isinstance(item, dict):
+            yield from _tensors(item.values())
+
+
+class Stamp:
+    """The state of everything that one stored value was derived from.
+
+    It keeps no tensor alive, only the numbers of their storages from being used again.
+
+    Attributes:
+        signature: what :func:`sign` said before the value was derived.
+        born: the cache's clock when deriving began; an event that comes later voids the value.
+    """
+
+    __slots__ = ("_held", "born", "signature")
+
+    def __init__(self, signature: Signature, dependencies: Iterable[object], born: int) -> None:
+        self.signature = signature
+        self.born = born
+        # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
+        # them. Storages may have them.
+        self._held = tuple(
+            StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors(dependencies)
+        )
+
+    @property
+    def storages(self) -> tuple[int, ...]:
+        """Ids of the dependencies' storages; valid for as long as the stamp lives."""
+        return tuple(held.cdata for held in self._held)
+
+    @property
+    def expired(self) -> bool:
+        """Whether a dependency's storage was freed, so that the value can never be valid again."""
+        return any(held.expired() for held in self._held)
+
+
+def environment() -> tuple[object, ...]:
+    """Return the global settings that change what the same operations compute.
+
+    Autocast for every device type, the precision of float32 matrix products, and the default dtype.
+    """
+    precision = torch._C._get_float32_matmul_precision()
+    default = torch.get_default_dtype()
+    if not torch._C._is_any_autocast_enabled():
+        return (precision, default)
+    autocast = tuple(
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "xpu", "mps")
+        if torch.is_autocast_enabled(kind)
+    )
+    return (precision, default, autocast)
+
+
+def untraceable() -> bool:
+    """Whether somebody follows the operations, so that a stored value must not stand in for them.
+
+    True under torch.compile and export, jit tracing, functorch transforms (vmap, grad, ...),
+    forward-mode differentiation, fake and proxy tensors, and while a CUDA graph is captured.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return True
+    if torch._C._len_torch_dispatch_stack() and any(
+        mode.is_infra_mode() for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    ):
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

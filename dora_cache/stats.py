@@ -1,0 +1,52 @@
+"""What a cache has done so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CacheStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """A snapshot of a cache's counters.
+
+    Two sums always hold: lookups are hits and misses, and
+    ``stores == entries + evictions + invalidations + replacements``.
+
+    Attributes:
+        hits: lookups answered without deriving, waiting for another thread's result included.
+        misses: lookups that derived the value.
+        stores: values that the backend kept.
+        evictions: entries that the backend dropped of its own accord, to make room.
+        rejections: values that the backend did not keep, for instance larger than the cap.
+        invalidations: entries dropped because they no longer hold, or because a caller said so.
+        replacements: entries that a newer value under the same key took the place of.
+        bypasses: calls that went past the cache (training, gradients through the value, tracing,
+            ``bypass()``, or whatever else cannot be checked).
+        entries: entries held now.
+        nbytes: bytes held now, each distinct storage once.
+        max_bytes: the most bytes that may be held; None if unbounded.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    stores: int = 0
+    evictions: int = 0
+    rejections: int = 0
+    invalidations: int = 0
+    replacements: int = 0
+    bypasses: int = 0
+    entries: int = 0
+    nbytes: int = 0
+    max_bytes: int | None = None
+
+    @property
+    def lookups(self) -> int:
+        """Calls that consulted the cache."""
+        return self.hits + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per lookup, from 0 to 1; 0 before the first lookup."""
+        return self.hits / self.lookups if self.lookups else 0.0
