@@ -100,7 +100,7 @@ def _attach_owner(cache: AdapterCache, owner: object) -> int:
         mode_switched=lambda _: cache.event(binding),
         moved=lambda _: cache.revalidate(binding),
     )
-    cache.on_detach(observe(owner, observer))
+    binding.undo.callback(observe(owner, observer))
     return 1
 
 

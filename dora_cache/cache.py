@@ -55,6 +55,7 @@ class Binding:
         token: a number no other binding has; part of every key.
         adapter: the adapter of all its values where the derivation names none.
         children: bindings that this one's events are passed on to.
+        undo: what to call on detach to give the owner back as it was, last added first.
         warmers: called with the owner; yields an adapter's name and a function that derives its
             values ahead of use.
     """
@@ -69,6 +70,7 @@ class Binding:
         "children",
         "keys",
         "token",
+        "undo",
         "warmers",
     )
 
@@ -78,6 +80,7 @@ class Binding:
         self.adapter = adapter
         self.children: list[weakref.ref[Binding]] = []
         self.keys: set[Hashable] = set()
+        self.undo = ExitStack()
         self.warmers: Callable[[Any], Iterable[tuple[str | None, Callable[[], object]]]] | None = (
             None
         )
@@ -285,6 +288,8 @@ class AdapterCache:
             return
         self._closed = True
         self._undo.close()
+        for binding in list(self._bindings.values()):
+            binding.undo.close()
         with self._locked():
             for binding in list(self._bindings.values()):
                 self._void(binding, ALL_ADAPTERS)
@@ -329,7 +334,7 @@ class AdapterCache:
             raise AlreadyAttachedError(_twice(owner))
         binding = self._add(Binding(self, owner, adapter))
         owner.__dict__[SLOT] = binding
-        self.on_detach(lambda: _unbind(binding))
+        binding.undo.callback(_unbind, weakref.ref(owner), binding.token)
         return binding
 
     def bind_function(self, derivation: Derivation) -> Binding:
@@ -342,7 +347,7 @@ class AdapterCache:
         if derivation.binding is not None:
             raise AlreadyAttachedError(_twice(derivation.function))
         derivation.binding = self._add(Binding(self, None, None))
-        self.on_detach(lambda: setattr(derivation, "binding", None))
+        derivation.binding.undo.callback(setattr, derivation, "binding", None)
         return derivation.binding
 
     def on_detach(self, undo: Callable[[], object]) -> None:
@@ -748,9 +753,10 @@ def _storable(value: object, stamp: Stamp) -> Value | None:
     return tensor if own and storage_id(tensor) not in stamp.storages else tensor.clone()
 
 
-def _unbind(binding: Binding) -> None:
-    owner = binding.owner
-    if owner is not None and owner.__dict__.get(SLOT) is binding:
+def _unbind(reference: weakref.ref[Any], token: int) -> None:
+    owner = reference()
+    binding = None if owner is None else owner.__dict__.get(SLOT)
+    if isinstance(binding, Binding) and binding.token == token:
         del owner.__dict__[SLOT]
 
 

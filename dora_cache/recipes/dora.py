@@ -42,29 +42,28 @@ class _Dora:
         return isinstance(layer, LoraLayer)
 
     def apply(self, cache: AdapterCache, layer: Any) -> bool:  # noqa: ANN401
-        fast = cache.config.numerics == "fast"
-        found = False
-        for adapter, variant in list(layer.lora_variant.items()):
-            if isinstance(variant, _CachedVariant):
-                found = True
-                continue
-            kind = _kind(type(variant))
-            if kind is None:
-                continue
-            if not found:
-                binding = follow_layer(cache, layer, self)
-                binding.warmers = _warmers
-            found = True
-            wrapped = _cached_variant(type(variant), kind, fast=fast)(variant)
-            layer.lora_variant[adapter] = wrapped
-            cache.on_detach(_restorer(layer.lora_variant, adapter, wrapped))
-        return found
+        known = {
+            adapter: variant
+            for adapter, variant in layer.lora_variant.items()
+            if isinstance(variant, _CachedVariant) or _kind(type(variant))
+        }
+        if not known:
+            return False
+        binding = follow_layer(cache, layer, self)
+        if binding.warmers is None:
+            binding.warmers = _warmers
+            binding.undo.callback(_restore, layer.lora_variant)
+        for adapter, variant in known.items():
+            if not isinstance(variant, _CachedVariant):
+                stand_in = _cached_variant(type(variant), cache.config.numerics)
+                layer.lora_variant[adapter] = stand_in(variant)
+        return True
 
 
 RECIPE = _Dora()
 
 
-def _kind(variant: type) -> str | None:
+def _kind(variant: Any) -> str | None:
     """Name the arithmetic of a variant class; None if it is not one known here."""
     for kind, known in (
         ("linear", (DoraLinearVariant,)),
@@ -80,7 +79,7 @@ class _CachedVariant:
     """Marks the variants that stand in for PEFT's; they copy and pickle as PEFT's."""
 
     kind: str
-    fast: bool
+    numerics: str
 
     def __init__(self, original: Any) -> None:  # noqa: ANN401
         self.original = original
@@ -90,8 +89,10 @@ class _CachedVariant:
 
 
 @functools.cache
-def _cached_variant(plain: type, kind: str, *, fast: bool) -> type:
-    forward = (_FAST if fast else _EXACT)[kind]
+def _cached_variant(plain: Any, numerics: str) -> Any:
+    """Return a subclass of a variant's class whose forward uses what is stored."""
+    kind = _kind(plain)
+    forward = _FORWARDS[numerics, kind]
 
     def run(
         module: Any,  # noqa: ANN401
@@ -101,22 +102,19 @@ def _cached_variant(plain: type, kind: str, *, fast: bool) -> type:
         **kwargs: Any,  # noqa: ANN401
     ) -> Tensor:
         if module.training or SLOT not in module.__dict__ or torch.compiler.is_compiling():
-            original: Tensor = plain.forward(  # type: ignore[attr-defined]
+            return plain.forward(
                 module, active_adapter=active_adapter, x=x, result=result, **kwargs
             )
-            return original
         return forward(module, active_adapter, x, result)
 
-    namespace = {"forward": staticmethod(run), "kind": kind, "fast": fast}
+    namespace = {"forward": staticmethod(run), "kind": kind, "numerics": numerics}
     return type(plain.__name__, (_CachedVariant, plain), namespace)
 
 
-def _restorer(variants: dict[str, Any], adapter: str, wrapped: Any) -> Callable[[], None]:  # noqa: ANN401
-    def restore() -> None:
-        if variants.get(adapter) is wrapped:
-            variants[adapter] = wrapped.original
-
-    return restore
+def _restore(variants: dict[str, Any]) -> None:
+    for adapter, variant in variants.items():
+        if isinstance(variant, _CachedVariant):
+            variants[adapter] = variant.original
 
 
 # What is derived
@@ -227,9 +225,6 @@ def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:  # noqa: ANN401
     return embedded @ layer.lora_embedding_B[adapter].T
 
 
-_EXACT = {"linear": _linear, "embedding": _embedding, "conv": _conv}
-
-
 # numerics="fast": s in float32 (float64 for float64 weights), and y = s * (Wx + gBAx) at once
 
 _ROWS_AT_ONCE = 1 << 22  # elements of W, so that deriving takes tens of megabytes at most
@@ -319,7 +314,14 @@ def _fast_embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tens
     return _combine(layer, adapter, result, delta)
 
 
-_FAST = {"linear": _fast_projected, "embedding": _fast_embedding, "conv": _fast_projected}
+_FORWARDS = {
+    ("peft", "linear"): _linear,
+    ("peft", "embedding"): _embedding,
+    ("peft", "conv"): _conv,
+    ("fast", "linear"): _fast_projected,
+    ("fast", "embedding"): _fast_embedding,
+    ("fast", "conv"): _fast_projected,
+}
 
 
 def _warmers(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:  # noqa: ANN401
@@ -327,7 +329,7 @@ def _warmers(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:  # noqa:
     for adapter, variant in layer.lora_variant.items():
         if not isinstance(variant, _CachedVariant):
             continue
-        if variant.fast:
+        if variant.numerics == "fast":
             yield adapter, partial(_fast_scale, layer, adapter)
         elif variant.kind == "linear":
             yield adapter, partial(_stored_scale, layer, adapter, layer.lora_A[adapter].weight.dtype)

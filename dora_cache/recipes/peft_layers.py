@@ -99,7 +99,7 @@ def follow_layer(
             "delete_adapter": deleted,
         },
     )
-    cache.on_detach(observe(layer, observer, overrides))
+    binding.undo.callback(observe(layer, observer, overrides))
     return binding
 
 
@@ -119,13 +119,13 @@ def follow_part(
     parent.adopt(binding)
     # The mode is switched on the layer as well, which knows whether the adapter is in training.
     observer = Observer(moved=lambda _: cache.revalidate(binding))
-    cache.on_detach(observe(part, observer, overrides))
+    binding.undo.callback(observe(part, observer, overrides))
 
 
 def follow_tuner(cache: AdapterCache, tuner: BaseTuner, rescan: Callable[[], object]) -> None:
     """Call ``rescan`` whenever a tuner has put adapters into the model."""
     observer = Observer(calls={"inject_adapter": lambda *_, **__: rescan()})
-    cache.on_detach(observe(tuner, observer))
+    cache.bind(tuner).undo.callback(observe(tuner, observer))
 
 
 def memoised(

