@@ -103,16 +103,17 @@ def create(name: str, **options: Any) -> Backend:  # noqa: ANN401
     factory = _factory(name)
     _check(name, factory, options)
     backend = factory(**options)
-    if not isinstance(backend, Backend):
-        missing = [part for part in _CONTRACT if not hasattr(backend, part)]
+    missing = [
+        part for part in _CONTRACT if inspect.getattr_static(backend, part, _MISSING) is _MISSING
+    ]
+    if missing:
         msg = f"backend {name!r} is no Backend: {type(backend).__name__} lacks {', '.join(missing)}"
         raise BackendError(msg)
     return backend
 
 
-_CONTRACT = (
-    "max_bytes", "nbytes", "get", "put", "delete", "clear", "keys", "__len__", "close",
-)  # fmt: skip
+_CONTRACT = tuple(name for name in vars(Backend) if name == "__len__" or not name.startswith("_"))
+_MISSING = object()
 
 
 def _factory(name: str) -> Callable[..., Backend]:

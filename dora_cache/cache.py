@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -134,10 +134,10 @@ class Binding:
 class _Flight:
     """A value on its way: derived by one thread, awaited by others."""
 
-    __slots__ = ("done", "entry", "error", "signature", "stamp", "thread", "touched")
+    __slots__ = ("derivation", "done", "entry", "error", "stamp", "thread", "touched")
 
-    def __init__(self, signature: Signature, stamp: Stamp) -> None:
-        self.signature = signature
+    def __init__(self, derivation: Derivation, stamp: Stamp) -> None:
+        self.derivation = derivation
         self.stamp = stamp
         self.thread = threading.get_ident()
         self.done = threading.Event()
@@ -416,6 +416,9 @@ class AdapterCache:
     def invalidate_derivation(self, derivation: Derivation) -> int:
         """Drop every entry of one derivation; return how many went."""
         with self._locked():
+            for flight in self._flights.values():
+                if flight.derivation is derivation:
+                    flight.touched = True
             keys = [k for k, record in self._records.items() if record.derivation is derivation]
             return sum(self._discard(key) for key in keys)
 
@@ -436,7 +439,12 @@ class AdapterCache:
             or untraceable()
         ):
             return self._past(derivation, args, kwargs)
-        call = self._prepare(derivation, binding, args, kwargs)
+        try:
+            call = self._prepare(derivation, binding, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
+            result = self._past(derivation, args, kwargs)
+            self._warn(f"depends_on of {derivation.name!r}", error)
+            return result
         if call is None:
             return self._past(derivation, args, kwargs)
         while True:
@@ -447,7 +455,7 @@ class AdapterCache:
                     flight = self._flights.get(call.key)
                     join = flight is not None and self._joinable(flight, call, binding)
                     if not join:
-                        flight = self._take_off(call)
+                        flight = self._take_off(derivation, call)
                 self._tally(derivation, hit=entry is not None or join)
             if self._dead:
                 self._sweep_dead()
@@ -477,7 +485,10 @@ class AdapterCache:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> _Call | None:
-        """Key and sign a call; None if it has to go past the cache."""
+        """Key and sign a call; None if it has to go past the cache.
+
+        Whatever ``depends_on`` raises comes through.
+        """
         try:
             bound = derivation.bind(*args, **kwargs)
         except TypeError:
@@ -492,13 +503,11 @@ class AdapterCache:
             signature, requires_grad = sign(dependencies, contents=self._contents)
         except (UnkeyableError, UncheckableError):
             return None
-        except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
-            self._warn(f"depends_on of {derivation.name!r}", error)
-            return None
         if requires_grad and not derivation.detach and torch.is_grad_enabled():
             return None
         key = (derivation.number, binding.token, frozen, environment())
-        return _Call(key, adapter, signature, dependencies)
+        # The key is signed as well, for backends that mix up keys which are not quite the same.
+        return _Call(key, adapter, (key, signature), dependencies)
 
     def _dependencies(
         self,
@@ -532,15 +541,16 @@ class AdapterCache:
     def _joinable(self, flight: _Flight, call: _Call, binding: Binding) -> bool:
         """Whether a value being derived is the one that the call wants."""
         return (
-            flight.signature == call.signature
+            flight.stamp.signature == call.signature
             and not flight.touched
             and flight.stamp.born > binding.voided(call.adapter)
             and flight.thread != threading.get_ident()  # a function that calls itself
         )
 
-    def _take_off(self, call: _Call) -> _Flight:
+    def _take_off(self, derivation: Derivation, call: _Call) -> _Flight:
         stamp = Stamp(call.signature, call.dependencies, next(self._clock))
-        flight = _Flight(call.signature, stamp)
+        flight = _Flight(derivation, stamp)
+        derivation.caches.add(self)
         self._flights[call.key] = flight
         return flight
 
@@ -568,7 +578,10 @@ class AdapterCache:
             flight.error = error
             raise
         finally:
-            again = None if entry is None else self._prepare(derivation, binding, args, kwargs)
+            again = None
+            if entry is not None:
+                with suppress(Exception):  # then it cannot be told whether the value still holds
+                    again = self._prepare(derivation, binding, args, kwargs)
             with self._locked():
                 if self._flights.get(call.key) is flight:
                     del self._flights[call.key]
@@ -603,7 +616,6 @@ class AdapterCache:
         binding.keys.add(call.key)
         for storage in stamp.storages:
             self._by_storage.setdefault(storage, set()).add(call.key)
-        derivation.caches.add(self)
         if len(self._records) > 2 * self._try("len", lambda: len(self._backend), 0) + 64:
             held = set(self._try("keys", self._backend.keys, ()))
             for key in [key for key in self._records if key not in held]:
@@ -748,7 +760,7 @@ def _storable(value: object, stamp: Stamp) -> Value | None:
         sign([value])  # the same doubts as for dependencies: inference tensors, fake ones, ...
     except UncheckableError:
         return None
-    tensor = value.detach()
+    tensor = value.detach() if type(value) is not Tensor or value.requires_grad else value
     own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
     return tensor if own and storage_id(tensor) not in stamp.storages else tensor.clone()
 

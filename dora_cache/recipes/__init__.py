@@ -38,6 +38,7 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
         return 0
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: PLC0415
 
+    from dora_cache.recipes.hotswap import follow_hotswap  # noqa: PLC0415
     from dora_cache.recipes.peft_layers import follow_tuner  # noqa: PLC0415
 
     recipes: list[Recipe] = [importlib.import_module(name).RECIPE for name in RECIPES.values()]
@@ -53,6 +54,7 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
 
     found = scan()
     if found:
+        follow_hotswap(cache)
         for part in list(model.modules()):
             if isinstance(part, BaseTuner):
                 follow_tuner(cache, part, scan)

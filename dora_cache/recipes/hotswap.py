@@ -1,0 +1,78 @@
+"""PEFT's hotswap: it writes through ``.data``, which no version counter shows."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from peft.utils import hotswap
+
+from dora_cache.decorator import SLOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from dora_cache.cache import AdapterCache
+
+__all__ = ["follow_hotswap"]
+
+_lock = threading.Lock()
+_followers: weakref.WeakSet[AdapterCache] = weakref.WeakSet()
+_originals: dict[str, Callable[..., Any]] = {}
+
+
+def follow_hotswap(cache: AdapterCache) -> None:
+    """Void the values of an adapter that PEFT swaps in place, until the cache detaches.
+
+    PEFT offers no hook, so while any cache is attached two functions of its module are wrapped:
+    the one that swaps, for an event once all is written; and the one it calls for each layer, for
+    those who imported the first before it was wrapped.
+    """
+    with _lock:
+        _followers.add(cache)
+        if not _originals:
+            _wrap("hotswap_adapter_from_state_dict", _swapped)
+            _wrap("_update_scaling", _swapping)
+    reference = weakref.ref(cache)
+    cache.on_detach(lambda: _unfollow(reference()))
+
+
+def _unfollow(cache: AdapterCache | None) -> None:
+    with _lock:
+        if cache is not None:
+            _followers.discard(cache)
+        if not _followers:
+            for name, original in _originals.items():
+                setattr(hotswap, name, original)
+            _originals.clear()
+
+
+def _wrap(name: str, event: Callable[..., None]) -> None:
+    original = getattr(hotswap, name, None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            event(*args, **kwargs)
+
+    _originals[name] = original
+    setattr(hotswap, name, wrapper)
+
+
+def _swapped(model: nn.Module, state_dict: object, adapter_name: str, *_: Any, **__: Any) -> None:  # noqa: ARG001
+    for module in model.modules():
+        _swapping(module, adapter_name)
+
+
+def _swapping(lora_module: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
+    binding = vars(lora_module).get(SLOT)
+    if binding is not None and binding.cache in _followers:
+        binding.cache.event(binding, adapter_name)

@@ -1,0 +1,279 @@
+"""Many threads: one computation per missing key, no lost invalidation, sums that add up."""
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from zoo import activate, dora_model, run, sample
+
+import dora_cache
+from dora_cache import cached
+
+
+class Slow(nn.Module):
+    """Derives when told to, so that a test can arrange what happens meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.ParameterDict({name: torch.ones(4) for name in "ab"})
+        self.requires_grad_(requires_grad=False)
+        self.started = threading.Semaphore(0)
+        self.go = threading.Event()
+        self.calls = 0
+        self.error = None
+        self.eval()
+
+    @cached("value", adapter="name", depends_on=lambda self, name: [self.weight[name]])
+    def value(self, name):
+        self.calls += 1
+        result = self.weight[name] * 2
+        self.started.release()
+        assert self.go.wait(20)
+        if self.error is not None:
+            raise self.error
+        return result
+
+
+@pytest.fixture
+def slow():
+    return Slow()
+
+
+def later(pool, count, function, *args):
+    return [pool.submit(function, *args) for _ in range(count)]
+
+
+def waiting(cache, count):
+    """Wait until so many lookups have joined another thread's computation."""
+    end = time.monotonic() + 20
+    while cache.stats().hits < count:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_concurrent_requests_for_one_value_compute_it_once(slow):
+    """Eight threads that want one missing value get it from one computation."""
+    with dora_cache.attach(slow) as cache, ThreadPoolExecutor(8) as pool:
+        futures = later(pool, 8, slow.value, "a")
+        slow.started.acquire()
+        waiting(cache, 7)
+        slow.go.set()
+        results = [future.result(20) for future in futures]
+        assert slow.calls == 1
+        assert all(torch.equal(result, torch.full((4,), 2.0)) for result in results)
+        stats = cache.stats()
+    assert (stats.misses, stats.hits, stats.stores) == (1, 7, 1)
+
+
+def test_a_failing_computation_fails_its_waiters_once(slow):
+    """All that wait for a computation that fails get its error; the next call tries again."""
+    slow.error = ValueError("no luck")
+    with dora_cache.attach(slow) as cache, ThreadPoolExecutor(4) as pool:
+        futures = later(pool, 4, slow.value, "a")
+        slow.started.acquire()
+        waiting(cache, 3)
+        slow.go.set()
+        for future in futures:
+            with pytest.raises(ValueError, match="no luck"):
+                future.result(20)
+        assert slow.calls == 1
+        assert cache.stats().stores == 0
+        slow.error = None
+        assert torch.equal(slow.value("a"), torch.full((4,), 2.0))
+
+
+def test_an_interrupted_computation_lets_the_others_try_again(slow):
+    """KeyboardInterrupt is the leader's own; whoever waits computes for itself."""
+    slow.error = KeyboardInterrupt()
+    with dora_cache.attach(slow) as cache, ThreadPoolExecutor(1) as pool:
+        caught = []
+
+        def leader():
+            try:
+                slow.value("a")
+            except KeyboardInterrupt:
+                caught.append(True)
+
+        thread = threading.Thread(target=leader)
+        thread.start()
+        slow.started.acquire()
+        future = pool.submit(slow.value, "a")
+        waiting(cache, 1)
+        slow.go.set()
+        thread.join(20)
+        assert caught
+        with pytest.raises(KeyboardInterrupt):  # it computes again, and the error is still set
+            future.result(20)
+        assert slow.calls == 2
+        stats = cache.stats()
+        assert (stats.hits, stats.misses) == (0, 2)
+
+
+INVALIDATIONS = {
+    "invalidate": lambda slow, cache: cache.invalidate(),
+    "invalidate(adapter)": lambda slow, cache: cache.invalidate(adapter="a"),
+    "invalidate(module)": lambda slow, cache: cache.invalidate(module=slow),
+    "cache_clear": lambda slow, cache: Slow.value.cache_clear(),
+    "touched": lambda slow, cache: cache.touched([slow.weight["a"]]),
+    "in place": lambda slow, cache: slow.weight["a"].mul_(3),
+    "data": lambda slow, cache: setattr(slow.weight["a"], "data", torch.full((4,), 3.0)),
+    "replaced": lambda slow, cache: slow.weight.__setitem__("a", nn.Parameter(torch.zeros(4))),
+    "mode": lambda slow, cache: slow.train() and slow.eval(),
+    "detach": lambda slow, cache: cache.detach(),
+}
+
+
+@pytest.mark.parametrize("how", INVALIDATIONS)
+def test_an_invalidation_during_a_computation_wins(slow, how):
+    """A value computed before an invalidation is returned to its caller and never stored."""
+    cache = dora_cache.attach(slow)
+    with ThreadPoolExecutor(2) as pool:
+        future = pool.submit(slow.value, "a")
+        slow.started.acquire()
+        with torch.no_grad():
+            INVALIDATIONS[how](slow, cache)
+        slow.go.set()
+        assert torch.equal(future.result(20), torch.full((4,), 2.0))
+        assert cache.stats().stores == 0
+        assert cache.stats().entries == 0
+        assert torch.equal(slow.value("a"), Slow.value.__wrapped__(slow, "a"))
+    cache.detach()
+
+
+def test_a_call_after_an_invalidation_does_not_join_an_older_computation(slow):
+    """Whoever asks after the invalidation gets a value computed after it."""
+    with dora_cache.attach(slow) as cache, ThreadPoolExecutor(2) as pool:
+        old = pool.submit(slow.value, "a")
+        slow.started.acquire()
+        cache.invalidate(adapter="a")
+        new = pool.submit(slow.value, "a")
+        assert slow.started.acquire(timeout=20)
+        slow.go.set()
+        old.result(20), new.result(20)
+        assert slow.calls == 2
+        assert cache.stats().stores == 1
+
+
+def test_an_event_for_one_adapter_lets_the_other_finish(slow):
+    """Invalidating "b" while "a" is being computed does not cost "a" its entry."""
+    with dora_cache.attach(slow) as cache, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(slow.value, "a")
+        slow.started.acquire()
+        cache.invalidate(adapter="b")
+        slow.go.set()
+        future.result(20)
+        assert cache.stats().entries == 1
+
+
+def test_bypass_is_one_threads_own(slow):
+    """bypass() in one thread leaves the others on the cache."""
+    slow.go.set()
+    with dora_cache.attach(slow) as cache, ThreadPoolExecutor(1) as pool, cache.bypass():
+        slow.value("a")
+        assert cache.stats().bypasses == 1
+        pool.submit(slow.value, "a").result(20)
+        pool.submit(slow.value, "a").result(20)
+        assert cache.stats().hits == 1
+        assert cache.stats().bypasses == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"backend": "lru", "max_bytes": 100}, {"backend": "cpu", "max_bytes": 70}],
+    ids=str,
+)
+def test_many_threads_never_get_a_wrong_output(settings):
+    """Threads on their own models' adapters, with invalidations all along: right, within the cap."""
+    adapters = ("first", "second", "third")
+    model = dora_model("linear", adapters=adapters)
+    layer = model.base_model.model.layer
+    x = sample("linear")
+    expected = {}
+    for adapter in adapters:
+        activate(model, adapter)
+        expected[adapter] = run(model, x)
+    base = layer.get_base_layer()
+    end = time.monotonic() + 3
+    wrong, over = [], []
+
+    def serve(seed):
+        generator = random.Random(seed)
+        while time.monotonic() < end:
+            adapter = generator.choice(adapters)
+            with torch.no_grad():
+                result = layer.lora_variant[adapter].forward(
+                    layer, active_adapter=adapter, x=x, result=base(x)
+                )
+            if not torch.equal(torch.tanh(result), expected[adapter]):
+                wrong.append(adapter)
+            if generator.random() < 0.05:
+                cache.invalidate(adapter=generator.choice([*adapters, None]))
+            stats = cache.stats()
+            if stats.max_bytes is not None and stats.nbytes > stats.max_bytes:
+                over.append(stats)
+
+    with dora_cache.attach(model, **settings) as cache:
+        threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        stats = cache.stats()
+    assert not wrong
+    assert not over
+    assert stats.lookups > 100
+    assert stats.evictions >= 0
+    gone = stats.evictions + stats.invalidations + stats.replacements
+    assert stats.stores == stats.entries + gone
+
+
+def test_attaching_and_detaching_while_serving():
+    """Outputs stay right while another thread attaches and detaches all the time."""
+    model = dora_model("linear")
+    x = sample("linear")
+    expected = run(model, x)
+    stop = threading.Event()
+
+    def switch():
+        while not stop.is_set():
+            with dora_cache.attach(model):
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    end = time.monotonic() + 2
+    count = 0
+    try:
+        while time.monotonic() < end:
+            assert torch.equal(run(model, x), expected)
+            count += 1
+    finally:
+        stop.set()
+        thread.join(20)
+    assert count > 100
+
+
+def test_data_parallel_replicas_share_nothing():
+    """A replica as DataParallel makes it is a plain module without the cache."""
+    model = dora_model("linear")
+    layer = model.base_model.model.layer
+    plain = type(layer)
+    x = sample("linear")
+    with dora_cache.attach(model) as cache:
+        expected = run(model, x)
+        replica = layer._replicate_for_data_parallel()
+        assert type(replica) is plain
+        lookups = cache.stats().lookups
+        for name, parameter in layer._parameters.items():
+            replica._parameters[name] = parameter
+        with torch.no_grad():
+            assert torch.equal(torch.tanh(replica(x)), expected)
+        assert cache.stats().lookups == lookups
+        assert type(layer) is not plain
+        run(model, x)
+        assert cache.stats().hits == 1
