@@ -524,7 +524,11 @@ class AdapterCache:
 
     def _valid(self, call: _Call, binding: Binding) -> Entry | None:
         """Return the entry of a call if it may be used; drop it if not."""
-        entry: Entry | None = self._try("get", lambda: self._backend.get(call.key), None)
+        try:
+            entry = self._backend.get(call.key)
+        except Exception as error:  # noqa: BLE001 - as in _try, without its cost at every hit
+            self._warn("the backend's get", error)
+            return None
         if entry is None:
             return None
         stamp = entry.stamp

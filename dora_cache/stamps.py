@@ -57,40 +57,43 @@ def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Sig
     parts: list[object] = []
     requires_grad = False
     for item in dependencies:
-        if isinstance(item, Tensor):
-            if not _is_plain(type(item)):
-                msg = f"a {type(item).__name__} has no data of its own"
-                raise UncheckableError(msg)
-            requires_grad = requires_grad or item.requires_grad
+        kind = type(item)
+        if _plain_types.get(kind) or isinstance(item, Tensor):
             try:
-                parts.append(
-                    (
-                        id(item),
-                        item._version,
-                        item.untyped_storage()._cdata,
-                        item.data_ptr(),
-                        item.dtype,
-                        item.size(),
-                        item.stride(),
-                    )
-                )
+                parts.append(_sign_tensor(item))
+                requires_grad = requires_grad or item.requires_grad
             except (RuntimeError, NotImplementedError) as error:
                 raise UncheckableError(str(error)) from None
             if contents:
                 parts.append(_digest(item))
-        elif isinstance(item, float):
+        elif kind is float:
             parts.append((float, item.hex()))
-        elif item is None or isinstance(item, bool | int | str | torch.dtype | torch.device):
-            parts.append((type(item), item))
+        elif item is None or isinstance(item, int | float | str | torch.dtype | torch.device):
+            parts.append((kind, item))
         elif isinstance(item, tuple | list | dict):
             inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item
             signature, wanted = sign(inner, contents=contents)
-            parts.append((len(inner), signature))
+            parts.append((kind, len(item), signature))
             requires_grad = requires_grad or wanted
         else:
-            msg = f"a dependency is a {type(item).__name__}: yield tensors and plain scalars"
+            msg = f"a dependency is a {kind.__name__}: yield tensors and plain scalars"
             raise UncheckableError(msg)
     return tuple(parts), requires_grad
+
+
+def _sign_tensor(tensor: Tensor) -> Signature:
+    if not _is_plain(type(tensor)):
+        msg = f"a {type(tensor).__name__} has no data of its own"
+        raise UncheckableError(msg)
+    return (
+        id(tensor),
+        tensor._version,
+        tensor.untyped_storage()._cdata,
+        tensor.data_ptr(),
+        tensor.dtype,
+        tensor.size(),
+        tensor.stride(),
+    )
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -174,7 +177,8 @@ def untraceable() -> bool:
     ):
         return True
     if torch._C._len_torch_dispatch_stack() and any(
-        mode.is_infra_mode() for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        mode.is_infra_mode()
+        for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     ):
         return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda._initialized and torch.cuda.is_current_stream_capturing()

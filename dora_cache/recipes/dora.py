@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import reduce_as_plain
-from dora_cache.recipes.peft_layers import follow_layer, weights_of
+from dora_cache.recipes.peft_layers import base_layer, follow_layer, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,18 +120,19 @@ def _restore(variants: dict[str, Any]) -> None:
 # What is derived
 
 
-def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Iterator[object]:  # noqa: ANN401, ARG001
-    yield layer.scaling[adapter]
-    yield layer.lora_magnitude_vector[adapter].weight
-    if adapter in layer.lora_A:
-        yield layer.lora_A[adapter].weight
-        lora_b = layer.lora_B[adapter]
-        yield lora_b.weight
-        yield lora_b.bias
+def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> list[object]:  # noqa: ARG001
+    # Runs at every hit: straight to the dictionaries, past nn.Module.__getattr__.
+    modules = layer._modules
+    magnitude = modules["lora_magnitude_vector"]._modules[adapter].weight
+    lora_a = modules["lora_A"]._modules.get(adapter)
+    if lora_a is None:
+        factors = (layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
     else:
-        yield layer.lora_embedding_A[adapter]
-        yield layer.lora_embedding_B[adapter]
-    yield from weights_of(layer.get_base_layer())
+        lora_b = modules["lora_B"]._modules[adapter]
+        factors = (*lora_a._parameters.values(), *lora_b._parameters.values())
+        if None in (lora_a._parameters.get("weight"), lora_b._parameters.get("weight")):
+            factors = (lora_a.weight, lora_b.weight, lora_b.bias)  # parametrized
+    return [layer.scaling[adapter], magnitude, *factors, *weights_of(base_layer(layer))]
 
 
 @cached("DoRA norm", adapter="adapter", depends_on=_depends_on, detach=True)
@@ -147,7 +148,7 @@ def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         Shape (out,) for linear and embedding layers, (1, out, 1, ...) for convolutions.
     """
     dora = layer.lora_magnitude_vector[adapter]
-    base = layer.get_base_layer()
+    base = base_layer(layer)
     if adapter in layer.lora_A:
         factors = {"lora_A": layer.lora_A[adapter], "lora_B": layer.lora_B[adapter]}
     else:
@@ -178,8 +179,7 @@ def _stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) ->
 
 
 def _wants_gradient(layer: Any, adapter: str) -> bool:  # noqa: ANN401
-    magnitude = layer.lora_magnitude_vector[adapter].weight
-    return torch.is_grad_enabled() and magnitude.requires_grad
+    return torch.is_grad_enabled() and layer.lora_magnitude_vector[adapter].weight.requires_grad
 
 
 def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
@@ -195,19 +195,19 @@ def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor
 
 def _linear(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
     scale = _scale(layer, adapter, x.dtype).view(1, -1)
-    delta = layer.lora_B[adapter](layer.lora_A[adapter](x))
-    bias = layer.get_base_layer().bias
+    delta = _projected(layer, adapter, x)
+    bias = base_layer(layer).bias
     base = result if bias is None else result - bias
     return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
 
 
 def _conv(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
     scale = _scale(layer, adapter)
-    bias = layer.get_base_layer().bias
+    bias = base_layer(layer).bias
     base = result
     if bias is not None:
         base = result - bias.view(1, -1, *[1] * (result.dim() - 2))
-    delta = layer.lora_B[adapter](layer.lora_A[adapter](x))
+    delta = _projected(layer, adapter, x)
     return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
 
 
@@ -218,6 +218,12 @@ def _embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  
     if embed_scale is not None:
         delta = delta * embed_scale.to(delta.dtype)
     return scale * result + delta
+
+
+def _projected(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    modules = layer._modules
+    projected: Tensor = modules["lora_B"]._modules[adapter](modules["lora_A"]._modules[adapter](x))
+    return projected
 
 
 def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:  # noqa: ANN401
@@ -237,7 +243,7 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:  # noqa: ANN401
     Returns:
         One or two tensors of shape (out,), float32, or float64 for a float64 base weight.
     """
-    base = layer.get_base_layer()
+    base = base_layer(layer)
     weight = dequantize_module_weight(base)
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     with torch.autocast(weight.device.type, enabled=False):
@@ -301,7 +307,7 @@ def _fast_projected(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tens
     if _wants_gradient(layer, adapter):
         exact = _conv if _is_conv(layer) else _linear
         return exact(layer, adapter, x, result)
-    return _combine(layer, adapter, result, layer.lora_B[adapter](layer.lora_A[adapter](x)))
+    return _combine(layer, adapter, result, _projected(layer, adapter, x))
 
 
 def _fast_embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401

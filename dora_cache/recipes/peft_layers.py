@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import Observer, observe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from torch import Tensor
+    from collections.abc import Callable, Iterable, Sequence
 
     from dora_cache.cache import AdapterCache, Binding
 
-__all__ = ["Recipe", "follow_layer", "follow_part", "follow_tuner", "memoised", "weights_of"]
+__all__ = [
+    "Recipe",
+    "base_layer",
+    "follow_layer",
+    "follow_part",
+    "follow_tuner",
+    "memoised",
+    "weights_of",
+]
 
 
 class Recipe(Protocol):
@@ -39,20 +45,31 @@ class Recipe(Protocol):
         """
 
 
-def weights_of(layer: nn.Module) -> Iterator[Tensor]:
-    """Yield what determines a base layer's weight: itself, or what it is dequantized from."""
-    weight = layer._parameters.get("weight")
-    if weight is not None and type(weight) is nn.Parameter:
-        yield weight
-        return
-    yield from layer.parameters()
-    yield from layer.buffers()
-    weight = getattr(layer, "weight", None)
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+def base_layer(layer: nn.Module) -> nn.Module:
+    """Return the innermost base layer, as ``get_base_layer()`` does, at a tenth of its cost."""
+    base = layer._modules.get("base_layer")
+    if base is None:
+        found: nn.Module = layer.get_base_layer()
+        return found
+    while True:
+        inner = base._modules.get("base_layer")
+        if inner is None:
+            return base
+        base = inner
+
+
+def weights_of(base: nn.Module) -> Sequence[Tensor]:
+    """Return what determines a base layer's weight: itself, or what it is dequantized from."""
+    weight = base._parameters.get("weight")
+    if type(weight) is nn.Parameter:
+        return (weight,)
+    found = [*base.parameters(), *base.buffers()]
+    weight = getattr(base, "weight", None)
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
     for owner in (weight, state, getattr(state, "state2", None)):
-        for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
-            if hasattr(value, "untyped_storage"):
-                yield value
+        attributes = vars(owner).values() if hasattr(owner, "__dict__") else ()
+        found.extend(value for value in attributes if isinstance(value, Tensor))
+    return found
 
 
 def follow_layer(
@@ -76,7 +93,7 @@ def follow_layer(
 
     def base_written(layer: BaseTunerLayer, *_: object, **__: object) -> None:
         # merge and unmerge write through .data, which version counters do not see.
-        cache.touched(weights_of(layer.get_base_layer()))
+        cache.touched(weights_of(base_layer(layer)))
 
     def added(layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         cache.event(binding, kwargs["adapter_name"] if "adapter_name" in kwargs else args[0])
