@@ -59,7 +59,7 @@ class CPUBackend:
         """The caps of both tiers together; None where the host's is unbounded."""
         if self._host.max_bytes is None:
             return None
-        return self._host.max_bytes + (self._device.max_bytes if self._device else 0)
+        return self._host.max_bytes + (0 if self._device is None else self._device.max_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +69,7 @@ class CPUBackend:
     @property
     def device_nbytes(self) -> int:
         """Bytes of the copies held on the device."""
-        return self._device.nbytes if self._device else 0
+        return 0 if self._device is None else self._device.nbytes
 
     def get(self, key: Hashable) -> Entry | None:
         """Return the entry under ``key`` with its tensors on their own device, or None."""

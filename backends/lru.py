@@ -24,7 +24,7 @@ class _Entries(LRUCache[Any, Any]):
         super().__init__(maxsize=max_bytes, getsizeof=lambda entry: entry.nbytes)
         self._removed = removed
 
-    def __delitem__(self, key: Hashable) -> None:  # type: ignore[override]
+    def __delitem__(self, key: Hashable) -> None:
         entry = Cache.__getitem__(self, key)
         super().__delitem__(key)
         self._removed(key, entry)

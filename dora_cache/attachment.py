@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dora_cache.cache import AdapterCache
-from dora_cache.decorator import MARK, Derivation, derivations_of
+from dora_cache.decorator import MARK, SLOT, Derivation, derivations_of
 from dora_cache.config import CacheConfig
-from dora_cache.errors import ConfigError, NothingToCacheError
+from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import Observer, follow_optimizers, observe
 from dora_cache.recipes import RECIPES, apply_recipes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from dora_cache.cache import Binding
 
@@ -40,8 +41,8 @@ def attach(
             ``max_bytes="256MiB"`` (see :class:`CacheConfig`).
 
     Returns:
-        The handle: statistics, invalidation, warming, bypass, detach. It is a context manager that
-        detaches on exit.
+        The handle, for statistics, invalidation, warming, bypass and detaching; as a context
+        manager it detaches on exit.
 
     Raises:
         ConfigError: a setting is wrong, or both ``config`` and settings are given.
@@ -96,12 +97,37 @@ def _attach_owner(cache: AdapterCache, owner: object) -> int:
                 )
                 raise ConfigError(msg)
     binding = cache.bind(owner)
+    binding.warmers = _warmers
     observer = Observer(
         mode_switched=lambda _: cache.event(binding),
         moved=lambda _: cache.revalidate(binding),
     )
     binding.undo.callback(observe(owner, observer))
     return 1
+
+
+def _warmers(
+    owner: object, wanted: list[str] | None
+) -> Iterator[tuple[str | None, Callable[[], object]]]:
+    """Call the methods that need no argument, or none but the name of an adapter."""
+    for derivation in derivations_of(type(owner)):
+        name = derivation.adapter
+        for adapter in [None] if name is None else wanted or ():
+            arguments = {} if name is None else {name: adapter}
+            try:
+                derivation.bind(owner, **arguments)
+            except TypeError:  # it needs arguments that only a call can give
+                continue
+            yield adapter, partial(_derive, owner, derivation, arguments)
+
+
+def _derive(owner: object, derivation: Derivation, arguments: dict[str, Any]) -> None:
+    binding = owner.__dict__[SLOT]
+    try:
+        binding.cache.lookup(derivation, binding, (owner,), arguments)
+    except (AttributeError, KeyError) as error:
+        msg = f"{type(owner).__name__} derives no {derivation.name!r} for {arguments}: {error}"
+        raise AdapterNotFoundError(msg) from error
 
 
 def _device(target: object) -> torch.device:

@@ -8,6 +8,7 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -24,12 +25,12 @@ from dora_cache.errors import (
     CacheWarning,
     DetachedError,
 )
-from dora_cache.keys import UnkeyableError, freeze
+from dora_cache.keys import UnkeyableError, freeze, own_state
 from dora_cache.stamps import Signature, Stamp, UncheckableError, environment, sign, untraceable
 from dora_cache.stats import CacheStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator
 
     from dora_cache.backends import Backend, Value
     from dora_cache.decorator import Derivation
@@ -44,6 +45,11 @@ _bypassed: ContextVar[frozenset[int]] = ContextVar("dora_cache_bypassed", defaul
 _tokens = itertools.count(1)
 
 
+Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]
+"""Called with an owner and the wanted adapters (None: all); yields an adapter's name, and a function
+that derives its values exactly as the first forward would."""
+
+
 class Binding:
     """One owner's tie to a cache: the module (or object, or function) whose values it may hold.
 
@@ -56,8 +62,7 @@ class Binding:
         adapter: the adapter of all its values where the derivation names none.
         children: bindings that this one's events are passed on to.
         undo: what to call on detach to give the owner back as it was, last added first.
-        warmers: called with the owner; yields an adapter's name and a function that derives its
-            values ahead of use.
+        warmers: see :data:`Warmers`.
     """
 
     __slots__ = (
@@ -81,9 +86,7 @@ class Binding:
         self.children: list[weakref.ref[Binding]] = []
         self.keys: set[Hashable] = set()
         self.undo = ExitStack()
-        self.warmers: Callable[[Any], Iterable[tuple[str | None, Callable[[], object]]]] | None = (
-            None
-        )
+        self.warmers: Warmers | None = None
         self._voided: dict[str | None, int] = {}
         self._voided_all = 0
         self._owner: weakref.ref[Any] | None = None
@@ -262,7 +265,7 @@ class AdapterCache:
             owner = binding.owner
             if binding.warmers is None or owner is None:
                 continue
-            for adapter, job in binding.warmers(owner):
+            for adapter, job in binding.warmers(owner, wanted):
                 if adapter is not None:
                     known.add(adapter)
                 if wanted is None or adapter is None or adapter in wanted:
@@ -473,6 +476,11 @@ class AdapterCache:
             with self._lock:  # the one waited for came to nothing: this was no lookup yet
                 self._tally(derivation, hit=True, count=-1)
 
+    def passed_by(self) -> None:
+        """Count a call that went past the cache without asking it."""
+        with self._locked():
+            self._counts["bypasses"] += 1
+
     def _past(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         with self._lock:
             self._counts["bypasses"] += 1
@@ -495,11 +503,11 @@ class AdapterCache:
             return None  # the function itself says what is wrong with its arguments
         index = derivation.adapter_index
         adapter = binding.adapter if index is None else bound[index]
-        tensors: list[Tensor] = []
+        dependencies: list[object] = []
         try:
             rest = bound if binding.owner is None else bound[1:]
-            frozen = tuple([freeze(value, tensors) for value in rest])
-            dependencies = self._dependencies(derivation, binding, tensors, args, kwargs)
+            frozen = tuple([freeze(value, dependencies) for value in rest])
+            dependencies += self._declared(derivation, binding, args, kwargs)
             signature, requires_grad = sign(dependencies, contents=self._contents)
         except (UnkeyableError, UncheckableError):
             return None
@@ -509,18 +517,17 @@ class AdapterCache:
         # The key is signed as well, for backends that mix up keys which are not quite the same.
         return _Call(key, adapter, (key, signature), dependencies)
 
-    def _dependencies(
+    def _declared(
         self,
         derivation: Derivation,
         binding: Binding,
-        tensors: list[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> list[object]:
+    ) -> Iterable[object]:
         if derivation.depends_on is not None:
-            return [*tensors, *derivation.depends_on(*args, **kwargs)]
+            return derivation.depends_on(*args, **kwargs)
         owner = binding.owner
-        return [*tensors, *(own_state(owner) if isinstance(owner, nn.Module) else ())]
+        return own_state(owner) if isinstance(owner, nn.Module) else ()
 
     def _valid(self, call: _Call, binding: Binding) -> Entry | None:
         """Return the entry of a call if it may be used; drop it if not."""
@@ -723,29 +730,6 @@ class AdapterCache:
         if self._closed:
             msg = "this cache is detached: call dora_cache.attach(model) for a new one"
             raise DetachedError(msg)
-
-
-def own_state(owner: nn.Module) -> Iterator[object]:
-    """Yield the parameters, buffers, and plain attributes of a module and its submodules."""
-    for module in owner.modules():
-        yield from module._parameters.values()
-        yield from module._buffers.values()
-        for name, value in vars(module).items():
-            if not name.startswith("_") and name != "training":
-                yield from _plain(value)
-
-
-def _plain(value: object) -> Iterator[object]:
-    if value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(key, str | int):
-                yield key
-            yield from _plain(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _plain(item)
 
 
 def _storable(value: object, stamp: Stamp) -> Value | None:

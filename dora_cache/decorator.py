@@ -8,6 +8,8 @@ import itertools
 import weakref
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
+import torch
+
 from dora_cache.errors import ConfigError
 from dora_cache.keys import make_binder
 
@@ -136,8 +138,9 @@ def cached(
             ``invalidate(adapter=...)`` go by it.
         depends_on: called with the same arguments as the function, returns the tensors and plain
             scalars (numbers, strings, dtypes; lists and dicts of them) that the result depends on
-            besides the arguments. Without it: the parameters, buffers and plain attributes of the
-            owner and of its submodules.
+            besides the arguments. Without it: the parameters, buffers and attributes of the owner
+            and of its submodules; with an attribute among them that cannot be compared (an object
+            of some class), every call goes past the cache.
         detach: the result is a constant to autograd (as DoRA's norm is): it is derived without a
             graph, and may be stored and used while its dependencies require gradients.
 
@@ -173,6 +176,8 @@ def cached(
                     binding = None
                 if binding is None:
                     return function(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
             result: R = binding.cache.lookup(derivation, binding, args, kwargs)
             return result
 
@@ -195,7 +200,7 @@ def cached(
 
 def derivations_of(kind: type) -> list[Derivation]:
     """Return the derivations of the decorated methods of a class, inherited ones included."""
-    found = {}
+    found: dict[str, Derivation] = {}
     for base in kind.__mro__:
         for attribute, value in vars(base).items():
             derivation = getattr(value, MARK, None)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import enum
 import inspect
+import itertools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterator
 
-__all__ = ["UnkeyableError", "freeze", "make_binder"]
+__all__ = ["UnkeyableError", "freeze", "make_binder", "own_state"]
 
 
 class UnkeyableError(TypeError):
@@ -25,12 +27,16 @@ _AS_IS = frozenset(
 _WITH_TYPE = frozenset({bool, int, complex})
 
 
-def freeze(value: object, tensors: list[Tensor]) -> Hashable:
+_module_numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+
+
+def freeze(value: object, dependencies: list[object]) -> Hashable:
     """Turn an argument into something hashable that equals only its like.
 
     Equal numbers of different types get different keys (``1``, ``1.0`` and ``True`` may derive
-    different dtypes). Tensors, and those of modules, are keyed by identity and appended to
-    ``tensors``, for the stamp.
+    different dtypes). Tensors and modules are keyed by identity, and appended to ``dependencies``
+    for the stamp: tensors as they are, modules with all their state.
 
     Raises:
         UnkeyableError: an argument of a type whose equality says nothing sure.
@@ -43,22 +49,43 @@ def freeze(value: object, tensors: list[Tensor]) -> Hashable:
     if kind is float:
         return (kind, value.hex())  # type: ignore[attr-defined]  # tells -0.0 from 0.0; NaN is NaN
     if isinstance(value, Tensor):
-        tensors.append(value)
+        dependencies.append(value)
         return (Tensor, id(value))
     if isinstance(value, nn.Module):
-        tensors.extend(value.parameters())
-        tensors.extend(value.buffers())
-        return (nn.Module, id(value))
+        dependencies.extend(own_state(value))
+        # An id may be another module's once this one is gone; such a number never is.
+        return (nn.Module, _module_numbers.setdefault(value, next(_numbers)))
     if isinstance(value, enum.Enum):
         return value
     if isinstance(value, tuple | list):
-        return (kind, tuple(freeze(item, tensors) for item in value))
+        return (kind, tuple(freeze(item, dependencies) for item in value))
     if isinstance(value, dict):
-        return (kind, frozenset((freeze(k, tensors), freeze(v, tensors)) for k, v in value.items()))
+        return (
+            kind,
+            frozenset((freeze(k, dependencies), freeze(v, dependencies)) for k, v in value.items()),
+        )
     if isinstance(value, set | frozenset):
-        return (kind, frozenset(freeze(item, tensors) for item in value))
+        return (kind, frozenset(freeze(item, dependencies) for item in value))
     msg = f"an argument of type {kind.__name__} cannot be part of a key"
     raise UnkeyableError(msg)
+
+
+_MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_dora_cache_binding", "_dora_cache_observer"})
+
+
+def own_state(owner: nn.Module) -> Iterator[object]:
+    """Yield the parameters, buffers, and attributes of a module and of its submodules.
+
+    What PyTorch itself keeps in every module (its mode, its hooks) is left out. Attributes that
+    cannot be signed come out as they are, so that signing them fails.
+    """
+    for module in owner.modules():
+        yield from module._parameters.values()
+        yield from module._buffers.values()
+        for name, value in vars(module).items():
+            if name not in _MODULE_ATTRIBUTES:
+                yield name
+                yield value
 
 
 def make_binder(function: Callable[..., Any]) -> tuple[Callable[..., tuple[Any, ...]], list[str]]:
@@ -72,6 +99,7 @@ def make_binder(function: Callable[..., Any]) -> tuple[Callable[..., tuple[Any, 
     parameters = inspect.signature(function).parameters.values()
     declared, namespace = [], {}
     kinds = [parameter.kind for parameter in parameters]
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     for index, parameter in enumerate(parameters):
         kind = parameter.kind
         if kind is parameter.KEYWORD_ONLY and not {
@@ -79,16 +107,13 @@ def make_binder(function: Callable[..., Any]) -> tuple[Callable[..., tuple[Any, 
             parameter.VAR_POSITIONAL,
         } & set(kinds[:index]):
             declared.append("*")
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
         default = ""
         if parameter.default is not parameter.empty:
             namespace[f"_default{index}"] = parameter.default
             default = f"=_default{index}"
-        declared.append(f"{stars}{parameter.name}{default}")
+        declared.append(f"{stars.get(kind, '')}{parameter.name}{default}")
         next_kind = kinds[index + 1] if index + 1 < len(kinds) else None
-        if (
-            kind is parameter.POSITIONAL_ONLY and next_kind is not parameter.POSITIONAL_ONLY
-        ):
+        if kind is parameter.POSITIONAL_ONLY and next_kind is not parameter.POSITIONAL_ONLY:
             declared.append("/")
     names = [parameter.name for parameter in parameters]
     source = f"lambda {', '.join(declared)}: ({''.join(f'{name}, ' for name in names)})"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from dora_cache.keys import freeze
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +33,7 @@ def _is_plain(kind: type) -> bool:
     """Whether tensors of this type carry their own data (no fake, wrapped or functional ones)."""
     plain = _plain_types.get(kind)
     if plain is None:
-        plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+        plain = getattr(kind, "__torch_dispatch__", None) is Tensor.__torch_dispatch__
         _plain_types[kind] = plain
     return plain
 
@@ -43,8 +47,8 @@ def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Sig
     same tensors is alive, since a weak reference keeps the storage's number from being used again.
 
     Args:
-        dependencies: tensors, and plain scalars (None, bool, int, float, str, dtype, device);
-            tuples, lists and dicts of these.
+        dependencies: tensors, plain scalars (None, numbers, strings, dtypes, devices, enums), and
+            functions that close over nothing; tuples, lists and dicts of these; sets of scalars.
         contents: also sign every element of every tensor.
 
     Returns:
@@ -57,8 +61,7 @@ def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Sig
     parts: list[object] = []
     requires_grad = False
     for item in dependencies:
-        kind = type(item)
-        if _plain_types.get(kind) or isinstance(item, Tensor):
+        if isinstance(item, Tensor):
             try:
                 parts.append(_sign_tensor(item))
                 requires_grad = requires_grad or item.requires_grad
@@ -66,19 +69,33 @@ def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Sig
                 raise UncheckableError(str(error)) from None
             if contents:
                 parts.append(_digest(item))
-        elif kind is float:
+        elif item is None:
+            parts.append(None)
+        elif type(item) is float:
             parts.append((float, item.hex()))
-        elif item is None or isinstance(item, int | float | str | torch.dtype | torch.device):
-            parts.append((kind, item))
         elif isinstance(item, tuple | list | dict):
             inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item
             signature, wanted = sign(inner, contents=contents)
-            parts.append((kind, len(item), signature))
+            parts.append((type(item), len(item), signature))
             requires_grad = requires_grad or wanted
+        elif isinstance(item, FunctionType | BuiltinFunctionType):
+            if getattr(item, "__closure__", None) is not None:
+                msg = f"{item.__qualname__} is a closure, and what it closes over may change"
+                raise UncheckableError(msg)
+            parts.append(item)
         else:
-            msg = f"a dependency is a {kind.__name__}: yield tensors and plain scalars"
-            raise UncheckableError(msg)
+            parts.append(_freeze_plain(item))
     return tuple(parts), requires_grad
+
+
+def _freeze_plain(item: object) -> object:
+    inside: list[object] = []
+    with suppress(TypeError):
+        frozen = freeze(item, inside)
+        if not inside and not isinstance(item, torch.nn.Module):
+            return frozen
+    msg = f"a dependency is a {type(item).__name__}: yield tensors and plain scalars"
+    raise UncheckableError(msg)
 
 
 def _sign_tensor(tensor: Tensor) -> Signature:
@@ -99,7 +116,7 @@ def _sign_tensor(tensor: Tensor) -> Signature:
 def _digest(tensor: Tensor) -> bytes:
     """Hash a tensor's elements in order (128 bits of BLAKE2b); waits for the device."""
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
-    data = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -131,7 +148,8 @@ class Stamp:
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
         # them. Storages may have them.
         self._held = tuple(
-            StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors(dependencies)
+            StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            for tensor in _tensors(dependencies)
         )
 
     @property
@@ -142,7 +160,7 @@ class Stamp:
     @property
     def expired(self) -> bool:
         """Whether a dependency's storage was freed, so that the value can never be valid again."""
-        return any(held.expired() for held in self._held)
+        return any(held.expired() for held in self._held)  # type: ignore[no-untyped-call]
 
 
 def environment() -> tuple[object, ...]:

@@ -117,7 +117,9 @@ def new_parameters(setup):
 
 def new_parameters_at_the_same_address(setup):
     for module in setup.model.modules():
-        for name in [n for n, p in module.named_parameters(recurse=False) if p in set(weights(setup))]:
+        for name in [
+            n for n, p in module.named_parameters(recurse=False) if p in set(weights(setup))
+        ]:
             values = getattr(module, name).detach() * 1.25
             delattr(module, name)
             setattr(module, name, nn.Parameter(values))
@@ -129,7 +131,9 @@ def swap_tensors(setup):
 
 
 def load_state_dict(setup, **options):
-    state = {key: value * 1.25 for key, value in setup.model.state_dict().items() if ".first" in key}
+    state = {
+        key: value * 1.25 for key, value in setup.model.state_dict().items() if ".first" in key
+    }
     setup.model.load_state_dict(state, strict=False, **options)
 
 
@@ -137,18 +141,6 @@ def load_adapter_state(setup):
     state = get_peft_model_state_dict(setup.model, adapter_name="first")
     state = {key: value * 1.25 for key, value in state.items()}
     set_peft_model_state_dict(setup.model, state, adapter_name="first")
-
-
-def hotswap_state(setup):
-    state = {key: value.clone() * 1.25 for key, value in setup.model.state_dict().items() if ".first" in key}
-    hotswap.hotswap_adapter_from_state_dict(
-        setup.model, state, "first", setup.model.peft_config["first"]
-    )
-
-
-def hotswap_state_imported_before(setup):
-    state = {key: value.clone() * 1.25 for key, value in setup.model.state_dict().items() if ".first" in key}
-    imported_before(setup.model, state, "first", setup.model.peft_config["first"])
 
 
 def step(optimizer_class, **options):
@@ -183,8 +175,6 @@ CHANGES_TO_FIRST = {
     "load_state_dict": load_state_dict,
     "load_state_dict(assign=True)": lambda setup: load_state_dict(setup, assign=True),
     "set_peft_model_state_dict": load_adapter_state,
-    "hotswap": hotswap_state,
-    "hotswap, imported before attaching": hotswap_state_imported_before,
     "SGD step": step(torch.optim.SGD, foreach=False),
     "AdamW step, foreach": step(torch.optim.AdamW, foreach=True),
     "AdamW step, fused": step(torch.optim.AdamW, fused=True),
@@ -197,12 +187,43 @@ CHANGES_TO_FIRST = {
 @pytest.mark.parametrize("change", CHANGES_TO_FIRST)
 def test_changing_one_adapter_leaves_the_other_warm(change, kind, settings):
     """However adapter "first" is written to, it is fresh at once and "second" stays warm."""
-    if kind == "embedding" and "hotswap" in change:
-        pytest.skip("PEFT cannot hotswap embedding layers")
     setup = Setup(kind, **settings)
     CHANGES_TO_FIRST[change](setup)
     assert setup.warm_adapters() == {"second"}
     setup.check()
+
+
+@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize("lacking", [False, True])
+def test_hotswap_voids_every_adapter(imported, lacking):
+    """PEFT's hotswap, which may write to adapters of similar names too, voids them all."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.other(self.layer(x))
+
+    config = dora_config()
+    config.target_modules = {"layer", "other"}
+    model = get_peft_model(Two(), config, adapter_name="style")
+    model.add_adapter("style2", config)
+    shake(model)
+    model.eval()
+    x = torch.randn(3, 4)
+    left_out = ".other." if lacking else "nothing"
+    state = {
+        k: v * 2 for k, v in model.state_dict().items() if ".style." in k and left_out not in k
+    }
+    with dora_cache.attach(model) as cache:
+        cache.warm()
+        swap = imported_before if imported else hotswap.hotswap_adapter_from_state_dict
+        swap(model, state, "style", model.peft_config["style"])
+        for adapter in ("style", "style2"):
+            activate(model, adapter)
+            assert torch.equal(run(model, x), run(copy.deepcopy(model), x))
 
 
 def test_hotswap_is_unwrapped_on_detach():
@@ -217,7 +238,7 @@ def test_hotswap_is_unwrapped_on_detach():
 
 
 @pytest.mark.parametrize("make", [loha_config, oft_config])
-@pytest.mark.parametrize("change", [name for name in CHANGES_TO_FIRST if "hotswap" not in name])
+@pytest.mark.parametrize("change", CHANGES_TO_FIRST)
 def test_the_other_recipes_follow_the_same_changes(change, make):
     """LoHa and OFT adapters are as fresh, and as warm, as DoRA's."""
     setup = Setup(make=make)

@@ -149,7 +149,7 @@ def _after(
     return method
 
 
-def _set_attribute(plain: type) -> Callable[..., None]:
+def _set_attribute(plain: Any) -> Callable[..., None]:
     original = plain.__setattr__
 
     def set_attribute(self: Any, name: str, value: object) -> None:  # noqa: ANN401
@@ -177,7 +177,7 @@ def reduce_as_plain(reduced: Any) -> Any:  # noqa: ANN401
     return (function, args, *rest)
 
 
-def _reduce_ex(plain: type) -> Callable[..., Any]:
+def _reduce_ex(plain: Any) -> Callable[..., Any]:
     return lambda self, protocol: reduce_as_plain(plain.__reduce_ex__(self, protocol))
 
 

@@ -63,8 +63,8 @@ class _Dora:
 RECIPE = _Dora()
 
 
-def _kind(variant: Any) -> str | None:
-    """Name the arithmetic of a variant class; None if it is not one known here."""
+def _kind(variant: Any) -> str:
+    """Name the arithmetic of a variant class; empty if it is not one known here."""
     for kind, known in (
         ("linear", (DoraLinearVariant,)),
         ("embedding", (DoraEmbeddingVariant,)),
@@ -72,7 +72,7 @@ def _kind(variant: Any) -> str | None:
     ):
         if any(variant.forward is base.forward for base in known):
             return kind
-    return None
+    return ""
 
 
 class _CachedVariant:
@@ -101,7 +101,11 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
         result: Tensor,
         **kwargs: Any,  # noqa: ANN401
     ) -> Tensor:
-        if module.training or SLOT not in module.__dict__ or torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        binding = None if compiling else module.__dict__.get(SLOT)
+        if binding is None or module.training:
+            if binding is not None:
+                binding.cache.passed_by()
             return plain.forward(
                 module, active_adapter=active_adapter, x=x, result=result, **kwargs
             )
@@ -120,18 +124,26 @@ def _restore(variants: dict[str, Any]) -> None:
 # What is derived
 
 
+def _weight(module: nn.Module) -> Any:
+    parameters = module._parameters
+    return parameters["weight"] if "weight" in parameters else module.weight
+
+
+def _bias(module: nn.Module) -> Any:
+    parameters = module._parameters
+    return parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
+
+
 def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> list[object]:  # noqa: ARG001
     # Runs at every hit: straight to the dictionaries, past nn.Module.__getattr__.
     modules = layer._modules
-    magnitude = modules["lora_magnitude_vector"]._modules[adapter].weight
+    magnitude = _weight(modules["lora_magnitude_vector"]._modules[adapter])
     lora_a = modules["lora_A"]._modules.get(adapter)
     if lora_a is None:
         factors = (layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
     else:
         lora_b = modules["lora_B"]._modules[adapter]
-        factors = (*lora_a._parameters.values(), *lora_b._parameters.values())
-        if None in (lora_a._parameters.get("weight"), lora_b._parameters.get("weight")):
-            factors = (lora_a.weight, lora_b.weight, lora_b.bias)  # parametrized
+        factors = (_weight(lora_a), _weight(lora_b), _bias(lora_b))
     return [layer.scaling[adapter], magnitude, *factors, *weights_of(base_layer(layer))]
 
 
@@ -174,8 +186,7 @@ def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
 def _stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
     """Derive ``s = m / ||W + g B A||``; shape as of the norm."""
     norm = _norm.__wrapped__(layer, adapter, dtype)
-    scale: Tensor = layer.lora_magnitude_vector[adapter].weight / norm
-    return scale
+    return layer.lora_magnitude_vector[adapter].weight / norm
 
 
 def _wants_gradient(layer: Any, adapter: str) -> bool:  # noqa: ANN401
@@ -196,14 +207,14 @@ def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor
 def _linear(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
     scale = _scale(layer, adapter, x.dtype).view(1, -1)
     delta = _projected(layer, adapter, x)
-    bias = base_layer(layer).bias
+    bias = _bias(base_layer(layer))
     base = result if bias is None else result - bias
     return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
 
 
 def _conv(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
     scale = _scale(layer, adapter)
-    bias = base_layer(layer).bias
+    bias = _bias(base_layer(layer))
     base = result
     if bias is not None:
         base = result - bias.view(1, -1, *[1] * (result.dim() - 2))
@@ -222,8 +233,7 @@ def _embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  
 
 def _projected(layer: Any, adapter: str, x: Tensor) -> Tensor:
     modules = layer._modules
-    projected: Tensor = modules["lora_B"]._modules[adapter](modules["lora_A"]._modules[adapter](x))
-    return projected
+    return modules["lora_B"]._modules[adapter](modules["lora_A"]._modules[adapter](x))
 
 
 def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:  # noqa: ANN401
@@ -236,15 +246,18 @@ def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:  # noqa: ANN401
 _ROWS_AT_ONCE = 1 << 22  # elements of W, so that deriving takes tens of megabytes at most
 
 
-@cached("DoRA scale, fast", adapter="adapter", depends_on=_depends_on, detach=True)
+def _fast_depends_on(layer: Any, adapter: str) -> list[object]:
+    return [*_depends_on(layer, adapter), _bias(base_layer(layer))]
+
+
+@cached("DoRA scale, fast", adapter="adapter", depends_on=_fast_depends_on, detach=True)
 def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:  # noqa: ANN401
     """Derive ``s`` and, where the base layer has a bias, ``(1 - s) * bias``.
 
     Returns:
         One or two tensors of shape (out,), float32, or float64 for a float64 base weight.
     """
-    base = base_layer(layer)
-    weight = dequantize_module_weight(base)
+    weight = dequantize_module_weight(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     with torch.autocast(weight.device.type, enabled=False):
         scaling = layer.scaling[adapter]
@@ -254,7 +267,7 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:  # noqa: ANN401
         ]
         magnitude = layer.lora_magnitude_vector[adapter].weight.flatten().to(dtype)
         scale = magnitude / torch.cat(norms)
-        bias = getattr(base, "bias", None)
+        bias = _bias(base_layer(layer))
         return (scale,) if bias is None else (scale, (1 - scale) * bias.to(dtype))
 
 
@@ -330,7 +343,7 @@ _FORWARDS = {
 }
 
 
-def _warmers(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:  # noqa: ANN401
+def _warmers(layer: Any, _: object) -> Iterator[tuple[str, Callable[[], object]]]:
     """Derive what an inference without gradients will use."""
     for adapter, variant in layer.lora_variant.items():
         if not isinstance(variant, _CachedVariant):
@@ -338,6 +351,9 @@ def _warmers(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:  # noqa:
         if variant.numerics == "fast":
             yield adapter, partial(_fast_scale, layer, adapter)
         elif variant.kind == "linear":
-            yield adapter, partial(_stored_scale, layer, adapter, layer.lora_A[adapter].weight.dtype)
+            yield (
+                adapter,
+                partial(_stored_scale, layer, adapter, layer.lora_A[adapter].weight.dtype),
+            )
         else:
             yield adapter, partial(_stored_scale, layer, adapter)

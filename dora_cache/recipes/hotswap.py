@@ -26,7 +26,10 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def follow_hotswap(cache: AdapterCache) -> None:
-    """Void the values of an adapter that PEFT swaps in place, until the cache detaches.
+    """Void a model's values when PEFT swaps an adapter in place, until the cache detaches.
+
+    All adapters' values go: PEFT finds an adapter's weights by its name as a part of their names,
+    so it may write to others as well, and it writes zeros into layers that the new adapter lacks.
 
     PEFT offers no hook, so while any cache is attached two functions of its module are wrapped:
     the one that swaps, for an event once all is written; and the one it calls for each layer, for
@@ -67,12 +70,19 @@ def _wrap(name: str, event: Callable[..., None]) -> None:
     setattr(hotswap, name, wrapper)
 
 
-def _swapped(model: nn.Module, state_dict: object, adapter_name: str, *_: Any, **__: Any) -> None:  # noqa: ARG001
-    for module in model.modules():
-        _swapping(module, adapter_name)
+def _swapped(model: nn.Module, *_: Any, **__: Any) -> None:
+    caches = {_cache_of(module) for module in model.modules()}
+    for follower in list(_followers):
+        if follower in caches:
+            follower.invalidate()
 
 
-def _swapping(lora_module: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
-    binding = vars(lora_module).get(SLOT)
-    if binding is not None and binding.cache in _followers:
-        binding.cache.event(binding, adapter_name)
+def _swapping(lora_module: nn.Module, *_: Any, **__: Any) -> None:
+    cache = _cache_of(lora_module)
+    for follower in list(_followers) if cache is None else [cache]:
+        follower.invalidate()
+
+
+def _cache_of(module: nn.Module) -> AdapterCache | None:
+    binding = vars(module).get(SLOT)
+    return None if binding is None else binding.cache

@@ -56,7 +56,7 @@ def _derive(self: Any, adapter_name: str, *, apply_rank_dropout: bool = False) -
 _get_delta_weight = memoised(_derive, "LoHa delta", adapter="adapter_name", depends_on=_depends_on)
 
 
-def _warmers(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:  # noqa: ANN401
+def _warmers(layer: Any, _: object) -> Iterator[tuple[str, Callable[[], object]]]:
     for adapter in layer.hada_w1_a:
         # Exactly as forward calls it, for the same key.
         yield adapter, partial(layer.get_delta_weight, adapter, apply_rank_dropout=False)

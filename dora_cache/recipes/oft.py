@@ -37,7 +37,9 @@ class _OFT:
             return False
         binding = follow_layer(cache, layer, self)
         for adapter, rotation in rotations:
-            follow_part(cache, binding, rotation, adapter, {"_cayley_batch": _cayley_batch}, _warmers)
+            follow_part(
+                cache, binding, rotation, adapter, {"_cayley_batch": _cayley_batch}, _warmers
+            )
         return True
 
 
@@ -65,12 +67,15 @@ def _derive(
 _cayley_batch = memoised(_derive, "OFT rotation", depends_on=_depends_on)
 
 
-def _warmers(rotation: Any) -> Iterator[tuple[str | None, Callable[[], object]]]:  # noqa: ANN401
+def _warmers(rotation: Any, _: object) -> Iterator[tuple[str | None, Callable[[], object]]]:
     # Exactly as forward calls it, for the same key.
-    yield rotation.__dict__[SLOT].adapter, partial(
-        rotation._cayley_batch,
-        rotation.weight,
-        rotation.block_size,
-        rotation.use_cayley_neumann,
-        rotation.num_cayley_neumann_terms,
+    yield (
+        rotation.__dict__[SLOT].adapter,
+        partial(
+            rotation._cayley_batch,
+            rotation.weight,
+            rotation.block_size,
+            rotation.use_cayley_neumann,
+            rotation.num_cayley_neumann_terms,
+        ),
     )

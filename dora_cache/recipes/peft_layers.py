@@ -13,7 +13,7 @@ from dora_cache.lifecycle import Observer, observe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from dora_cache.cache import AdapterCache, Binding
+    from dora_cache.cache import AdapterCache, Binding, Warmers
 
 __all__ = [
     "Recipe",
@@ -49,8 +49,7 @@ def base_layer(layer: nn.Module) -> nn.Module:
     """Return the innermost base layer, as ``get_base_layer()`` does, at a tenth of its cost."""
     base = layer._modules.get("base_layer")
     if base is None:
-        found: nn.Module = layer.get_base_layer()
-        return found
+        return layer.get_base_layer()  # type: ignore[operator]
     while True:
         inner = base._modules.get("base_layer")
         if inner is None:
@@ -126,7 +125,7 @@ def follow_part(
     part: nn.Module,
     adapter: str,
     overrides: dict[str, Callable[..., Any]],
-    warmers: Callable[[Any], Iterable[tuple[str | None, Callable[[], object]]]],
+    warmers: Warmers,
 ) -> None:
     """Bind a module that belongs to one adapter of a layer; a no-op if it is bound already."""
     if part.__dict__.get(SLOT) is not None:
