@@ -16,6 +16,7 @@ from dora_cache.backends.registry import (
     available,
     check_options,
     create,
+    host_sizes,
     register,
 )
 from dora_cache.backends.storage import Ledger, Ready, storage_bytes
@@ -35,6 +36,7 @@ __all__ = [
     "available",
     "check_options",
     "create",
+    "host_sizes",
     "register",
     "storage_bytes",
 ]

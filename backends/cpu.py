@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +49,9 @@ class CPUBackend:
         max_bytes: cap on the host's bytes (least recently used go first); None for no cap.
         device_bytes: cap on the bytes of the copies kept on the device; None for no such copies.
     """
+
+    host_sizes = frozenset({"max_bytes"})
+    """Settings that are sizes of host memory, whatever device the model is on."""
 
     def __init__(self, max_bytes: int | None = None, device_bytes: int | None = None) -> None:
         self._device = None if device_bytes is None else LRUBackend(device_bytes)

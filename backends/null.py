@@ -13,7 +13,7 @@ __all__ = ["NullBackend"]
 
 
 class NullBackend:
-    """Store nothing: every lookup derives again. For comparisons and for switching off by config."""
+    """Store nothing: every lookup derives again. For comparisons, or to switch off by config."""
 
     max_bytes = 0
     nbytes = 0

@@ -18,7 +18,15 @@ from dora_cache.errors import BackendError, ConfigError, UnknownBackendError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ENTRY_POINT_GROUP", "BackendInfo", "available", "check_options", "create", "register"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "BackendInfo",
+    "available",
+    "check_options",
+    "create",
+    "host_sizes",
+    "register",
+]
 
 ENTRY_POINT_GROUP = "dora_cache.backends"
 """Entry points of this group name a callable that returns a :class:`Backend`."""
@@ -92,7 +100,12 @@ def check_options(name: str, options: Mapping[str, object]) -> None:
     _check(name, _factory(name), options)
 
 
-def create(name: str, **options: Any) -> Backend:  # noqa: ANN401
+def host_sizes(name: str) -> frozenset[str]:
+    """Return which of a backend's sizes are of host memory (its ``host_sizes``, if it has one)."""
+    return frozenset(getattr(_factory(name), "host_sizes", ()))
+
+
+def create(name: str, **options: Any) -> Backend:
     """Make a new backend.
 
     Raises:

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from dora_cache.attachment import attach
 from dora_cache.cache import AdapterCache
-from dora_cache.decorator import CacheInfo, cached
 from dora_cache.config import CacheConfig
+from dora_cache.decorator import CacheInfo, cached
 from dora_cache.errors import (
     AdapterNotFoundError,
     AlreadyAttachedError,

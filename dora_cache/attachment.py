@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dora_cache.cache import AdapterCache
-from dora_cache.decorator import MARK, SLOT, Derivation, derivations_of
 from dora_cache.config import CacheConfig
+from dora_cache.decorator import MARK, SLOT, Derivation, derivations_of
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import Observer, follow_optimizers, observe
 from dora_cache.recipes import RECIPES, apply_recipes
@@ -18,7 +18,6 @@ from dora_cache.recipes import RECIPES, apply_recipes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dora_cache.cache import Binding
 
 __all__ = ["attach"]
 
@@ -26,7 +25,7 @@ __all__ = ["attach"]
 def attach(
     target: nn.Module | object | Callable[..., Any],
     config: CacheConfig | None = None,
-    **settings: Any,  # noqa: ANN401
+    **settings: Any,
 ) -> AdapterCache:
     """Cache what a model derives from its weights alone, until ``detach()``.
 

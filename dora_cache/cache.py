@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
 
     from dora_cache.backends import Backend, Value
-    from dora_cache.decorator import Derivation
     from dora_cache.config import CacheConfig
+    from dora_cache.decorator import Derivation
 
 __all__ = ["ALL_ADAPTERS", "AdapterCache", "Binding"]
 
@@ -46,8 +46,8 @@ _tokens = itertools.count(1)
 
 
 Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]
-"""Called with an owner and the wanted adapters (None: all); yields an adapter's name, and a function
-that derives its values exactly as the first forward would."""
+"""Called with an owner and the wanted adapters (None: all); yields an adapter's name, and a
+function that derives its values exactly as the first forward would."""
 
 
 class Binding:
@@ -110,7 +110,7 @@ class Binding:
         self.children.append(weakref.ref(child))
 
     @property
-    def owner(self) -> Any:  # noqa: ANN401
+    def owner(self) -> Any:
         """The owner, or None where there is none or it is gone."""
         return None if self._owner is None else self._owner()
 
@@ -433,7 +433,7 @@ class AdapterCache:
         binding: Binding,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Return the valid stored value of a call, or derive it, once for all threads."""
         if (
             self._closed
@@ -481,7 +481,7 @@ class AdapterCache:
         with self._locked():
             self._counts["bypasses"] += 1
 
-    def _past(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _past(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
             self._counts["bypasses"] += 1
         return derivation.function(*args, **kwargs)
@@ -573,7 +573,7 @@ class AdapterCache:
         binding: Binding,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Derive a value, store it if it still holds, and hand it to those who wait."""
         entry = None
         try:
@@ -708,7 +708,7 @@ class AdapterCache:
 
     # Failures
 
-    def _try(self, operation: str, action: Callable[[], Any], otherwise: Any) -> Any:  # noqa: ANN401
+    def _try(self, operation: str, action: Callable[[], Any], otherwise: Any) -> Any:
         """Call the backend; a failure costs one warning per cause, never an inference."""
         try:
             return action()

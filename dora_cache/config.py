@@ -7,16 +7,14 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dora_cache import backends
 from dora_cache.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["CacheConfig", "Size", "parse_size"]
 
@@ -65,11 +63,9 @@ def resolve_size(size: int | str | None, device: torch.device) -> int | None:
     if not isinstance(size, str):
         return size
     if device.type == "cuda":
-        import torch  # noqa: PLC0415 - only a share needs it here
-
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        import psutil  # noqa: PLC0415 - only a share needs it
+        import psutil
 
         free = psutil.virtual_memory().available
     return int(free * float(size.removesuffix("%")) / 100)
@@ -105,7 +101,7 @@ class CacheConfig(BaseSettings):
     options: dict[str, Any] = Field(default_factory=dict)
     """Further settings, for third-party backends."""
 
-    def __init__(self, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, **settings: Any) -> None:
         _check_environment()
         try:
             super().__init__(**settings)
@@ -114,7 +110,7 @@ class CacheConfig(BaseSettings):
         backends.check_options(self.backend, self.backend_options())
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], **settings: Any) -> CacheConfig:  # noqa: ANN401
+    def from_file(cls, path: str | os.PathLike[str], **settings: Any) -> CacheConfig:
         """Read a TOML file; the environment and ``settings`` win over it.
 
         The settings are top-level keys, or stand in a table ``[dora-cache]`` or
@@ -150,10 +146,11 @@ class CacheConfig(BaseSettings):
             UnknownBackendError: there is no such backend.
             ConfigError: the backend refuses a setting.
         """
-        options = {
-            key: resolve_size(value, device) if key in ("max_bytes", "device_bytes") else value
-            for key, value in self.backend_options().items()
-        }
+        options = self.backend_options()
+        on_host = backends.host_sizes(self.backend)
+        for key in options.keys() & {"max_bytes", "device_bytes"}:
+            memory = torch.device("cpu") if key in on_host else device
+            options[key] = resolve_size(options[key], memory)
         return backends.create(self.backend, **options)
 
 
@@ -170,7 +167,7 @@ def _with_file_values(table: dict[str, Any]) -> type[CacheConfig]:
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            from pydantic_settings import InitSettingsSource  # noqa: PLC0415
+            from pydantic_settings import InitSettingsSource
 
             return init_settings, env_settings, InitSettingsSource(settings_cls, table)
 

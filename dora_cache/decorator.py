@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 
@@ -56,7 +56,7 @@ class CachedFunction(Protocol[P, R_co]):
     def __get__(self, instance: None, owner: type) -> CachedFunction[P, R_co]: ...
     @overload
     def __get__(self, instance: object, owner: type | None = None) -> Callable[..., R_co]: ...
-    def __get__(self, instance: object, owner: type | None = None) -> Any:  # noqa: ANN401
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         """Bind to an instance, as functions do."""
 
     def cache_info(self) -> CacheInfo:

@@ -99,7 +99,10 @@ def make_binder(function: Callable[..., Any]) -> tuple[Callable[..., tuple[Any, 
     parameters = inspect.signature(function).parameters.values()
     declared, namespace = [], {}
     kinds = [parameter.kind for parameter in parameters]
-    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
     for index, parameter in enumerate(parameters):
         kind = parameter.kind
         if kind is parameter.KEYWORD_ONLY and not {

@@ -11,7 +11,17 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from zoo import KINDS, activate, dora_config, dora_model, loha_config, oft_config, quiet, run, sample
+from zoo import (
+    KINDS,
+    activate,
+    dora_config,
+    dora_model,
+    loha_config,
+    oft_config,
+    quiet,
+    run,
+    sample,
+)
 
 import dora_cache
 from dora_cache.decorator import SLOT

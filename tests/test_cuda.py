@@ -21,7 +21,9 @@ def on_gpu(kind, dtype=torch.float32, **options):
     return model, sample(kind, dtype).cuda()
 
 
-@pytest.mark.parametrize("settings", [{}, {"backend": "cpu"}, {"backend": "cpu", "device_bytes": 40}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"backend": "cpu"}, {"backend": "cpu", "device_bytes": 40}], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "bias"), CASES)
 def test_output_is_bit_equal(kind, bias, dtype, settings):

@@ -359,7 +359,11 @@ def test_inherited_and_overridden_methods():
     """A subclass's override and the method it calls are separate derivations of one owner."""
 
     class Doubled(Rotation):
-        @cached("doubled", adapter="adapter_name", depends_on=lambda self, adapter_name: [self.weight[adapter_name]])
+        @cached(
+            "doubled",
+            adapter="adapter_name",
+            depends_on=lambda self, adapter_name: [self.weight[adapter_name]],
+        )
         def rotation(self, adapter_name):
             return super().rotation(adapter_name) * 2
 
@@ -372,7 +376,7 @@ def test_inherited_and_overridden_methods():
 
 
 def test_modules_with_cached_methods_inside_a_model():
-    """attach finds decorated methods anywhere in a model; events go by adapter."""
+    """Attach finds decorated methods anywhere in a model; events go by adapter."""
     model = nn.Sequential(Rotation("a", "b"), nn.ReLU(), Rotation("a"))
     with dora_cache.attach(model) as cache:
         for layer in (model[0], model[2]):
@@ -385,6 +389,61 @@ def test_modules_with_cached_methods_inside_a_model():
         model.train()
         model[0].rotation("a")
         assert cache.stats().entries == 0
+
+
+def test_warm_calls_what_needs_no_argument():
+    """warm() derives for decorated modules: without arguments, or for the adapters named."""
+    model = nn.Sequential(Rotation("a", "b"), Default())
+    with dora_cache.attach(model) as cache:
+        assert cache.warm() == 1
+        assert cache.warm(adapters=["b"]) == 1
+        assert cache.warm(["a", "b"]) == 1
+        model[0].rotation("a"), model[0].rotation("b"), model[1].value()
+        assert cache.stats().misses == 3
+        with pytest.raises(dora_cache.AdapterNotFoundError):
+            cache.warm(adapters=["c"])
+
+
+def test_module_arguments_are_followed_and_never_confused():
+    """A module argument counts with all its state, and not for another module at its address."""
+
+    class Factor(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+    @cached("scaled", depends_on=lambda part: [])
+    def scaled(part):
+        return torch.ones(1) * part.factor
+
+    with dora_cache.attach(scaled) as cache:
+        for factor in range(20):
+            assert scaled(Factor(factor)).item() == factor
+        part = Factor(1)
+        scaled(part)
+        scaled(part)
+        assert cache.stats().hits == 1
+        part.factor = 7
+        assert scaled(part).item() == 7
+
+
+def test_attributes_that_cannot_be_compared_make_calls_bypass():
+    """Without depends_on, an attribute of some other class means the value is never stored."""
+    module = Default()
+    module.config = Rotation  # a class, which may change
+    with dora_cache.attach(module) as cache:
+        module.value()
+        module.value()
+        assert cache.stats().bypasses == 2
+        del module.config
+        module.activation = nn.functional.relu
+        module.kinds = {"a", 1}
+        module.value()
+        module.value()
+        assert cache.stats().hits == 1
+        module._private = 3
+        module.value()
+        assert cache.stats().misses == 2
 
 
 def test_slots_and_builtin_owners_are_left_alone():

@@ -17,6 +17,7 @@ MODES = {
     "gradients": contextlib.nullcontext,
 }
 
+
 def same(left, right):
     return left.dtype == right.dtype and torch.equal(left, right)
 
@@ -76,7 +77,7 @@ def test_gradients_in_eval_mode_are_bit_equal(kind, bias, warm):
     model = dora_model(kind, bias=bias, adapters=("first", "second"))
     activate(model, "first", "second")
     for parameter in model.parameters():
-        parameter.requires_grad_(True)  # noqa: FBT003
+        parameter.requires_grad_(True)
     x = sample(kind)
     if x.is_floating_point():
         x.requires_grad_()
@@ -105,7 +106,7 @@ def test_values_filled_in_inference_mode_serve_with_gradients():
     """An entry filled under inference_mode is no inference tensor, so autograd can use it."""
     model = dora_model()
     for parameter in model.parameters():
-        parameter.requires_grad_(False)  # noqa: FBT003
+        parameter.requires_grad_(False)
     x = sample("linear").requires_grad_()
     model(x).sum().backward()
     expected, x.grad = x.grad, None
@@ -233,7 +234,7 @@ def test_pefts_own_cache_has_no_influence():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "bias"), CASES)
 def test_fast_numerics_are_no_less_accurate(kind, bias, dtype):
-    """Against float64, numerics="fast" errs no more than PEFT, within the rounding of the output."""
+    """Against float64, numerics="fast" errs no more than PEFT, to the rounding of the output."""
     model = dora_model(kind, bias=bias, dtype=dtype, adapters=("first", "second"))
     activate(model, "first", "second")
     x = sample(kind, dtype)

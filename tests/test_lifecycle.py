@@ -441,7 +441,7 @@ def test_mode_switches_void_the_active_adapter(switch):
     setup = Setup()
     setup.model.set_adapter("second")
     for parameter in setup.model.parameters():
-        parameter.requires_grad_(False)  # noqa: FBT003
+        parameter.requires_grad_(False)
     switch(setup)
     assert setup.warm_adapters() == {"first"}
     setup.check()
@@ -572,6 +572,18 @@ def test_compiled_models_follow_their_weights(numerics):
     setup = Setup(numerics=numerics)
     setup.activate("first")
     compiled = torch.compile(setup.model, backend="eager")
+    with torch.no_grad():
+        compiled(setup.x)
+        in_place(setup)
+        assert torch.equal(compiled(setup.x), run(copy.deepcopy(setup.model), setup.x))
+
+
+@pytest.mark.parametrize("make", [loha_config, oft_config])
+def test_attaching_breaks_no_graph(make):
+    """What compiles with fullgraph=True in PEFT still does attached, and follows its weights."""
+    setup = Setup(make=make)
+    setup.activate("first")
+    compiled = torch.compile(setup.model, backend="eager", fullgraph=True)
     with torch.no_grad():
         compiled(setup.x)
         in_place(setup)

@@ -187,7 +187,7 @@ def test_bypass_is_one_threads_own(slow):
     ids=str,
 )
 def test_many_threads_never_get_a_wrong_output(settings):
-    """Threads on their own models' adapters, with invalidations all along: right, within the cap."""
+    """Threads on several adapters, with invalidations all along: right, and within the cap."""
     adapters = ("first", "second", "third")
     model = dora_model("linear", adapters=adapters)
     layer = model.base_model.model.layer

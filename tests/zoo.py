@@ -37,9 +37,7 @@ def _values(*shape):
 KINDS = {
     "linear": Kind(lambda bias: nn.Linear(12, 8, bias=bias), _values(3, 5, 12)),
     "conv1d_transformers": Kind(lambda bias: Conv1D(8, 12), _values(3, 5, 12), fan_in_fan_out=True),
-    "embedding": Kind(
-        lambda bias: nn.Embedding(17, 8), lambda dtype: torch.randint(0, 17, (3, 5))
-    ),
+    "embedding": Kind(lambda bias: nn.Embedding(17, 8), lambda dtype: torch.randint(0, 17, (3, 5))),
     "conv1d": Kind(lambda bias: nn.Conv1d(4, 6, 3, padding=1, bias=bias), _values(2, 4, 9)),
     "conv2d": Kind(lambda bias: nn.Conv2d(4, 6, 3, stride=2, bias=bias), _values(2, 4, 7, 7)),
     "conv3d": Kind(lambda bias: nn.Conv3d(2, 4, 2, bias=bias), _values(1, 2, 4, 4, 4)),

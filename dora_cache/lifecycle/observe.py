@@ -135,7 +135,7 @@ def _after(
     original = getattr(plain, name)
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
         finally:
@@ -152,7 +152,7 @@ def _after(
 def _set_attribute(plain: Any) -> Callable[..., None]:
     original = plain.__setattr__
 
-    def set_attribute(self: Any, name: str, value: object) -> None:  # noqa: ANN401
+    def set_attribute(self: Any, name: str, value: object) -> None:
         switched = name == "training" and self.__dict__.get("training") != value
         original(self, name, value)
         if switched:
@@ -163,7 +163,7 @@ def _set_attribute(plain: Any) -> Callable[..., None]:
     return set_attribute
 
 
-def reduce_as_plain(reduced: Any) -> Any:  # noqa: ANN401
+def reduce_as_plain(reduced: Any) -> Any:
     """Change what ``__reduce_ex__`` returned, so that a copy has the original class and no ties."""
     if not isinstance(reduced, tuple):
         return reduced
@@ -186,7 +186,7 @@ def _cutting(plain: type, name: str) -> Callable[..., Any]:
     original = getattr(plain, name)
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any) -> Any:  # noqa: ANN401
+    def method(self: Any, *args: Any) -> Any:
         copy = original(self, *args)
         for attribute in _OWN_ATTRIBUTES:
             copy.__dict__.pop(attribute, None)

@@ -41,7 +41,7 @@ def _unfollow(cache: AdapterCache | None) -> None:
             _handle = None
 
 
-def _stepped(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
     parameters = [
         parameter
         for group in optimizer.param_groups

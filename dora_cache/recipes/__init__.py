@@ -36,10 +36,10 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
     """
     if "peft" not in sys.modules:  # then the model has no PEFT layers, and PEFT is slow to import
         return 0
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: PLC0415
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    from dora_cache.recipes.hotswap import follow_hotswap  # noqa: PLC0415
-    from dora_cache.recipes.peft_layers import follow_tuner  # noqa: PLC0415
+    from dora_cache.recipes.hotswap import follow_hotswap
+    from dora_cache.recipes.peft_layers import follow_tuner
 
     recipes: list[Recipe] = [importlib.import_module(name).RECIPE for name in RECIPES.values()]
 

@@ -41,7 +41,7 @@ class _Dora:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, LoraLayer)
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:  # noqa: ANN401
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:
         known = {
             adapter: variant
             for adapter, variant in layer.lora_variant.items()
@@ -55,7 +55,8 @@ class _Dora:
             binding.undo.callback(_restore, layer.lora_variant)
         for adapter, variant in known.items():
             if not isinstance(variant, _CachedVariant):
-                stand_in = _cached_variant(type(variant), cache.config.numerics)
+                plain: Any = type(variant)
+                stand_in = _cached_variant(plain, cache.config.numerics)
                 layer.lora_variant[adapter] = stand_in(variant)
         return True
 
@@ -81,10 +82,10 @@ class _CachedVariant:
     kind: str
     numerics: str
 
-    def __init__(self, original: Any) -> None:  # noqa: ANN401
+    def __init__(self, original: Any) -> None:
         self.original = original
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce_as_plain(self.original.__reduce_ex__(protocol))
 
 
@@ -95,11 +96,11 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
     forward = _FORWARDS[numerics, kind]
 
     def run(
-        module: Any,  # noqa: ANN401
+        module: Any,
         active_adapter: str,
         x: Tensor,
         result: Tensor,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> Tensor:
         compiling = torch.compiler.is_compiling()
         binding = None if compiling else module.__dict__.get(SLOT)
@@ -139,6 +140,7 @@ def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> l
     modules = layer._modules
     magnitude = _weight(modules["lora_magnitude_vector"]._modules[adapter])
     lora_a = modules["lora_A"]._modules.get(adapter)
+    factors: tuple[Any, ...]
     if lora_a is None:
         factors = (layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
     else:
@@ -148,7 +150,7 @@ def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> l
 
 
 @cached("DoRA norm", adapter="adapter", depends_on=_depends_on, detach=True)
-def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
+def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
     """Derive ``||W + g B A||`` by PEFT's own operations, in the dtype they would have.
 
     Args:
@@ -160,7 +162,7 @@ def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         Shape (out,) for linear and embedding layers, (1, out, 1, ...) for convolutions.
     """
     dora = layer.lora_magnitude_vector[adapter]
-    base = base_layer(layer)
+    base: Any = base_layer(layer)
     if adapter in layer.lora_A:
         factors = {"lora_A": layer.lora_A[adapter], "lora_B": layer.lora_B[adapter]}
     else:
@@ -183,17 +185,17 @@ def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @cached("DoRA scale", adapter="adapter", depends_on=_depends_on, detach=True)
-def _stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
+def _stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
     """Derive ``s = m / ||W + g B A||``; shape as of the norm."""
     norm = _norm.__wrapped__(layer, adapter, dtype)
     return layer.lora_magnitude_vector[adapter].weight / norm
 
 
-def _wants_gradient(layer: Any, adapter: str) -> bool:  # noqa: ANN401
+def _wants_gradient(layer: Any, adapter: str) -> bool:
     return torch.is_grad_enabled() and layer.lora_magnitude_vector[adapter].weight.requires_grad
 
 
-def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401
+def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return ``s``. The norm is a constant to autograd; the magnitude's gradient must flow."""
     if _wants_gradient(layer, adapter):
         scale: Tensor = layer.lora_magnitude_vector[adapter].weight / _norm(layer, adapter, dtype)
@@ -204,7 +206,7 @@ def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor
 # How it is used: the operations of PEFT's forward, in PEFT's order, for the same bits
 
 
-def _linear(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+def _linear(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     scale = _scale(layer, adapter, x.dtype).view(1, -1)
     delta = _projected(layer, adapter, x)
     bias = _bias(base_layer(layer))
@@ -212,7 +214,7 @@ def _linear(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # n
     return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
 
 
-def _conv(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+def _conv(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     scale = _scale(layer, adapter)
     bias = _bias(base_layer(layer))
     base = result
@@ -222,7 +224,7 @@ def _conv(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noq
     return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
 
 
-def _embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+def _embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     scale = _scale(layer, adapter)
     delta = scale * _embedded(layer, adapter, x) * layer.scaling[adapter]
     embed_scale = layer._get_embed_scale()
@@ -236,7 +238,7 @@ def _projected(layer: Any, adapter: str, x: Tensor) -> Tensor:
     return modules["lora_B"]._modules[adapter](modules["lora_A"]._modules[adapter](x))
 
 
-def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:  # noqa: ANN401
+def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:
     embedded: Tensor = layer._embed(x, layer.lora_embedding_A[adapter].T)
     return embedded @ layer.lora_embedding_B[adapter].T
 
@@ -251,7 +253,7 @@ def _fast_depends_on(layer: Any, adapter: str) -> list[object]:
 
 
 @cached("DoRA scale, fast", adapter="adapter", depends_on=_fast_depends_on, detach=True)
-def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     """Derive ``s`` and, where the base layer has a bias, ``(1 - s) * bias``.
 
     Returns:
@@ -272,7 +274,7 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:  # noqa: ANN401
 
 
 def _rows(
-    layer: Any,  # noqa: ANN401
+    layer: Any,
     adapter: str,
     weight: Tensor,
     dtype: torch.dtype,
@@ -299,7 +301,7 @@ def _rows(
         yield weight[rows], delta if bias is None else delta + bias[rows, None].to(dtype)
 
 
-def _combine(layer: Any, adapter: str, result: Tensor, delta: Tensor) -> Tensor:  # noqa: ANN401
+def _combine(layer: Any, adapter: str, result: Tensor, delta: Tensor) -> Tensor:
     """Return ``s * (result + g * delta) + (1 - s) * bias``; the result already has the bias."""
     scale, *shift = _fast_scale(layer, adapter)
     shape = (1, -1, *[1] * (result.dim() - 2)) if _is_conv(layer) else (-1,)
@@ -312,18 +314,18 @@ def _combine(layer: Any, adapter: str, result: Tensor, delta: Tensor) -> Tensor:
     return y + shift[0].view(shape) if shift else y
 
 
-def _is_conv(layer: Any) -> bool:  # noqa: ANN401
+def _is_conv(layer: Any) -> bool:
     return hasattr(layer, "conv_fn")
 
 
-def _fast_projected(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+def _fast_projected(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     if _wants_gradient(layer, adapter):
         exact = _conv if _is_conv(layer) else _linear
         return exact(layer, adapter, x, result)
     return _combine(layer, adapter, result, _projected(layer, adapter, x))
 
 
-def _fast_embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+def _fast_embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     if _wants_gradient(layer, adapter):
         return _embedding(layer, adapter, x, result)
     delta = _embedded(layer, adapter, x)

@@ -6,12 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.loha.layer import LoHaLayer
-from torch import Tensor, nn
 
 from dora_cache.recipes.peft_layers import follow_layer, memoised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
 
     from dora_cache.cache import AdapterCache
 
@@ -26,7 +27,7 @@ class _LoHa:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, LoHaLayer)
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:  # noqa: ANN401
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:
         if not layer.hada_w1_a:
             return False
         binding = follow_layer(cache, layer, self, {"get_delta_weight": _get_delta_weight})
@@ -37,7 +38,7 @@ class _LoHa:
 RECIPE = _LoHa()
 
 
-def _depends_on(layer: Any, adapter_name: str, **_: object) -> Iterator[object]:  # noqa: ANN401
+def _depends_on(layer: Any, adapter_name: str, **_: object) -> Iterator[object]:
     yield layer.scaling[adapter_name]
     for name in _FACTORS:
         factors = getattr(layer, name)
@@ -46,7 +47,7 @@ def _depends_on(layer: Any, adapter_name: str, **_: object) -> Iterator[object]:
     yield layer.get_base_layer().weight.shape
 
 
-def _derive(self: Any, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:  # noqa: ANN401
+def _derive(self: Any, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:
     delta: Tensor = LoHaLayer.get_delta_weight(
         self, adapter_name, apply_rank_dropout=apply_rank_dropout
     )

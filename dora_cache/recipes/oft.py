@@ -6,13 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
-from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT
 from dora_cache.recipes.peft_layers import follow_layer, follow_part, memoised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
 
     from dora_cache.cache import AdapterCache
 
@@ -25,7 +26,7 @@ class _OFT:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, OFTLayer)
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:  # noqa: ANN401
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:
         rotations = [
             (adapter, rotation)
             for attribute in layer.adapter_layer_names
@@ -46,13 +47,13 @@ class _OFT:
 RECIPE = _OFT()
 
 
-def _depends_on(rotation: Any, *_: object, **__: object) -> Iterator[object]:  # noqa: ANN401
+def _depends_on(rotation: Any, *_: object, **__: object) -> Iterator[object]:
     yield rotation.rows
     yield rotation.cols
 
 
 def _derive(
-    self: Any,  # noqa: ANN401
+    self: Any,
     Q: Tensor,  # noqa: N803 - PEFT's name, by which it may be passed
     block_size: int,
     use_cayley_neumann: bool = True,  # noqa: FBT001, FBT002 - PEFT's signature

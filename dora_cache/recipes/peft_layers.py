@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
@@ -12,6 +11,8 @@ from dora_cache.lifecycle import Observer, observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     from dora_cache.cache import AdapterCache, Binding, Warmers
 
@@ -35,7 +36,7 @@ class Recipe(Protocol):
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is of the kind."""
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:  # noqa: ANN401
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:
         """Cache what can be cached in a layer that :meth:`applies`, adapters added since included.
 
         Called on attach, and again whenever an adapter is added to the layer.
@@ -94,7 +95,7 @@ def follow_layer(
         # merge and unmerge write through .data, which version counters do not see.
         cache.touched(weights_of(base_layer(layer)))
 
-    def added(layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def added(layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:
         cache.event(binding, kwargs["adapter_name"] if "adapter_name" in kwargs else args[0])
         recipe.apply(cache, layer)
 
