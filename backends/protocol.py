@@ -46,7 +46,10 @@ class Entry:
     @property
     def intact(self) -> bool:
         """Whether nobody has written into the tensors since the entry was made."""
-        return self._versions == tuple(tensor._version for tensor in self.tensors)
+        value = self.value
+        if isinstance(value, Tensor):
+            return value._version == self._versions[0]
+        return self._versions == tuple(tensor._version for tensor in value)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from dora_cache.errors import (
     CacheWarning,
     DetachedError,
 )
-from dora_cache.keys import UnkeyableError, freeze, own_state
+from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
 from dora_cache.stamps import Signature, Stamp, UncheckableError, environment, sign, untraceable
 from dora_cache.stats import CacheStats
 
@@ -43,6 +43,7 @@ ALL_ADAPTERS = None
 
 _bypassed: ContextVar[frozenset[int]] = ContextVar("dora_cache_bypassed", default=frozenset())
 _tokens = itertools.count(1)
+_SPELLINGS = 4096  # calls whose keys each binding remembers
 
 
 Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]
@@ -61,6 +62,7 @@ class Binding:
         token: a number no other binding has; part of every key.
         adapter: the adapter of all its values where the derivation names none.
         children: bindings that this one's events are passed on to.
+        spellings: frozen arguments and adapters of calls as they were spelled, to save time.
         undo: what to call on detach to give the owner back as it was, last added first.
         warmers: see :data:`Warmers`.
     """
@@ -74,6 +76,7 @@ class Binding:
         "cache",
         "children",
         "keys",
+        "spellings",
         "token",
         "undo",
         "warmers",
@@ -85,6 +88,7 @@ class Binding:
         self.adapter = adapter
         self.children: list[weakref.ref[Binding]] = []
         self.keys: set[Hashable] = set()
+        self.spellings: dict[Hashable, tuple[Hashable, str | None]] = {}
         self.undo = ExitStack()
         self.warmers: Warmers | None = None
         self._voided: dict[str | None, int] = {}
@@ -114,15 +118,23 @@ class Binding:
         """The owner, or None where there is none or it is gone."""
         return None if self._owner is None else self._owner()
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is of a plain function, which has no owner."""
+        return self._owner is None
+
     def serves(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments is the owner's own, outside training mode."""
-        if self._owner is None:
+        reference = self._owner
+        if reference is None:
             return True
         owner = args[0]
-        return self._owner() is owner and not getattr(owner, "training", False)
+        return reference() is owner and not getattr(owner, "training", False)
 
     def voided(self, adapter: str | None) -> int:
         """Return the time of the last event that voids values of ``adapter``."""
+        if not self._voided:
+            return self._voided_all
         return max(self._voided_all, self._voided.get(adapter, 0))
 
     def void(self, adapter: str | None, now: int) -> None:
@@ -206,12 +218,21 @@ class AdapterCache:
             nbytes = self._try("nbytes", lambda: self._backend.nbytes, 0)
             max_bytes = self._try("max_bytes", lambda: self._backend.max_bytes, None)
             counts = self._counts
+            hits, misses = (
+                map(sum, zip(*self._lookups.values(), strict=True)) if self._lookups else (0, 0)
+            )
             # A backend need not say when it evicts: what is stored and has not gone otherwise is
             # either there or evicted.
             gone = counts["invalidations"] + counts["replacements"]
             evictions = counts["stores"] - gone - entries
             return CacheStats(
-                evictions=evictions, entries=entries, nbytes=nbytes, max_bytes=max_bytes, **counts
+                hits=hits,
+                misses=misses,
+                evictions=evictions,
+                entries=entries,
+                nbytes=nbytes,
+                max_bytes=max_bytes,
+                **counts,
             )
 
     def invalidate(self, adapter: str | None = None, *, module: nn.Module | None = None) -> int:
@@ -279,11 +300,11 @@ class AdapterCache:
         if training:
             msg = "nothing is cached in training mode: call model.eval() before warm()"
             raise ValueError(msg)
-        before = self._counts["misses"]
+        before = self.stats().misses
         with torch.no_grad():
             for job in jobs:
                 job()
-        return self._counts["misses"] - before
+        return self.stats().misses - before
 
     def detach(self) -> None:
         """Free every entry and give the model back as it was; a second call does nothing."""
@@ -435,9 +456,10 @@ class AdapterCache:
         kwargs: dict[str, Any],
     ) -> Any:
         """Return the valid stored value of a call, or derive it, once for all threads."""
+        bypassed = _bypassed.get()
         if (
             self._closed
-            or self.token in _bypassed.get()
+            or (bypassed and self.token in bypassed)
             or not binding.serves(args)
             or untraceable()
         ):
@@ -498,36 +520,51 @@ class AdapterCache:
         Whatever ``depends_on`` raises comes through.
         """
         try:
-            bound = derivation.bind(*args, **kwargs)
-        except TypeError:
-            return None  # the function itself says what is wrong with its arguments
-        index = derivation.adapter_index
-        adapter = binding.adapter if index is None else bound[index]
-        dependencies: list[object] = []
-        try:
-            rest = bound if binding.owner is None else bound[1:]
-            frozen = tuple([freeze(value, dependencies) for value in rest])
-            dependencies += self._declared(derivation, binding, args, kwargs)
+            frozen, adapter, dependencies = self._bind(derivation, binding, args, kwargs)
+            depends_on = derivation.depends_on
+            if depends_on is not None:
+                dependencies += depends_on(*args, **kwargs)
+            elif isinstance(binding.owner, nn.Module):
+                dependencies += own_state(binding.owner)
             signature, requires_grad = sign(dependencies, contents=self._contents)
         except (UnkeyableError, UncheckableError):
             return None
         if requires_grad and not derivation.detach and torch.is_grad_enabled():
             return None
         key = (derivation.number, binding.token, frozen, environment())
-        # The key is signed as well, for backends that mix up keys which are not quite the same.
-        return _Call(key, adapter, (key, signature), dependencies)
+        return _Call(key, adapter, signature, dependencies)
 
-    def _declared(
+    def _bind(
         self,
         derivation: Derivation,
         binding: Binding,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Iterable[object]:
-        if derivation.depends_on is not None:
-            return derivation.depends_on(*args, **kwargs)
-        owner = binding.owner
-        return own_state(owner) if isinstance(owner, nn.Module) else ()
+    ) -> tuple[Hashable, str | None, list[object]]:
+        """Return a call's frozen arguments, its adapter, and the dependencies among the arguments.
+
+        Raises:
+            UnkeyableError: an argument cannot be part of a key, or the arguments are wrong (then
+                the function itself will say so).
+        """
+        first = 0 if binding.plain else 1  # after the owner
+        spelled = None
+        if not kwargs and all(type(value) in PLAIN_KEYS for value in args[first:]):
+            spelled = (derivation.number, args[first:])
+            known = binding.spellings.get(spelled)
+            if known is not None:
+                return (*known, [])
+        try:
+            bound = derivation.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UnkeyableError(str(error)) from None
+        index = derivation.adapter_index
+        adapter = binding.adapter if index is None else bound[index]
+        dependencies: list[object] = []
+        frozen = tuple([freeze(value, dependencies) for value in bound[first:]])
+        if spelled is not None and not dependencies and len(binding.spellings) < _SPELLINGS:
+            binding.spellings[spelled] = (frozen, adapter)
+        return frozen, adapter, dependencies
 
     def _valid(self, call: _Call, binding: Binding) -> Entry | None:
         """Return the entry of a call if it may be used; drop it if not."""
@@ -540,8 +577,9 @@ class AdapterCache:
             return None
         stamp = entry.stamp
         if (
-            isinstance(stamp, Stamp)
+            type(stamp) is Stamp
             and stamp.signature == call.signature
+            and stamp.key == call.key  # for backends that mix up keys which are almost the same
             and stamp.born > binding.voided(call.adapter)
             and entry.intact
         ):
@@ -559,7 +597,7 @@ class AdapterCache:
         )
 
     def _take_off(self, derivation: Derivation, call: _Call) -> _Flight:
-        stamp = Stamp(call.signature, call.dependencies, next(self._clock))
+        stamp = Stamp(call.key, call.signature, call.dependencies, next(self._clock))
         flight = _Flight(derivation, stamp)
         derivation.caches.add(self)
         self._flights[call.key] = flight
@@ -703,8 +741,10 @@ class AdapterCache:
             pass
 
     def _tally(self, derivation: Derivation, *, hit: bool, count: int = 1) -> None:
-        self._counts["hits" if hit else "misses"] += count
-        self._lookups.setdefault(derivation.number, [0, 0])[not hit] += count
+        tally = self._lookups.get(derivation.number)
+        if tally is None:
+            tally = self._lookups[derivation.number] = [0, 0]
+        tally[not hit] += count
 
     # Failures
 

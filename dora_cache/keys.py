@@ -14,16 +14,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-__all__ = ["UnkeyableError", "freeze", "make_binder", "own_state"]
+__all__ = ["PLAIN_KEYS", "UnkeyableError", "freeze", "make_binder", "own_state"]
 
 
 class UnkeyableError(TypeError):
     """An argument cannot be part of a key."""
 
 
-_AS_IS = frozenset(
+PLAIN_KEYS = frozenset(
     {type(None), str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
+"""Types whose values are keys as they are."""
 _WITH_TYPE = frozenset({bool, int, complex})
 
 
@@ -42,7 +43,7 @@ def freeze(value: object, dependencies: list[object]) -> Hashable:
         UnkeyableError: an argument of a type whose equality says nothing sure.
     """
     kind = type(value)
-    if kind in _AS_IS:
+    if kind in PLAIN_KEYS:
         return value
     if kind in _WITH_TYPE:
         return (kind, value)

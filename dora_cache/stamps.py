@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_cache.keys import freeze
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
 __all__ = ["Signature", "Stamp", "UncheckableError", "environment", "sign", "untraceable"]
 
-Signature = tuple[Any, ...]
-"""Compares equal as long as nothing that a value depends on has changed."""
+Signature = bytes | tuple[bytes, list[Any]]
+"""Compares equal as long as nothing that a value depends on has changed.
+
+Tensors are packed into bytes: at a hit the old signature is seldom in the processor's caches, and
+one piece of memory is read much faster than the many objects of a tuple of tuples.
+"""
 
 
 class UncheckableError(Exception):
     """It cannot be told whether a dependency changes; the call must go past the cache."""
 
 
+_storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
+_pack_tensor = struct.Struct("5q").pack
+_pack_float = struct.Struct("5sd").pack
 _plain_types: dict[type, bool] = {Tensor: True, torch.nn.Parameter: True}
 
 
@@ -58,34 +67,48 @@ def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Sig
         UncheckableError: a tensor without a version counter (an inference tensor) or without data
             of its own (fake, functional, wrapper subclass), or something else altogether.
     """
-    parts: list[object] = []
+    parts: list[bytes] = []
+    others: list[object] = []
     requires_grad = False
     for item in dependencies:
         if isinstance(item, Tensor):
-            try:
-                parts.append(_sign_tensor(item))
-                requires_grad = requires_grad or item.requires_grad
+            if not (_plain_types.get(type(item)) or _is_plain(type(item))):
+                msg = f"a {type(item).__name__} has no data of its own"
+                raise UncheckableError(msg)
+            try:  # spelled out here, not in a function: it runs for every weight at every hit
+                parts.append(
+                    _pack_tensor(
+                        id(item),
+                        item._version,
+                        _storage_address(item),
+                        item.data_ptr(),
+                        hash((item.dtype, item.size(), item.stride())),
+                    )
+                )
+                if item.requires_grad:
+                    requires_grad = True
             except (RuntimeError, NotImplementedError) as error:
                 raise UncheckableError(str(error)) from None
             if contents:
                 parts.append(_digest(item))
         elif item is None:
-            parts.append(None)
+            parts.append(b"none")
         elif type(item) is float:
-            parts.append((float, item.hex()))
+            parts.append(_pack_float(b"float", item))
         elif isinstance(item, tuple | list | dict):
             inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item
             signature, wanted = sign(inner, contents=contents)
-            parts.append((type(item), len(item), signature))
+            others.append((len(parts), type(item), len(item), signature))
             requires_grad = requires_grad or wanted
         elif isinstance(item, FunctionType | BuiltinFunctionType):
             if getattr(item, "__closure__", None) is not None:
                 msg = f"{item.__qualname__} is a closure, and what it closes over may change"
                 raise UncheckableError(msg)
-            parts.append(item)
+            others.append((len(parts), item))
         else:
-            parts.append(_freeze_plain(item))
-    return tuple(parts), requires_grad
+            others.append((len(parts), _freeze_plain(item)))
+    packed = b"".join(parts)
+    return (packed, others) if others else packed, requires_grad
 
 
 def _freeze_plain(item: object) -> object:
@@ -96,21 +119,6 @@ def _freeze_plain(item: object) -> object:
             return frozen
     msg = f"a dependency is a {type(item).__name__}: yield tensors and plain scalars"
     raise UncheckableError(msg)
-
-
-def _sign_tensor(tensor: Tensor) -> Signature:
-    if not _is_plain(type(tensor)):
-        msg = f"a {type(tensor).__name__} has no data of its own"
-        raise UncheckableError(msg)
-    return (
-        id(tensor),
-        tensor._version,
-        tensor.untyped_storage()._cdata,
-        tensor.data_ptr(),
-        tensor.dtype,
-        tensor.size(),
-        tensor.stride(),
-    )
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -136,13 +144,17 @@ class Stamp:
     It keeps no tensor alive, only the numbers of their storages from being used again.
 
     Attributes:
+        key: the key of the call that the value answers.
         signature: what :func:`sign` said before the value was derived.
         born: the cache's clock when deriving began; an event that comes later voids the value.
     """
 
-    __slots__ = ("_held", "born", "signature")
+    __slots__ = ("_held", "born", "key", "signature")
 
-    def __init__(self, signature: Signature, dependencies: Iterable[object], born: int) -> None:
+    def __init__(
+        self, key: Hashable, signature: Signature, dependencies: Iterable[object], born: int
+    ) -> None:
+        self.key = key
         self.signature = signature
         self.born = born
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
@@ -183,15 +195,14 @@ def environment() -> tuple[object, ...]:
 def untraceable() -> bool:
     """Whether somebody follows the operations, so that a stored value must not stand in for them.
 
-    True under torch.compile and export, jit tracing, functorch transforms (vmap, grad, ...),
-    forward-mode differentiation, fake and proxy tensors, and while a CUDA graph is captured.
+    True under jit tracing, functorch transforms (vmap, grad, ...), forward-mode differentiation,
+    fake and proxy tensors, and while a CUDA graph is captured. Callers look for torch.compile
+    themselves.
     """
-    if torch.compiler.is_compiling():
-        return True
     if (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        _tracing_state() is not None
+        or _functorch_stack() is not None
+        or forward_ad._current_level >= 0
     ):
         return True
     if torch._C._len_torch_dispatch_stack() and any(
@@ -200,3 +211,7 @@ def untraceable() -> bool:
     ):
         return True
     return torch.cuda._initialized and torch.cuda.is_current_stream_capturing()
+
+
+_tracing_state = torch._C._get_tracing_state
+_functorch_stack = torch._C._functorch.peek_interpreter_stack

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -49,7 +49,8 @@ class _Dora:
         }
         if not known:
             return False
-        binding = follow_layer(cache, layer, self)
+        usual = type(layer).forward is Linear.forward
+        binding = follow_layer(cache, layer, self, {"forward": _forward} if usual else None)
         if binding.warmers is None:
             binding.warmers = _warmers
             binding.undo.callback(_restore, layer.lora_variant)
@@ -81,6 +82,7 @@ class _CachedVariant:
 
     kind: str
     numerics: str
+    arithmetic: Callable[[Any, str, Tensor, Tensor], Tensor]
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -112,8 +114,35 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
             )
         return forward(module, active_adapter, x, result)
 
-    namespace = {"forward": staticmethod(run), "kind": kind, "numerics": numerics}
+    namespace = {
+        "forward": staticmethod(run),
+        "arithmetic": staticmethod(forward),
+        "kind": kind,
+        "numerics": numerics,
+    }
     return type(plain.__name__, (_CachedVariant, plain), namespace)
+
+
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Run the one active DoRA adapter of a linear layer, as PEFT's forward would, only sooner.
+
+    Whatever is not that usual case is left to PEFT's forward.
+    """
+    if not (args or kwargs or torch.compiler.is_compiling()):
+        active = self._active_adapter
+        adapter: Any = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
+        variant = self.lora_variant.get(adapter)
+        if isinstance(variant, _CachedVariant) and not (
+            self.training or self._disable_adapters or self.merged_adapters
+        ):
+            modules = self._modules
+            result: Tensor = modules["base_layer"](x)
+            dtype = modules["lora_A"]._modules[adapter].weight.dtype
+            if x.dtype is not dtype:
+                x = self._cast_input_dtype(x, dtype)
+            total = variant.arithmetic(self, adapter, x, result)
+            return total if total.dtype is result.dtype else total.to(result.dtype)
+    return Linear.forward(self, x, *args, **kwargs)
 
 
 def _restore(variants: dict[str, Any]) -> None:
@@ -125,28 +154,34 @@ def _restore(variants: dict[str, Any]) -> None:
 # What is derived
 
 
-def _weight(module: nn.Module) -> Any:
-    parameters = module._parameters
-    return parameters["weight"] if "weight" in parameters else module.weight
+def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> list[object]:  # noqa: ARG001
+    # Runs at every hit: straight to the dictionaries, past nn.Module.__getattr__.
+    modules = layer._modules
+    try:
+        lora_a = modules["lora_A"]._modules[adapter]._parameters
+        lora_b = modules["lora_B"]._modules[adapter]._parameters
+        magnitude = modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]
+        found = [
+            layer.scaling[adapter],
+            magnitude,
+            lora_a["weight"],
+            lora_b["weight"],
+            lora_b["bias"],
+        ]
+    except KeyError:  # an embedding, or weights that are parametrized
+        found = [layer.scaling[adapter], layer.lora_magnitude_vector[adapter].weight]
+        if adapter in layer.lora_A:
+            lora_b = layer.lora_B[adapter]
+            found += [layer.lora_A[adapter].weight, lora_b.weight, lora_b.bias]
+        else:
+            found += [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
+    found += weights_of(base_layer(layer))
+    return found
 
 
 def _bias(module: nn.Module) -> Any:
     parameters = module._parameters
     return parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
-
-
-def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> list[object]:  # noqa: ARG001
-    # Runs at every hit: straight to the dictionaries, past nn.Module.__getattr__.
-    modules = layer._modules
-    magnitude = _weight(modules["lora_magnitude_vector"]._modules[adapter])
-    lora_a = modules["lora_A"]._modules.get(adapter)
-    factors: tuple[Any, ...]
-    if lora_a is None:
-        factors = (layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
-    else:
-        lora_b = modules["lora_B"]._modules[adapter]
-        factors = (_weight(lora_a), _weight(lora_b), _bias(lora_b))
-    return [layer.scaling[adapter], magnitude, *factors, *weights_of(base_layer(layer))]
 
 
 @cached("DoRA norm", adapter="adapter", depends_on=_depends_on, detach=True)
