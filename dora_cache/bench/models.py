@@ -1,0 +1,113 @@
+"""Models to measure, made from one another without copying a weight."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from peft import PeftModel
+
+__all__ = ["plain_lora", "random_dora", "twin"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_DEFAULT_RANK = 8
+
+
+def twin(model: M) -> M:
+    """Return a model with modules of its own and the very same parameters and buffers.
+
+    What one of the two is wrapped in, cached in or attached to does not concern the other; a write
+    to a weight concerns both.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def plain_lora(model: PeftModel, adapters: Sequence[str]) -> PeftModel:
+    """Return the base model of ``model`` with fresh plain LoRA adapters in the others' place.
+
+    They have the ranks and target modules of the originals and random weights. An original that is
+    no LoRA or DoRA adapter is replaced by one on the same target modules, of its rank ``r`` or 8.
+
+    Args:
+        model: stays as it is; base weights are shared with it.
+        adapters: names of those to replace.
+
+    Returns:
+        A new model in eval mode, with adapters of the same names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    base = twin(model).unload()
+    configs = []
+    for name in adapters:
+        config = copy.deepcopy(model.peft_config[name])
+        if isinstance(config, LoraConfig):
+            config.use_dora = False
+            config.init_lora_weights = False
+            config.modules_to_save = None
+        else:
+            config = LoraConfig(
+                r=getattr(config, "r", None) or _DEFAULT_RANK,
+                target_modules=getattr(config, "target_modules", None) or "all-linear",
+                task_type=config.task_type,
+                init_lora_weights=False,
+            )
+        configs.append(config)
+    with _seeded(0):
+        wrapped = get_peft_model(base, configs[0], adapter_name=adapters[0])
+        for name, config in zip(adapters[1:], configs[1:], strict=True):
+            wrapped.add_adapter(name, config)
+    wrapped.eval()
+    return wrapped
+
+
+def random_dora(
+    base: nn.Module, adapters: Sequence[str], *, rank: int = _DEFAULT_RANK, seed: int = 0
+) -> PeftModel:
+    """Wrap a Transformers model with random DoRA adapters on all its linear layers.
+
+    Args:
+        base: its modules are wrapped in place.
+        adapters: one adapter is made for each of these names.
+        rank: of every adapter.
+        seed: of their weights; the caller's random state is left as it was.
+
+    Returns:
+        The wrapped model, in eval mode.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    def config() -> LoraConfig:
+        return LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            use_dora=True,
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+
+    with _seeded(seed):
+        wrapped = get_peft_model(base, config(), adapter_name=adapters[0])
+        for name in adapters[1:]:
+            wrapped.add_adapter(name, config())
+    wrapped.eval()
+    return wrapped
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield

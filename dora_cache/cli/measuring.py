@@ -1,0 +1,115 @@
+"""Measure behind a progress bar, then show and save what was found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import TYPE_CHECKING, Any
+
+from dora_cache import bench
+from dora_cache.cli.console import CliError, progress_bar, quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+    from rich.console import Console
+
+__all__ = ["capped", "measure", "save", "show"]
+
+
+def measure(
+    model: Any,
+    input_ids: torch.Tensor,
+    adapters: Sequence[str],
+    ways: Sequence[bench.Way],
+    *,
+    tokens: int,
+    rounds: int,
+) -> bench.Comparison:
+    """Compare the ways of running a PEFT model; see :func:`dora_cache.bench.compare`."""
+    with progress_bar("measuring", 1) as move, quiet():
+
+        def step(_: str, done: int, total: int) -> None:
+            move(done, total)
+
+        return bench.compare(
+            model,
+            input_ids,
+            adapters=adapters,
+            ways=ways,
+            tokens=tokens,
+            rounds=rounds,
+            on_step=step,
+        )
+
+
+def capped(cap: int | str | None, sizes: dict[str, int]) -> str:
+    """Say in a sentence what the adapters need, and what the cap lets them have."""
+    needed = sum(sizes.values())
+    each = ", ".join(f"{name} {bench.format_bytes(size)}" for name, size in sizes.items())
+    text = f"Nothing evicted, the adapters' values take {bench.format_bytes(needed)} ({each})"
+    if not isinstance(cap, int):
+        return f"{text}."
+    text = f"{text}; the lru cap is {bench.format_bytes(cap)}, so "
+    if cap >= needed:
+        return f"{text}all of them fit."
+    if cap >= max(sizes.values()):
+        return (
+            f"{text}one adapter fits at a time: switching derives values again, "
+            "and then tokens hit."
+        )
+    return (
+        f"{text}not even one adapter fits: a forward visits the layers in a cycle, which makes an "
+        "LRU evict each value just before its next use."
+    )
+
+
+def show(console: Console, comparison: bench.Comparison, cap: int | str | None) -> None:
+    """Print the table, how it came about, and what the cap means."""
+    console.print(bench.table(comparison))
+    console.print(bench.legend(comparison) + "\n", markup=False)
+    console.print(capped(cap, comparison.working_set), markup=False)
+
+
+def save(
+    console: Console,
+    comparison: bench.Comparison,
+    folder: Path,
+    name: str,
+    *,
+    title: str,
+    more: dict[str, Any],
+) -> None:
+    """Write ``name.json`` and ``name.png``, and say where they are.
+
+    Args:
+        console: to say it on.
+        comparison: what was measured.
+        folder: exists already.
+        name: of the files, without suffix.
+        title: of the chart.
+        more: what else goes into the JSON file, at its top level.
+
+    Raises:
+        CliError: a file cannot be written.
+    """
+    machine = more["machine"]
+    subtitle = (
+        f"{len(comparison.adapters)} adapters in turn, batch 1, {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}"
+    )
+    data, chart = folder / f"{name}.json", folder / f"{name}.png"
+    try:
+        text = json.dumps(more | bench.as_dict(comparison), indent=2, ensure_ascii=False)
+        data.write_text(text + "\n", encoding="utf-8")
+        console.print(f"numbers: {data}", soft_wrap=True, markup=False)
+        if importlib.util.find_spec("matplotlib") is None:
+            console.print("no chart: it needs matplotlib (pip install matplotlib)")
+            return
+        bench.draw(comparison, chart, title=title, subtitle=subtitle)
+        console.print(f"chart:   {chart}", soft_wrap=True, markup=False)
+    except OSError as error:
+        msg = f"cannot write to {folder} ({error.strerror}): give another folder as --out"
+        raise CliError(msg) from None

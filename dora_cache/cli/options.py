@@ -1,0 +1,57 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import typer
+
+__all__ = [
+    "AdapterOption",
+    "BackendOption",
+    "DeviceBytesOption",
+    "DeviceOption",
+    "MaxBytesOption",
+    "ModelArgument",
+    "NumericsOption",
+    "OutOption",
+    "given",
+]
+
+ModelArgument: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Folder of a causal language model.")
+]
+AdapterOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=PATH",
+        help="A PEFT adapter's folder and the name to give it; may be repeated.",
+    ),
+]
+BackendOption: TypeAlias = Annotated[
+    str | None, typer.Option(help="See `dora-cache backends`.", metavar="NAME")
+]
+MaxBytesOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Cap on the bytes held, e.g. 8MiB or 10%.", metavar="SIZE"),
+]
+DeviceBytesOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="For the cpu backend: cap on copies on the device.", metavar="SIZE"),
+]
+NumericsOption: TypeAlias = Annotated[
+    Literal["peft", "fast"] | None,
+    typer.Option(help="peft: bit for bit PEFT's output; fast: fewer operations."),
+]
+DeviceOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, ...; by default the GPU if there is one.", metavar="NAME"),
+]
+OutOption: TypeAlias = Annotated[
+    Path, typer.Option("--out", help="Folder for the JSON file and the chart.", metavar="DIR")
+]
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Return the settings that have a value: the others are for files and the environment."""
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,424 @@
+"""The command line: what it prints and writes, and one clear line for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import dora_cache
+from dora_cache.cli import app
+from dora_cache.cli.measuring import capped
+
+VOCABULARY = {f"w{index}": index for index in range(100)}
+PROMPT = "w1 w2 w3"
+WAYS = {
+    "base",
+    "lora",
+    "peft",
+    "peft-caching",
+    "dora-cache:dict",
+    "dora-cache:lru",
+    "dora-cache:cpu",
+}
+
+
+def llama(hidden=32):
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model, its adapters ``a`` and ``b``, and an ``alien`` of a wider model."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("cli")
+    llama().save_pretrained(root / "model")
+    words = Tokenizer(WordLevel(VOCABULARY, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(root / "model")
+    for name, hidden in (("a", 32), ("b", 32), ("alien", 64)):
+        config = LoraConfig(
+            r=4,
+            use_dora=True,
+            init_lora_weights=False,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        get_peft_model(llama(hidden), config).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command in this process, with no settings from the environment."""
+    for name in ("BACKEND", "MAX_BYTES", "DEVICE_BYTES", "NUMERICS", "GUARD", "OPTIONS"):
+        monkeypatch.delenv(f"DORA_CACHE_{name}", raising=False)
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def generate(folder, *more, adapters=("a", "b")):
+    chosen = [part for name in adapters for part in ("--adapter", f"{name}={folder / name}")]
+    return (
+        "generate", folder / "model", *chosen, "--prompt", PROMPT, "--max-new-tokens", 8, *more
+    )  # fmt: skip
+
+
+def uncached_text(folder, adapter):
+    model = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(folder / "model"), folder / adapter
+    ).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    inputs = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    with torch.inference_mode():
+        ids = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            max_new_tokens=8,
+        )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def assert_one_line(result, *parts):
+    """One line on stderr, nothing on stdout, exit code 2, no traceback."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for part in parts:
+        assert str(part) in result.stderr
+
+
+def test_help_names_every_command(run):
+    """The help lists the four commands."""
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "bench", "generate", "backends"):
+        assert command in result.stdout
+        assert run(command, "--help").exit_code == 0
+
+
+def test_the_version_is_the_packages(run):
+    """The version is printed, and nothing else."""
+    assert run("--version").stdout == f"dora-cache {dora_cache.__version__}\n"
+
+
+def test_backends_are_listed_with_what_they_need(run):
+    """Every backend has a row, and required settings are marked."""
+    result = run("backends")
+    assert result.exit_code == 0
+    for part in ("dict", "lru", "cpu", "null", "built in", "max_bytes*", "device_bytes"):
+        assert part in result.stdout
+
+
+def test_light_commands_load_no_heavy_package():
+    """Help and the list of backends come without PEFT, Transformers and matplotlib."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from dora_cache.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['backends']).exit_code == 0\n"
+        "sys.exit(str([m for m in ('peft', 'transformers', 'matplotlib') if m in sys.modules]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("adapter", ["a", "b"])
+def test_generated_text_is_that_of_uncached_peft(run, folder, adapter):
+    """The text is what PEFT writes without a cache; the cache is summed up on stderr."""
+    result = run(*generate(folder, "--use", adapter))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == uncached_text(folder, adapter) + "\n"
+    assert result.stderr.startswith("cache: dict, 14 entries, ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_adapters_write_different_texts(folder):
+    """The two adapters of these tests can be told apart by their texts."""
+    assert uncached_text(folder, "a") != uncached_text(folder, "b")
+
+
+def test_generate_obeys_a_cap(run, folder):
+    """The cap is kept and shown, and the text stays the same."""
+    result = run(*generate(folder, "--backend", "lru", "--max-bytes", "600", adapters=["a"]))
+    assert result.stdout == uncached_text(folder, "a") + "\n"
+    assert "of 600 B" in result.stderr
+    assert " 0 evictions" not in result.stderr
+
+
+def test_generate_reads_a_file_and_prefers_options(run, folder, tmp_path):
+    """Settings come from a TOML file; options win over it."""
+    config = tmp_path / "cache.toml"
+    config.write_text('backend = "lru"\nmax_bytes = "1MiB"\n')
+    result = run(*generate(folder, "--config", config))
+    assert result.stderr.startswith("cache: lru, ")
+    assert "of 1 MiB" in result.stderr
+    result = run(*generate(folder, "--config", config, "--max-bytes", "2MiB"))
+    assert "of 2 MiB" in result.stderr
+
+
+def test_generate_knows_the_other_settings(run, folder):
+    """Numerics and device bytes are taken."""
+    more = ("--backend", "cpu", "--device-bytes", "1MiB", "--numerics", "fast", "--device", "cpu")
+    result = run(*generate(folder, *more))
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("cache: cpu, ")
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["--use", "c"], ["'c'", "--use a or --use b"]),
+        (["--adapter", "somewhere"], ["somewhere", "--adapter name=somewhere"]),
+        (["--adapter", "=x"], ["--adapter name=PATH"]),
+        (["--adapter", "x="], ["--adapter name=PATH"]),
+        (["--adapter", "a=x"], ["'a'", "a name of its own"]),
+        (["--adapter", "a.b=x"], ["without a dot"]),
+        (["--adapter", "c=no/such"], ["no/such", "--adapter c=PATH"]),
+        (["--backend", "lur"], ["did you mean 'lru'"]),
+        (["--backend", "lru"], ["needs max_bytes", "--max-bytes 256MiB"]),
+        (["--max-bytes", "1MiB"], ["takes no max_bytes"]),
+        (["--backend", "lru", "--max-bytes", "much"], ["'much' is not a size"]),
+        (["--backend", "lru", "--max-bytes=-1"], ["negative"]),
+        (["--config", "no.toml"], ["no.toml"]),
+        (["--device", "abacus"], ["'abacus'", "--device cpu"]),
+        (["--prompt", ""], ["prompt is empty"]),
+    ],
+)
+def test_a_mistake_costs_one_line(run, folder, more, parts):
+    """What cannot be is said in one line that tells what to write instead."""
+    assert_one_line(run(*generate(folder, *more)), *parts)
+
+
+def test_an_unknown_choice_is_an_error(run, folder):
+    """Choices and ranges are checked as well."""
+    assert run(*generate(folder, "--numerics", "slow")).exit_code == 2
+    assert run(*generate(folder, "--max-new-tokens", "0")).exit_code == 2
+
+
+def test_generate_needs_an_adapter(run, folder):
+    """Without an adapter there is nothing to run."""
+    assert_one_line(run(*generate(folder, adapters=())), "--adapter name=PATH")
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_a_missing_model_is_an_error(run, folder, tmp_path, command):
+    """A folder that is missing, empty or damaged is named."""
+    prompt = ("--prompt", "w1") if command == "generate" else ("--out", tmp_path / "out")
+    adapter = ("--adapter", f"a={folder / 'a'}")
+    missing, empty, broken = (tmp_path / name for name in ("missing", "empty", "broken"))
+    empty.mkdir()
+    shutil.copytree(folder / "model", broken)
+    cut(broken / "model.safetensors")
+    assert_one_line(run(command, missing, *adapter, *prompt), missing, "save_pretrained()")
+    assert_one_line(run(command, empty, *adapter, *prompt), empty, "config.json")
+    assert_one_line(run(command, broken, *adapter, *prompt), "cannot load the model", broken)
+
+
+def test_a_missing_tokenizer_is_an_error(run, folder, tmp_path):
+    """Text needs a tokenizer beside the model."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    for file in (tmp_path / "model").glob("token*"):
+        file.unlink()
+    adapter = ("--adapter", f"a={folder / 'a'}")
+    result = run("generate", tmp_path / "model", *adapter, "--prompt", "w1")
+    assert_one_line(result, "tokenizer.save_pretrained()")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def garble(file):
+    file.write_text("{")
+
+
+def strip_type(file):
+    file.write_text("{}")
+
+
+def drop_a_layer(file):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    save_file({name: weight for name, weight in weights.items() if ".1." not in name}, file)
+
+
+def add_a_layer(file):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    more = {name.replace(".1.", ".7."): weight.clone() for name, weight in weights.items()}
+    save_file(weights | more, file)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "part"),
+    [
+        ("adapter_config.json", lambda file: file.unlink(), "no adapter_config.json"),
+        ("adapter_config.json", garble, "cannot read"),
+        ("adapter_config.json", strip_type, "no peft_type"),
+        ("adapter_model.safetensors", lambda file: file.unlink(), "no adapter_model.safetensors"),
+        ("adapter_model.safetensors", cut, "cannot read"),
+        ("adapter_model.safetensors", garble, "cannot read"),
+        ("adapter_model.safetensors", drop_a_layer, "weights are missing"),
+        ("adapter_model.safetensors", add_a_layer, "have no place"),
+    ],
+)
+@pytest.mark.parametrize("adapters", [["bad"], ["a", "bad"]])
+def test_a_damaged_adapter_is_an_error(
+    run, folder, tmp_path, file, damage, part, adapters
+):
+    """Whatever is wrong with an adapter's folder is said, first adapter or second."""
+    shutil.copytree(folder / "a", tmp_path / "bad")
+    shutil.copytree(folder / "a", tmp_path / "a")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    damage(tmp_path / "bad" / file)
+    assert_one_line(run(*generate(tmp_path, adapters=adapters)), part, "bad")
+
+
+@pytest.mark.parametrize("adapters", [["alien"], ["a", "alien"]])
+def test_an_adapter_of_another_model_is_an_error(run, folder, adapters):
+    """An adapter whose shapes do not fit is refused by name."""
+    result = run(*generate(folder, adapters=adapters))
+    assert_one_line(result, "'alien'", "does not fit this model")
+
+
+def test_an_adapter_with_nothing_to_cache_is_an_error(run, folder, tmp_path):
+    """Plain LoRA derives nothing, which is said."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    adapter = ("--adapter", f"plain={tmp_path}")
+    result = run("generate", folder / "model", *adapter, "--prompt", PROMPT)
+    assert_one_line(result, "nothing to cache")
+
+
+def check_output(out, ways):
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "bench.json").read_text(encoding="utf-8")
+    data = json.loads(text)
+    assert str(out.parent) not in text
+    assert set(data["ways"]) == ways
+    for name, way in data["ways"].items():
+        assert way["token_ms"]["median"] > 0
+        assert way["ratio"] > 0
+        if name.startswith("dora-cache"):
+            assert way["max_logit_difference"] == 0
+            assert way["held_bytes"] == way["stats"]["nbytes"] > 0
+    assert data["machine"]["torch"] == torch.__version__
+    return data
+
+
+def test_bench_makes_its_own_adapters(run, folder, tmp_path):
+    """Without adapters, two random ones are measured; the lru cap is too small for both."""
+    out = tmp_path / "deep" / "out"
+    more = ("--tokens", 3, "--rounds", 2, "--rank", 2, "--out", out)
+    result = run("bench", folder / "model", *more)
+    assert result.exit_code == 0, result.output
+    data = check_output(out, WAYS)
+    assert data["rank"] == 2
+    assert data["adapters"] == ["a", "b"]
+    assert data["model"] == "model"
+    lru = data["ways"]["dora-cache:lru"]["stats"]
+    assert max(data["working_set"].values()) <= lru["max_bytes"] < sum(data["working_set"].values())
+    assert lru["evictions"] > 0
+    assert "one adapter fits at a time" in " ".join(result.stdout.split())
+    for part in ("plain LoRA", "DoraCaching", "dora-cache lru"):
+        assert part in result.stdout
+
+
+def test_bench_takes_adapters_and_one_backend(run, folder, tmp_path):
+    """One's own adapters are measured, with the one backend that was asked for."""
+    chosen = ("--adapter", f"x={folder / 'a'}", "--backend", "lru", "--max-bytes", "1MiB")
+    more = ("--tokens", 2, "--rounds", 1, "--out", tmp_path)
+    result = run("bench", folder / "model", *chosen, *more)
+    assert result.exit_code == 0, result.output
+    data = check_output(tmp_path, WAYS - {"dora-cache:dict", "dora-cache:cpu"})
+    assert data["adapters"] == ["x"]
+    assert data["rank"] is None
+    assert data["ways"]["dora-cache:lru"]["stats"]["max_bytes"] == 1 << 20
+
+
+def test_bench_refuses_what_the_backend_refuses(run, folder, tmp_path):
+    """Settings are checked before the model is loaded."""
+    result = run("bench", tmp_path / "missing", "--backend", "lru", "--out", tmp_path)
+    assert_one_line(result, "--max-bytes 256MiB")
+    result = run("bench", folder / "model", "--max-bytes", "much", "--out", tmp_path)
+    assert_one_line(result, "'much' is not a size")
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_a_folder_that_cannot_be_made_is_an_error(run, folder, tmp_path, command):
+    """Results need a folder; a file in its place is named."""
+    (tmp_path / "file").write_text("")
+    model = (folder / "model",) if command == "bench" else ()
+    result = run(command, *model, "--out", tmp_path / "file" / "out")
+    assert_one_line(result, "--out")
+
+
+def test_demo_says_what_it_lacks(run, tmp_path, monkeypatch):
+    """Without the model, or with a wrong cap, the demo ends in one line."""
+    from dora_cache.demo import smollm
+
+    def missing(*_, **__):
+        raise FileNotFoundError("the model is not installed; run `pip install it`")
+
+    monkeypatch.setattr(smollm, "model_directory", missing)
+    assert_one_line(run("demo", "--out", tmp_path), "pip install it")
+    assert_one_line(run("demo", "--out", tmp_path, "--max-bytes", "much"), "'much' is not a size")
+
+
+def test_mistakes_leave_no_cache_behind(folder, monkeypatch):
+    """A generation that fails in the middle detaches its cache."""
+    from dora_cache.cli import generate as module
+    from dora_cache.cli.console import CliError
+
+    seen = []
+
+    def fail(model, *_):
+        seen.append(model)
+        raise CliError("no")
+
+    generate_module = sys.modules[module.__module__]
+    monkeypatch.setattr(generate_module, "greedy", fail)
+    arguments = [str(argument) for argument in generate(folder)]
+    assert_one_line(CliRunner().invoke(app, arguments), "no")
+    dora_cache.attach(seen[0]).detach()
+
+
+@pytest.mark.parametrize(
+    ("cap", "part"),
+    [
+        (None, "b 2 KiB)."),
+        ("10%", "b 2 KiB)."),
+        (4096, "all of them fit"),
+        (3000, "one adapter fits"),
+        (2000, "not even one"),
+    ],
+)
+def test_what_a_cap_means_is_said(cap, part):
+    """The cap is compared with what the adapters need."""
+    assert part in capped(cap, {"a": 2048, "b": 2048})
