@@ -66,8 +66,12 @@ def register(name: str, factory: Callable[..., Backend]) -> None:
     ``device_bytes`` (ints) if given, and everything from ``options``.
 
     Raises:
-        ConfigError: ``name`` is a built-in backend's, or registered already for another factory.
+        ConfigError: ``name`` is a built-in backend's, or registered already for another factory;
+            or ``factory`` cannot be called.
     """
+    if not callable(factory):
+        msg = f"register({name!r}, ...) takes a callable that returns a backend, not {factory!r}"
+        raise ConfigError(msg)
     if name in _BUILT_IN or _registered.get(name, factory) is not factory:
         msg = f"there is a backend {name!r} already: register yours under another name"
         raise ConfigError(msg)
@@ -150,7 +154,11 @@ def _factory(name: str) -> Callable[..., Backend]:
 def _parameters(factory: Callable[..., Backend]) -> tuple[dict[str, inspect.Parameter], bool]:
     """Return the keyword parameters of a factory, and whether it takes any others as well."""
     named, anything = {}, False
-    for name, parameter in inspect.signature(factory).parameters.items():
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # some built-in types have none
+        return {}, True
+    for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             anything = True
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

@@ -6,12 +6,19 @@ import difflib
 import os
 import re
 import tomllib
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from dora_cache import backends
 from dora_cache.errors import ConfigError
@@ -19,8 +26,13 @@ from dora_cache.errors import ConfigError
 __all__ = ["CacheConfig", "Size", "parse_size"]
 
 _PREFIX = "DORA_CACHE_"
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
+# Pydantic reads as far as it understands: without this, "1,5GB" would be one byte.
+_AMOUNT = re.compile(r"[0-9]+|[0-9]+(?:\.[0-9]+)?\s*[A-Za-z]+")
 _BYTES = TypeAdapter(ByteSize)
+
+_file_values: ContextVar[dict[str, Any] | None] = ContextVar("dora_cache_file", default=None)
+"""The settings of the file that is being read, for :meth:`CacheConfig.from_file`."""
 
 
 def parse_size(value: int | str) -> int | str:
@@ -45,10 +57,12 @@ def parse_size(value: int | str) -> int | str:
             msg = f"{value!r} is negative: {examples}"
             raise ValueError(msg)
         try:
-            return int(_BYTES.validate_python(text))
-        except ValidationError:
-            msg = f"{value!r} is not a size: {examples}"
-            raise ValueError(msg) from None
+            if _AMOUNT.fullmatch(text):
+                return int(_BYTES.validate_python(text))
+        except ValidationError:  # an unknown unit
+            pass
+        msg = f"{value!r} is not a size: {examples}"
+        raise ValueError(msg)
     if isinstance(value, bool) or not isinstance(value, int):
         msg = f"{value!r} is not a size: {examples}"
         raise ValueError(msg)  # noqa: TRY004 - pydantic collects ValueError
@@ -107,6 +121,12 @@ class CacheConfig(BaseSettings):
             super().__init__(**settings)
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
+        except SettingsError as error:
+            msg = f"{error}: write {_PREFIX}OPTIONS as JSON, for example '{{\"name\": 1}}'"
+            raise ConfigError(msg) from None
+        for name in self.options.keys() & _fields():
+            msg = f"options has {name}: give {name} itself, beside options"
+            raise ConfigError(msg)
         backends.check_options(self.backend, self.backend_options())
 
     @classmethod
@@ -127,12 +147,27 @@ class CacheConfig(BaseSettings):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             msg = f"{path} is not valid TOML: {error}"
             raise ConfigError(msg) from None
-        table = data.get("dora-cache", data.get("tool", {}).get("dora-cache", data))
+        reset = _file_values.set(_table(data, path))
         try:
-            return _with_file_values(table)(**settings)
+            return cls(**settings)
         except ConfigError as error:
             msg = f"{path}: {error}"
-            raise ConfigError(msg) from None
+            raise type(error)(msg) from None
+        finally:
+            _file_values.reset(reset)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Say where settings come from, first the ones that win; for pydantic."""
+        file_settings = InitSettingsSource(settings_cls, _file_values.get() or {})
+        return init_settings, env_settings, file_settings
 
     def backend_options(self) -> dict[str, Any]:
         """Return the settings to make the backend with, sizes as they were given."""
@@ -154,25 +189,15 @@ class CacheConfig(BaseSettings):
         return backends.create(self.backend, **options)
 
 
-def _with_file_values(table: dict[str, Any]) -> type[CacheConfig]:
-    """Return a ``CacheConfig`` that reads ``table`` after arguments and environment."""
-
-    class FileConfig(CacheConfig):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            from pydantic_settings import InitSettingsSource
-
-            return init_settings, env_settings, InitSettingsSource(settings_cls, table)
-
-    FileConfig.__name__ = FileConfig.__qualname__ = CacheConfig.__name__
-    return FileConfig
+def _table(data: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the table of a TOML file that holds the settings."""
+    tool = data.get("tool")
+    nested = tool.get("dora-cache") if isinstance(tool, dict) else None
+    table = data.get("dora-cache", data if nested is None else nested)
+    if not isinstance(table, dict):
+        msg = f'{path}: dora-cache is no table: write [dora-cache], then lines like backend = "lru"'
+        raise ConfigError(msg)
+    return table
 
 
 def _fields() -> list[str]:

@@ -289,9 +289,7 @@ def add_a_layer(file):
     ],
 )
 @pytest.mark.parametrize("adapters", [["bad"], ["a", "bad"]])
-def test_a_damaged_adapter_is_an_error(
-    run, folder, tmp_path, file, damage, part, adapters
-):
+def test_a_damaged_adapter_is_an_error(run, folder, tmp_path, file, damage, part, adapters):
     """Whatever is wrong with an adapter's folder is said, first adapter or second."""
     shutil.copytree(folder / "a", tmp_path / "bad")
     shutil.copytree(folder / "a", tmp_path / "a")
