@@ -35,7 +35,7 @@ def _print_version(wanted: bool) -> None:  # noqa: FBT001 - as typer calls it
 @app.callback()
 def _options(
     *,
-    version: Annotated[  # noqa: ARG001 - its callback does it all
+    version: Annotated[
         bool,
         typer.Option(
             "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
