@@ -140,6 +140,8 @@ def _factory(name: str) -> Callable[..., Backend]:
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         try:
             loaded: Callable[..., Backend] = point.load()
+            if not callable(loaded):
+                raise TypeError(f"{type(loaded).__name__} is not callable")
         except Exception as error:
             msg = f"backend {name!r} is installed, but fails to load ({point.value}): {error}"
             raise BackendError(msg) from error

@@ -124,7 +124,7 @@ class CacheConfig(BaseSettings):
         except SettingsError as error:
             msg = f"{error}: write {_PREFIX}OPTIONS as JSON, for example '{{\"name\": 1}}'"
             raise ConfigError(msg) from None
-        for name in self.options.keys() & _fields():
+        for name in self.options.keys() & {"max_bytes", "device_bytes"}:
             msg = f"options has {name}: give {name} itself, beside options"
             raise ConfigError(msg)
         backends.check_options(self.backend, self.backend_options())

@@ -13,7 +13,7 @@ _COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("quick", max_examples=25, stateful_step_count=25, **_COMMON)
+settings.register_profile("quick", max_examples=50, stateful_step_count=30, **_COMMON)
 settings.register_profile(
     "deep", max_examples=2000, stateful_step_count=50, print_blob=True, **_COMMON
 )

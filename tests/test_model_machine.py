@@ -189,6 +189,8 @@ class ModelMachine(RuleBasedStateMachine):
         if self.has(name):
             with quiet():
                 self.model.delete_adapter(name)
+            # PeftModel goes on naming the adapter it was made with, even if it is gone.
+            self.model.active_adapter = self.adapters()[0]
 
     @rule(name=names, factor=factors, assign=st.booleans())
     def load(self, name, factor, assign):

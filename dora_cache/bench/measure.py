@@ -55,7 +55,7 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Repeated measurements of one quantity: the middle, the lowest and the highest."""
+    """Repeated measurements of one quantity: the middle, and how low and how high they go."""
 
     median: float
     low: float
@@ -76,7 +76,7 @@ class Result:
         way: its name.
         label: its name for people.
         token_ms: milliseconds per token after a generation's first: the median over all tokens,
-            and the lowest and highest of the generations' own medians.
+            and the quartiles, between which half of them lie.
         first_ms: milliseconds of a generation's first pass, right after switching adapters.
         ratio: the median over all tokens of the time relative to that of plain LoRA's token of the
             same turn; None if that was not measured.
@@ -295,9 +295,11 @@ def _warm_up(running: Running, adapter: str, input_ids: Tensor) -> Tensor:
 
 
 def _token_ms(generations: Sequence[Decoded]) -> Spread:
-    medians = [statistics.median(one.step_ms) for one in generations]
     everything = [ms for one in generations for ms in one.step_ms]
-    return Spread(statistics.median(everything), min(medians), max(medians))
+    if len(everything) == 1:
+        return Spread.of(everything)
+    low, median, high = statistics.quantiles(everything, n=4, method="inclusive")
+    return Spread(median, low, high)
 
 
 def _ratio(generations: Sequence[Decoded], floor: Sequence[Decoded] | None) -> float | None:

@@ -15,7 +15,7 @@ __all__ = ["as_dict", "format_bytes", "legend", "table"]
 
 _ABSENT = "-"
 _COLUMNS = (
-    "ms per token", "(range)", "x LoRA", "first ms", "held", "hits", "misses", "evicted",
+    "ms per token", "(quartiles)", "x LoRA", "first ms", "held", "hits", "misses", "evicted",
     "max |Δlogit|",
 )  # fmt: skip
 
@@ -37,7 +37,7 @@ def legend(comparison: Comparison) -> str:
     return (
         f"Greedy decoding, batch 1: {comparison.rounds} rounds of {comparison.tokens} tokens with "
         f"each adapter ({names}), all ways side by side. Per token: the median, and the "
-        "fastest and slowest generation. First: the pass over the prompt "
+        "quartiles. First: the pass over the prompt "
         f"({comparison.prompt_tokens} tokens) right after switching adapters."
     )
 

@@ -53,7 +53,7 @@ class _Written:
 
 
 def demo(
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens of each text.")] = 24,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens of each text.")] = 40,
     out: Annotated[
         Path, typer.Option(help="Folder for demo.json and demo.png.", metavar="DIR")
     ] = Path("out"),

@@ -97,7 +97,7 @@ def save(
     """
     machine = more["machine"]
     subtitle = (
-        f"{len(comparison.adapters)} adapters in turn, batch 1, {machine['cpu']}, "
+        f"greedy decode, batch 1, {machine['cpu']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}"
     )
     data, chart = folder / f"{name}.json", folder / f"{name}.png"
