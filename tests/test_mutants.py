@@ -44,7 +44,7 @@ MUTANTS = {
 def test_the_model_machine_finds_seeded_bugs(mutant, monkeypatch):
     """A cache with this bug does not survive the machine."""
     MUTANTS[mutant](monkeypatch)
-    with pytest.raises(Exception) as caught:  # noqa: PT011, B017 - whatever shows the bug
+    with pytest.raises(Exception) as caught:
         run_state_machine_as_test(
             ModelMachine,
             settings=settings(

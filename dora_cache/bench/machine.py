@@ -34,7 +34,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, str | int]
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | {"torch": torch.__version__}  # with the kind of build, such as +cpu
 
 
 def _cpu_model() -> str:

@@ -15,14 +15,22 @@ __all__ = ["as_dict", "format_bytes", "legend", "table"]
 
 _ABSENT = "-"
 _COLUMNS = (
-    "ms per token", "(quartiles)", "x LoRA", "first ms", "held", "hits", "misses", "evicted",
-    "max |Δlogit|",
+    "ms/token", "(quartiles)", "x LoRA", "first ms", "held", "hits", "misses", "evicted",
+    "max Δ logit",
 )  # fmt: skip
 
 
 def table(comparison: Comparison, *, title: str | None = None) -> Table:
     """Return one row for each way of running, in the order they were measured."""
-    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Narrow enough for a terminal of 80 columns.
+    found = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+        show_edge=False,
+    )
     found.add_column("", no_wrap=True)
     for column in _COLUMNS:
         found.add_column(column, justify="right")
@@ -72,10 +80,18 @@ def _row(result: Result) -> tuple[str, ...]:
         _ABSENT if result.ratio is None else f"{result.ratio:.2f}",
         f"{result.first_ms.median:.0f}",
         _ABSENT if result.held_bytes is None else format_bytes(result.held_bytes),
-        *(f"{count:,}" for count in counts),
+        *map(_format_count, counts),
         *([_ABSENT] * (3 - len(counts))),
         _ABSENT if difference is None else f"{difference:.2g}",
     )
+
+
+def _format_count(count: int) -> str:
+    """Return a count with three digits or so, e.g. ``14.3k``."""
+    for least, scale, unit in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if count >= least:
+            return f"{count / scale:.1f}{unit}"
+    return str(count)
 
 
 def _range(spread: Spread) -> str:
