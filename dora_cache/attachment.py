@@ -78,8 +78,12 @@ def _attach(cache: AdapterCache, target: object) -> int:
         return 1
     if not isinstance(target, nn.Module):
         return _attach_owner(cache, target)
-    found = sum(_attach_owner(cache, module) for module in list(target.modules()))
-    return found + apply_recipes(cache, target)
+    found = apply_recipes(cache, target)
+    for module in list(target.modules()):
+        binding = module.__dict__.get(SLOT)
+        if binding is None or binding.cache is not cache:  # else a recipe has it already
+            found += _attach_owner(cache, module)
+    return found
 
 
 def _attach_owner(cache: AdapterCache, owner: object) -> int:
@@ -97,6 +101,8 @@ def _attach_owner(cache: AdapterCache, owner: object) -> int:
                 raise ConfigError(msg)
     binding = cache.bind(owner)
     binding.warmers = _warmers
+    if isinstance(owner, nn.Module) and "parametrizations" in owner._modules:
+        return 1  # parametrize has swapped the class itself, and goes by its being the last to
     observer = Observer(
         mode_switched=lambda _: cache.event(binding),
         moved=lambda _: cache.revalidate(binding),

@@ -41,7 +41,7 @@ __all__ = ["ALL_ADAPTERS", "AdapterCache", "Binding"]
 ALL_ADAPTERS = None
 """In place of an adapter's name: every adapter, and values that belong to none."""
 
-_bypassed: ContextVar[frozenset[int]] = ContextVar("dora_cache_bypassed", default=frozenset())
+_bypassed: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
 _tokens = itertools.count(1)
 _SPELLINGS = 4096  # calls whose keys each binding remembers
 
@@ -206,6 +206,7 @@ class AdapterCache:
         self._counts: Counter[str] = Counter()
         self._lookups: dict[int, list[int]] = {}
         self._warned: set[tuple[str, type]] = set()
+        self._warnings: deque[str] = deque()
         self._undo = ExitStack()
         self._closed = False
 
@@ -256,11 +257,14 @@ class AdapterCache:
     @contextmanager
     def bypass(self) -> Iterator[None]:
         """Go past the cache for a while, in this thread (or task) only; entries are kept."""
-        reset = _bypassed.set(_bypassed.get() | {self.token})
+        _bypassed.set((*_bypassed.get(), self.token))
         try:
             yield
-        finally:
-            _bypassed.reset(reset)
+        finally:  # no reset to what was before: generators may end in another order
+            rest = list(_bypassed.get())
+            with suppress(ValueError):
+                rest.remove(self.token)
+            _bypassed.set(tuple(rest))
 
     def warm(self, adapters: Iterable[str] | None = None) -> int:
         """Derive values ahead of their first use, in the present autocast state.
@@ -469,6 +473,7 @@ class AdapterCache:
         except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
             result = self._past(derivation, args, kwargs)
             self._warn(f"depends_on of {derivation.name!r}", error)
+            self._show_warnings()
             return result
         if call is None:
             return self._past(derivation, args, kwargs)
@@ -482,7 +487,7 @@ class AdapterCache:
                     if not join:
                         flight = self._take_off(derivation, call)
                 self._tally(derivation, hit=entry is not None or join)
-            if self._dead:
+            if self._dead or self._warnings:
                 self._sweep_dead()
             if flight is not None:
                 if not join:
@@ -562,7 +567,8 @@ class AdapterCache:
         adapter = binding.adapter if index is None else bound[index]
         dependencies: list[object] = []
         frozen = tuple([freeze(value, dependencies) for value in bound[first:]])
-        if spelled is not None and not dependencies and len(binding.spellings) < _SPELLINGS:
+        plain = all(type(value) in PLAIN_KEYS for value in bound[first:])  # defaults as well
+        if spelled is not None and plain and len(binding.spellings) < _SPELLINGS:
             binding.spellings[spelled] = (frozen, adapter)
         return frozen, adapter, dependencies
 
@@ -631,19 +637,21 @@ class AdapterCache:
             if entry is not None:
                 with suppress(Exception):  # then it cannot be told whether the value still holds
                     again = self._prepare(derivation, binding, args, kwargs)
-            with self._locked():
-                if self._flights.get(call.key) is flight:
-                    del self._flights[call.key]
-                if (
-                    entry is not None
-                    and again is not None
-                    and again.signature == call.signature
-                    and not flight.touched
-                    and not self._closed
-                    and flight.stamp.born > binding.voided(call.adapter)
-                ):
-                    self._store(call, entry, derivation, binding)
-            flight.done.set()
+            try:
+                with self._locked():
+                    if self._flights.get(call.key) is flight:
+                        del self._flights[call.key]
+                    if (
+                        entry is not None
+                        and again is not None
+                        and again.signature == call.signature
+                        and not flight.touched
+                        and not self._closed
+                        and flight.stamp.born > binding.voided(call.adapter)
+                    ):
+                        self._store(call, entry, derivation, binding)
+            finally:
+                flight.done.set()
         return value
 
     # Storing and forgetting; the lock is held
@@ -735,6 +743,7 @@ class AdapterCache:
             self._lock.release()
         if self._dead and self._lock.acquire(blocking=False):
             self._release()
+        self._show_warnings()
 
     def _sweep_dead(self) -> None:
         with self._locked():
@@ -760,11 +769,14 @@ class AdapterCache:
         cause = (what, type(error))
         if cause not in self._warned:
             self._warned.add(cause)
-            warnings.warn(
-                f"{what} failed, so values are derived again: {type(error).__name__}: {error}",
-                CacheWarning,
-                stacklevel=2,
-            )
+            text = f"{what} failed, so values are derived again: {type(error).__name__}: {error}"
+            self._warnings.append(text)
+
+    def _show_warnings(self) -> None:
+        """Issue the warnings that came up under the lock; never an error, whatever the filters."""
+        while self._warnings:
+            with suppress(IndexError, CacheWarning):
+                warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -55,20 +55,25 @@ def freeze(value: object, dependencies: list[object]) -> Hashable:
     if isinstance(value, nn.Module):
         dependencies.extend(own_state(value))
         # An id may be another module's once this one is gone; such a number never is.
-        return (nn.Module, _module_numbers.setdefault(value, next(_numbers)))
+        return (nn.Module, _number(value))
     if isinstance(value, enum.Enum):
-        return value
+        return (kind, value.name)  # members of two enumerations may be equal
     if isinstance(value, tuple | list):
         return (kind, tuple(freeze(item, dependencies) for item in value))
     if isinstance(value, dict):
-        return (
-            kind,
-            frozenset((freeze(k, dependencies), freeze(v, dependencies)) for k, v in value.items()),
-        )
+        pairs = value.items()  # in order, which a function may go by
+        return (kind, tuple((freeze(k, dependencies), freeze(v, dependencies)) for k, v in pairs))
     if isinstance(value, set | frozenset):
         return (kind, frozenset(freeze(item, dependencies) for item in value))
     msg = f"an argument of type {kind.__name__} cannot be part of a key"
     raise UnkeyableError(msg)
+
+
+_UNSIGNABLE = object()
+
+
+def _number(module: nn.Module) -> int:
+    return _module_numbers.setdefault(module, next(_numbers))
 
 
 _MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_dora_cache_binding", "_dora_cache_observer"})
@@ -81,6 +86,11 @@ def own_state(owner: nn.Module) -> Iterator[object]:
     cannot be signed come out as they are, so that signing them fails.
     """
     for module in owner.modules():
+        yield _number(module)
+        if module is not owner and (
+            module.training or module._forward_hooks or module._forward_pre_hooks
+        ):
+            yield _UNSIGNABLE
         yield from module._parameters.values()
         yield from module._buffers.values()
         for name, value in vars(module).items():

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from dora_cache.keys import freeze
 
@@ -180,7 +182,14 @@ def environment() -> tuple[object, ...]:
 
     Autocast for every device type, the precision of float32 matrix products, and the default dtype.
     """
-    precision = torch._C._get_float32_matmul_precision()
+    precision: object
+    try:
+        precision = torch._C._get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each backend by itself
+        precision = (
+            torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+            torch.backends.cuda.matmul.fp32_precision,
+        )
     default = torch.get_default_dtype()
     if not torch._C._is_any_autocast_enabled():
         return (precision, default)
@@ -196,8 +205,8 @@ def untraceable() -> bool:
     """Whether somebody follows the operations, so that a stored value must not stand in for them.
 
     True under jit tracing, functorch transforms (vmap, grad, ...), forward-mode differentiation,
-    fake and proxy tensors, and while a CUDA graph is captured. Callers look for torch.compile
-    themselves.
+    dispatch and function modes (fake and proxy tensors have one; a default device does not count),
+    and while a CUDA graph is captured. Callers look for torch.compile themselves.
     """
     if (
         _tracing_state() is not None
@@ -205,9 +214,11 @@ def untraceable() -> bool:
         or forward_ad._current_level >= 0
     ):
         return True
-    if torch._C._len_torch_dispatch_stack() and any(
-        mode.is_infra_mode()
-        for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, DeviceContext)
+        for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     ):
         return True
     return torch.cuda._initialized and torch.cuda.is_current_stream_capturing()

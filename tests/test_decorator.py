@@ -495,7 +495,7 @@ def _alike(left, right):
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(_alike, left, right))
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_alike(left[k], right[k]) for k in left)
+        return list(left) == list(right) and all(_alike(left[k], right[k]) for k in left)
     if isinstance(left, float):
         return left.hex() == right.hex()
     return left == right

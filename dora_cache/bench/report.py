@@ -15,8 +15,8 @@ __all__ = ["as_dict", "format_bytes", "legend", "table"]
 
 _ABSENT = "-"
 _COLUMNS = (
-    "ms/token", "(quartiles)", "x LoRA", "first ms", "held", "hits", "misses", "evicted",
-    "max Δ logit",
+    "ms per\ntoken", "quar-\ntiles", "x\nLoRA", "first\nms", "held", "hits", "misses", "evicted",
+    "max Δ\nlogit",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def table(comparison: Comparison, *, title: str | None = None) -> Table:
     )
     found.add_column("", no_wrap=True)
     for column in _COLUMNS:
-        found.add_column(column, justify="right")
+        found.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     for result in comparison.results:
         found.add_row(*_row(result), style="bold" if result.stats is not None else None)
     return found
@@ -95,4 +95,4 @@ def _format_count(count: int) -> str:
 
 
 def _range(spread: Spread) -> str:
-    return f"({spread.low:.0f}-{spread.high:.0f})"
+    return f"{spread.low:.0f}-{spread.high:.0f}"

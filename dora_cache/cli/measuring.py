@@ -49,7 +49,7 @@ def capped(cap: int | str | None, sizes: dict[str, int]) -> str:
     """Say in a sentence what the adapters need, and what the cap lets them have."""
     needed = sum(sizes.values())
     each = ", ".join(f"{name} {bench.format_bytes(size)}" for name, size in sizes.items())
-    text = f"Nothing evicted, the adapters' values take {bench.format_bytes(needed)} ({each})"
+    text = f"With nothing evicted, the adapters' values take {bench.format_bytes(needed)} ({each})"
     if not isinstance(cap, int):
         return f"{text}."
     text = f"{text}; the lru cap is {bench.format_bytes(cap)}, so "

@@ -50,7 +50,7 @@ class Observer:
 
 
 # One subclass for each class and set of observed methods, shared by all modules of that class.
-_subclasses: weakref.WeakKeyDictionary[type, dict[tuple[Any, ...], type]] = (
+_subclasses: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[Any, ...], type]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -71,13 +71,13 @@ def observe(
     plain = type(owner)
     methods = tuple(sorted(name for name in observer.calls if hasattr(plain, name)))
     overrides = dict(overrides or {})
-    variants = _subclasses.setdefault(plain, {})
+    variants = _subclasses.setdefault(plain, weakref.WeakValueDictionary())
     key = (methods, *overrides.items())
-    if key not in variants:
-        variants[key] = _subclass(plain, methods, overrides)
-    swapped = variants[key]
+    swapped = variants.get(key)
+    if swapped is None:
+        swapped = variants[key] = _subclass(plain, methods, overrides)
     owner.__dict__[_OBSERVER] = observer
-    owner.__class__ = swapped
+    object.__setattr__(owner, "__class__", swapped)  # frozen dataclasses object to less
     reference = weakref.ref(owner)
 
     def restore() -> None:
@@ -85,7 +85,7 @@ def observe(
         if living is not None:
             living.__dict__.pop(_OBSERVER, None)
             if type(living) is swapped:
-                living.__class__ = plain
+                object.__setattr__(living, "__class__", plain)
 
     return restore
 

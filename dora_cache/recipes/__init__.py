@@ -39,7 +39,7 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     from dora_cache.recipes.hotswap import follow_hotswap
-    from dora_cache.recipes.peft_layers import follow_tuner
+    from dora_cache.recipes.peft_layers import follow_layer, follow_tuner
 
     recipes: list[Recipe] = [importlib.import_module(name).RECIPE for name in RECIPES.values()]
 
@@ -54,8 +54,29 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
 
     found = scan()
     if found:
+        # Merging writes into base weights past their version counters, and layers may share them.
+        other = _Other(recipes)
+        for part in list(model.modules()):
+            if isinstance(part, BaseTunerLayer):
+                follow_layer(cache, part, other)
         follow_hotswap(cache)
         for part in list(model.modules()):
             if isinstance(part, BaseTuner):
                 follow_tuner(cache, part, scan)
     return found
+
+
+class _Other:
+    """Stands in for a recipe where a layer has nothing to cache, until an adapter is added."""
+
+    name = "other"
+
+    def __init__(self, recipes: list[Recipe]) -> None:
+        self.recipes = recipes
+
+    def applies(self, layer: nn.Module) -> bool:
+        return any(recipe.applies(layer) for recipe in self.recipes)
+
+    def apply(self, cache: AdapterCache, layer: nn.Module) -> bool:
+        applied = [recipe.apply(cache, layer) for recipe in self.recipes if recipe.applies(layer)]
+        return any(applied)

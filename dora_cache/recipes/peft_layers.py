@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
+from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe
 
 if TYPE_CHECKING:
@@ -58,13 +59,17 @@ def base_layer(layer: nn.Module) -> nn.Module:
         base = inner
 
 
-def weights_of(base: nn.Module) -> Sequence[Tensor]:
+def weights_of(base: nn.Module) -> Sequence[Any]:
     """Return what determines a base layer's weight: itself, or what it is dequantized from."""
     weight = base._parameters.get("weight")
     if type(weight) is nn.Parameter:
         return (weight,)
-    found = [*base.parameters(), *base.buffers()]
-    weight = getattr(base, "weight", None)
+    found: list[Any] = [*base.parameters(), *base.buffers()]
+    weight = vars(base).get("weight", weight)
+    if isinstance(weight, Tensor):
+        found.append(weight)
+    if "parametrizations" in base._modules:  # computed from these by code that may have a state
+        found.extend(own_state(base))
     state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
     for owner in (weight, state, getattr(state, "state2", None)):
         attributes = vars(owner).values() if hasattr(owner, "__dict__") else ()
@@ -93,7 +98,8 @@ def follow_layer(
 
     def base_written(layer: BaseTunerLayer, *_: object, **__: object) -> None:
         # merge and unmerge write through .data, which version counters do not see.
-        cache.touched(weights_of(base_layer(layer)))
+        base = base_layer(layer)
+        cache.touched([*base.parameters(), *base.buffers()])
 
     def added(layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:
         cache.event(binding, kwargs["adapter_name"] if "adapter_name" in kwargs else args[0])
