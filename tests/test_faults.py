@@ -157,3 +157,28 @@ def test_running_out_of_memory_in_the_backend():
             assert torch.equal(run(model, x), expected)
         assert torch.equal(run(model, x), expected)
         assert cache.stats().misses == 2
+
+
+def test_warnings_as_errors_break_no_inference():
+    """With warnings turned into errors, a failing backend still costs a recomputation only."""
+    model = dora_model()
+    x = sample("linear")
+    expected = run(model, x)
+    config = dora_cache.CacheConfig(backend="flaky", options={"operations": "put,delete"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with dora_cache.attach(model, config):
+            for _ in range(3):
+                assert torch.equal(run(model, x), expected)
+
+
+def test_a_warning_handler_may_ask_the_cache(monkeypatch):
+    """Warnings are shown outside the lock, so that a handler can call the cache."""
+    model = dora_model()
+    seen = []
+    config = dora_cache.CacheConfig(backend="flaky", options={"operations": "get"})
+    with warnings.catch_warnings(), dora_cache.attach(model, config) as cache:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *_, **__: seen.append(cache.stats()))
+        run(model, sample("linear"))
+    assert len(seen) == 1

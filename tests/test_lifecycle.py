@@ -623,3 +623,89 @@ def test_inference_tensors_as_weights_go_past_the_cache():
             stats = cache.stats()
     assert stats.lookups == 0
     assert stats.bypasses == 2
+
+
+def test_a_merge_into_a_shared_base_weight_is_seen():
+    """A plain LoRA layer that shares its base weight with a DoRA layer voids it by merging."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.other.weight = self.layer.weight
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = get_peft_model(Tied(), dora_config(), adapter_name="first")
+    config = dora_config(use_dora=False)
+    config.target_modules = {"other"}
+    model.add_adapter("plain", config)
+    shake(model)
+    model.eval()
+    activate(model, "first")
+    x = torch.randn(3, 6)
+    with dora_cache.attach(model):
+        run(model, x)
+        other = model.base_model.model.other
+        for change in (lambda: other.merge(adapter_names=["plain"]), other.unmerge):
+            change()
+            assert torch.equal(run(model, x), run(copy.deepcopy(model), x))
+
+
+def test_a_step_whose_own_hook_clears_the_gradients_is_seen():
+    """A fused step is followed even if the optimizer's hook has cleared the gradients by then."""
+    setup = Setup()
+    setup.activate("first")
+    parameters = weights(setup)
+    optimizer = torch.optim.AdamW(parameters, lr=0.05, fused=True)
+    optimizer.register_step_post_hook(lambda stepped, *_: stepped.zero_grad())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert setup.warm_adapters() == {"second"}
+    setup.check()
+
+
+def test_hooks_on_an_adapters_modules_go_past_the_cache():
+    """While a hook may change what PEFT derives, PEFT derives it; afterwards the cache serves."""
+    setup = Setup()
+    setup.activate("first")
+    handle = setup.layer.lora_B["first"].register_forward_hook(
+        lambda module, args, output: output + args[0].sum(-1, keepdim=True)
+    )
+    oracle = run(copy.deepcopy(setup.model), setup.x)
+    assert torch.equal(run(setup.model, setup.x), oracle)
+    handle.remove()
+    setup.check()
+    assert setup.warm_adapters() == {"first", "second"}
+
+
+def test_values_derived_under_a_mode_are_not_kept():
+    """What is computed under somebody's dispatch mode is used neither before nor after it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Doubling(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            return result * 2 if "mm" in str(func) else result
+
+    setup = Setup()
+    setup.cache.invalidate()
+    with torch.no_grad(), Doubling():
+        setup.model(setup.x)
+    setup.check()
+
+
+def test_stateful_base_weights_are_followed():
+    """A base weight that is computed, or a plain tensor, is as fresh as a parameter."""
+    setup = Setup()
+    base = setup.layer.get_base_layer()
+    weight = base.weight.detach().clone()
+    del base.weight
+    base.weight = weight
+    setup.check()
+    weight.mul_(2)
+    setup.check()
+    base.weight = weight * 3
+    setup.check()

@@ -70,7 +70,7 @@ def demo(
 ) -> None:
     """Switch between two DoRA adapters of SmolLM2-135M under a memory cap, and measure it.
 
-    Takes about two minutes on two cores; the first time, it also unpacks the model.
+    Takes two to three minutes on two cores; the first time, it also unpacks the model.
     """
     with reported():
         config = CacheConfig(backend="lru", max_bytes=max_bytes)
