@@ -11,7 +11,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,29 @@ class _Call(NamedTuple):
     dependencies: list[object]
 
 
+P = ParamSpec("P")
+
+
+def _exclusive(
+    method: Callable[Concatenate[AdapterCache, P], int],
+) -> Callable[Concatenate[AdapterCache, P], int]:
+    """Give a method the lock.
+
+    The garbage collector may run a ``__del__`` that calls the method inside the lock, in the thread
+    that has it. Then it is put off until the lock is released, and returns 0.
+    """
+
+    @wraps(method)
+    def wrapper(self: AdapterCache, /, *args: P.args, **kwargs: P.kwargs) -> int:
+        if self._lock._is_owned():
+            self._later.append(partial(wrapper, self, *args, **kwargs))
+            return 0
+        with self._locked():
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
 class AdapterCache:
     """Holds the derived values of one model, and knows when each may be used.
 
@@ -194,15 +218,15 @@ class AdapterCache:
         self.token = next(_tokens)
         self._backend: Backend = config.make_backend(device or torch.device("cpu"))
         self._contents = config.guard == "content"
-        # Not reentrant: the callback of a dying owner may run anywhere, and learns by failing to
-        # acquire the lock that it has to leave the work to whoever holds it.
-        self._lock = threading.Lock()
+        # Reentrant, because the garbage collector may run anybody's code inside it; what that code
+        # asks for is put off (see _exclusive), so that nothing is changed half-way through.
+        self._lock: Any = threading.RLock()
+        self._later: deque[Callable[[], object]] = deque()
         self._clock = itertools.count(1)
         self._bindings: dict[int, Binding] = {}
         self._flights: dict[Hashable, _Flight] = {}
         self._records: dict[Hashable, _Record] = {}
         self._by_storage: dict[int, set[Hashable]] = {}
-        self._dead: deque[int] = deque()
         self._counts: Counter[str] = Counter()
         self._lookups: dict[int, list[int]] = {}
         self._warned: set[tuple[str, type]] = set()
@@ -236,6 +260,7 @@ class AdapterCache:
                 **counts,
             )
 
+    @_exclusive
     def invalidate(self, adapter: str | None = None, *, module: nn.Module | None = None) -> int:
         """Drop entries, and void values that are being derived now.
 
@@ -247,12 +272,11 @@ class AdapterCache:
             How many entries went.
         """
         wanted = None if module is None else {id(part) for part in module.modules()}
-        with self._locked():
-            return sum(
-                self._void(binding, adapter)
-                for binding in list(self._bindings.values())
-                if wanted is None or id(binding.owner) in wanted
-            )
+        return sum(
+            self._void(binding, adapter)
+            for binding in list(self._bindings.values())
+            if wanted is None or id(binding.owner) in wanted
+        )
 
     @contextmanager
     def bypass(self) -> Iterator[None]:
@@ -318,14 +342,17 @@ class AdapterCache:
         self._undo.close()
         for binding in list(self._bindings.values()):
             binding.undo.close()
-        with self._locked():
-            for binding in list(self._bindings.values()):
-                self._void(binding, ALL_ADAPTERS)
-            self._bindings.clear()
-            self._counts["invalidations"] += self._try("len", lambda: len(self._backend), 0)
-            self._try("close", self._backend.close, None)
-            self._records.clear()
-            self._by_storage.clear()
+        self._free()
+
+    @_exclusive
+    def _free(self) -> int:
+        gone = sum(self._void(binding, ALL_ADAPTERS) for binding in list(self._bindings.values()))
+        self._bindings.clear()
+        self._counts["invalidations"] += self._try("len", lambda: len(self._backend), 0)
+        self._try("close", self._backend.close, None)
+        self._records.clear()
+        self._by_storage.clear()
+        return gone
 
     def __enter__(self) -> Self:
         """Return the cache itself."""
@@ -382,15 +409,16 @@ class AdapterCache:
         """Call ``undo`` on detach, last added first."""
         self._undo.callback(undo)
 
+    @_exclusive
     def event(self, binding: Binding, adapter: str | None = ALL_ADAPTERS) -> int:
         """Void the values of a binding and its children after something has happened to them.
 
         Returns:
             How many entries went.
         """
-        with self._locked():
-            return self._void(binding, adapter)
+        return self._void(binding, adapter)
 
+    @_exclusive
     def touched(self, tensors: Iterable[Tensor]) -> int:
         """Void every value derived from memory that may have been written to.
 
@@ -403,31 +431,43 @@ class AdapterCache:
                 touched.add(storage_id(tensor))
             except (RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
                 continue
-        with self._locked():
-            for flight in self._flights.values():
-                if not touched.isdisjoint(flight.stamp.storages):
-                    flight.touched = True
-            keys = [key for storage in touched for key in self._by_storage.get(storage, ())]
-            return sum(self._discard(key) for key in dict.fromkeys(keys))
+        for flight in self._flights.values():
+            if not touched.isdisjoint(flight.stamp.storages):
+                flight.touched = True
+        keys = [key for storage in touched for key in self._by_storage.get(storage, ())]
+        return sum(self._discard(key) for key in dict.fromkeys(keys))
 
-    def revalidate(self, binding: Binding) -> None:
+    @_exclusive
+    def revalidate(self, binding: Binding) -> int:
         """Drop those entries of a binding whose dependencies' memory has been freed.
 
         For operations that replace some dependencies or none, to free memory early: what this
         misses would still not be used.
+
+        Returns:
+            How many entries went.
         """
-        with self._locked():
-            for member in self._family(binding):
-                for key in list(member.keys):
-                    record = self._records.get(key)
-                    if record is not None and record.stamp.expired:
-                        self._discard(key)
+        gone = 0
+        for member in self._family(binding):
+            for key in list(member.keys):
+                record = self._records.get(key)
+                if record is not None and record.stamp.expired:
+                    gone += self._discard(key)
+        return gone
 
     def owner_died(self, token: int) -> None:
-        """Drop everything of an owner that has been garbage collected."""
-        self._dead.append(token)
-        if self._lock.acquire(blocking=False):
+        """Drop everything of an owner that has been garbage collected.
+
+        Called by the garbage collector, anywhere: it must not wait for a lock.
+        """
+        self._later.append(partial(self._bury, token))
+        if not self._lock._is_owned() and self._lock.acquire(blocking=False):
             self._release()
+
+    @_exclusive
+    def _bury(self, token: int) -> int:
+        binding = self._bindings.pop(token, None)
+        return 0 if binding is None else self._void(binding, ALL_ADAPTERS)
 
     def counts(self, derivation: Derivation) -> tuple[int, int, int]:
         """Return hits, misses and entries of one derivation."""
@@ -441,14 +481,14 @@ class AdapterCache:
             )
             return hits, misses, entries
 
+    @_exclusive
     def invalidate_derivation(self, derivation: Derivation) -> int:
         """Drop every entry of one derivation; return how many went."""
-        with self._locked():
-            for flight in self._flights.values():
-                if flight.derivation is derivation:
-                    flight.touched = True
-            keys = [k for k, record in self._records.items() if record.derivation is derivation]
-            return sum(self._discard(key) for key in keys)
+        for flight in self._flights.values():
+            if flight.derivation is derivation:
+                flight.touched = True
+        keys = [key for key, record in self._records.items() if record.derivation is derivation]
+        return sum(self._discard(key) for key in keys)
 
     # Looking up
 
@@ -466,6 +506,7 @@ class AdapterCache:
             or (bypassed and self.token in bypassed)
             or not binding.serves(args)
             or untraceable()
+            or self._lock._is_owned()  # a __del__ that the garbage collector runs in there
         ):
             return self._past(derivation, args, kwargs)
         try:
@@ -473,7 +514,7 @@ class AdapterCache:
         except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
             result = self._past(derivation, args, kwargs)
             self._warn(f"depends_on of {derivation.name!r}", error)
-            self._show_warnings()
+            self._catch_up()
             return result
         if call is None:
             return self._past(derivation, args, kwargs)
@@ -487,8 +528,8 @@ class AdapterCache:
                     if not join:
                         flight = self._take_off(derivation, call)
                 self._tally(derivation, hit=entry is not None or join)
-            if self._dead or self._warnings:
-                self._sweep_dead()
+            if self._later or self._warnings:
+                self._catch_up()
             if flight is not None:
                 if not join:
                     return self._fly(flight, call, derivation, binding, args, kwargs)
@@ -733,21 +774,19 @@ class AdapterCache:
             self._release()
 
     def _release(self) -> None:
-        """Drop what dead owners left, then release the lock."""
-        try:
-            while self._dead:
-                binding = self._bindings.pop(self._dead.popleft(), None)
-                if binding is not None:
-                    self._void(binding, ALL_ADAPTERS)
-        finally:
-            self._lock.release()
-        if self._dead and self._lock.acquire(blocking=False):
-            self._release()
-        self._show_warnings()
+        self._lock.release()
+        self._catch_up()
 
-    def _sweep_dead(self) -> None:
-        with self._locked():
-            pass
+    def _catch_up(self) -> None:
+        """Do what had to wait until this thread had released the lock."""
+        if self._lock._is_owned():
+            return
+        with suppress(IndexError):  # another thread took the last one
+            while self._later:
+                self._later.popleft()()
+        while self._warnings:  # never an error, whatever the filters
+            with suppress(IndexError, CacheWarning):
+                warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
 
     def _tally(self, derivation: Derivation, *, hit: bool, count: int = 1) -> None:
         tally = self._lookups.get(derivation.number)
@@ -771,12 +810,6 @@ class AdapterCache:
             self._warned.add(cause)
             text = f"{what} failed, so values are derived again: {type(error).__name__}: {error}"
             self._warnings.append(text)
-
-    def _show_warnings(self) -> None:
-        """Issue the warnings that came up under the lock; never an error, whatever the filters."""
-        while self._warnings:
-            with suppress(IndexError, CacheWarning):
-                warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -32,3 +32,21 @@ def _plain_environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith("DORA_CACHE_"):
             monkeypatch.delenv(name)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print which seeded bugs were caught, and how many steps that took."""
+    found = [
+        (*value, report.outcome)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for name, value in report.user_properties
+        if name == "mutant" and report.when == "call"
+    ]
+    if not found:
+        return
+    terminalreporter.section("seeded bugs")
+    terminalreporter.line(f"{'mutant':45}{'machine':20}{'steps':>7}")
+    for mutant, machine, steps, outcome in sorted(found, key=lambda row: (row[1], row[0])):
+        steps_needed = steps if outcome == "passed" else "not caught"
+        terminalreporter.line(f"{mutant:45}{machine:20}{steps_needed:>7}")

@@ -1,61 +1,39 @@
-"""The state machine bites: each seeded bug makes it fail."""
+"""The state machines bite: each seeded bug makes one of them fail."""
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from test_model_machine import ModelMachine
-
-from dora_cache import cache as core
-from dora_cache.recipes import dora
-
-SCALE = dora._stored_scale.__dora_cache_derivation__
+from mutants import MUTANTS
+from zoo import quiet
 
 
-def without(name):
-    """A dependency list that lacks the parameters of one kind."""
-
-    def depends_on(layer, adapter, dtype=None):
-        attribute = getattr(layer, name)
-        left_out = attribute[adapter] if adapter in attribute else None
-        ids = {id(left_out), id(getattr(left_out, "weight", None))}
-        return [part for part in dora._depends_on(layer, adapter, dtype) if id(part) not in ids]
-
-    return depends_on
-
-
-MUTANTS = {
-    "keyed by adapter name alone": lambda patch: patch.setattr(
-        core, "sign", lambda dependencies, **_: (b"", False)
-    ),
-    "scaling missing from the stamp": lambda patch: patch.setattr(
-        SCALE, "depends_on", without("scaling")
-    ),
-    "base weight missing from the stamp": lambda patch: patch.setattr(
-        dora, "weights_of", lambda base: ()
-    ),
-    "autocast missing from the key": lambda patch: patch.setattr(core, "environment", tuple),
-    "no events at all": lambda patch: patch.setattr(
-        core.AdapterCache, "_void", lambda self, binding, adapter: 0
-    ),
-}
+def caught(machine, examples):
+    """Run a machine until it fails; return the steps that took and the failure, or None."""
+    counted = type(machine.__name__, (machine,), {"steps": 0})
+    with quiet():
+        try:
+            run_state_machine_as_test(
+                counted,
+                settings=settings(
+                    max_examples=examples,
+                    stateful_step_count=50,
+                    deadline=None,
+                    derandomize=True,
+                    database=None,
+                    phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                    report_multiple_bugs=False,
+                ),
+            )
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            return counted.steps, error
+    return counted.steps, None
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_model_machine_finds_seeded_bugs(mutant, monkeypatch):
-    """A cache with this bug does not survive the machine."""
-    MUTANTS[mutant](monkeypatch)
-    with pytest.raises(Exception) as caught:
-        run_state_machine_as_test(
-            ModelMachine,
-            settings=settings(
-                max_examples=200,
-                stateful_step_count=30,
-                deadline=None,
-                derandomize=True,
-                database=None,
-                phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
-                report_multiple_bugs=False,
-            ),
-        )
-    assert isinstance(caught.value, AssertionError | BaseExceptionGroup), repr(caught.value)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
+    """A cache with this bug does not survive its machine."""
+    mutant.seed(monkeypatch)
+    steps, error = caught(mutant.machine, examples=1000)
+    record_property("mutant", (mutant.name, mutant.machine.__name__, steps))
+    assert error is not None, f"not caught in {steps} steps"

@@ -106,7 +106,7 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
     ) -> Tensor:
         compiling = torch.compiler.is_compiling()
         binding = None if compiling else module.__dict__.get(SLOT)
-        if binding is None or module.training or _hooked(module, active_adapter):
+        if binding is None or _stands_aside(module, active_adapter):
             if binding is not None:
                 binding.cache.passed_by()
             return plain.forward(
@@ -123,8 +123,13 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
     return type(plain.__name__, (_CachedVariant, plain), namespace)
 
 
-def _hooked(layer: Any, adapter: str) -> bool:
-    """Whether hooks may change what PEFT derives or does by calling an adapter's modules."""
+def _stands_aside(layer: Any, adapter: str) -> bool:
+    """Whether PEFT's own code has to run.
+
+    In training mode; and where hooks may change what it derives or does by calling modules.
+    """
+    if layer.training:
+        return True
     modules = layer._modules
     for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
         part = modules[name]._modules.get(adapter)
@@ -143,10 +148,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter: Any = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
         variant = self.lora_variant.get(adapter)
         if isinstance(variant, _CachedVariant) and not (
-            self.training
-            or self._disable_adapters
-            or self.merged_adapters
-            or _hooked(self, adapter)
+            self._disable_adapters or self.merged_adapters or _stands_aside(self, adapter)
         ):
             modules = self._modules
             result: Tensor = modules["base_layer"](x)

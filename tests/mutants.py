@@ -1,0 +1,286 @@
+"""Bugs to seed: each is a way that a cache like this one has gone wrong, or could."""
+
+import contextlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from test_decorator_machine import DecoratorMachine
+from test_model_machine import ModelMachine
+
+from dora_cache import attachment, backends
+from dora_cache import cache as core
+from dora_cache.backends import lru, storage
+from dora_cache.lifecycle import observe
+from dora_cache.recipes import dora, hotswap, peft_layers
+
+SCALE = dora._stored_scale.__dora_cache_derivation__
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    machine: type
+    seed: object
+
+
+MUTANTS = []
+
+
+def mutant(name, machine):
+    def enter(seed):
+        MUTANTS.append(Mutant(name, machine, seed))
+        return seed
+
+    return enter
+
+
+def without(pick):
+    """Return DoRA's dependencies but for those that ``pick`` names."""
+
+    def depends_on(layer, adapter, dtype=None):
+        left_out = {id(part) for part in pick(layer, adapter)}
+        return [part for part in dora._depends_on(layer, adapter, dtype) if id(part) not in left_out]
+
+    return depends_on
+
+
+# What a value depends on
+
+
+@mutant("keyed by the adapter's name alone", ModelMachine)
+def _(patch):
+    patch.setattr(core, "sign", lambda dependencies, **_: (b"", False))
+
+
+@mutant("scaling missing from the stamp", ModelMachine)
+def _(patch):
+    patch.setattr(SCALE, "depends_on", without(lambda layer, name: [layer.scaling[name]]))
+
+
+@mutant("magnitude missing from the stamp", ModelMachine)
+def _(patch):
+    patch.setattr(
+        SCALE,
+        "depends_on",
+        without(lambda layer, name: [layer.lora_magnitude_vector[name].weight]),
+    )
+
+
+@mutant("base weight missing from the stamp", ModelMachine)
+def _(patch):
+    patch.setattr(dora, "weights_of", lambda base: ())
+
+
+def _signed_by(*what):
+    def sign(dependencies, **_):
+        parts = [
+            tuple(getter(item) for getter in what) if isinstance(item, torch.Tensor) else item
+            for item in dependencies
+        ]
+        wanted = any(isinstance(d, torch.Tensor) and d.requires_grad for d in dependencies)
+        return (b"", [str(part) for part in parts]), wanted
+
+    return sign
+
+
+@mutant("stamps without version counters", ModelMachine)
+def _(patch):
+    patch.setattr(core, "sign", _signed_by(id, torch.Tensor.data_ptr))
+
+
+@mutant("stamps of version counters alone", ModelMachine)
+def _(patch):
+    patch.setattr(core, "sign", _signed_by(lambda tensor: tensor._version))
+
+
+@mutant("autocast missing from the key", ModelMachine)
+def _(patch):
+    patch.setattr(core, "environment", tuple)
+
+
+# Events
+
+
+@mutant("no events at all", ModelMachine)
+def _(patch):
+    patch.setattr(core.AdapterCache, "_void", lambda self, binding, adapter: 0)
+    patch.setattr(core.AdapterCache, "touched", lambda self, tensors: 0)
+
+
+@mutant("no optimizer hook", ModelMachine)
+def _(patch):
+    patch.setattr(attachment, "follow_optimizers", lambda cache: None)
+
+
+@mutant("no hotswap events", ModelMachine)
+def _(patch):
+    patch.setattr(hotswap, "follow_hotswap", lambda cache: None)
+
+
+@mutant("no merge events", ModelMachine)
+def _(patch):
+    follow = peft_layers.Observer
+
+    def deaf(**arguments):
+        calls = arguments.get("calls", {})
+        for name in ("merge", "unmerge"):
+            calls.pop(name, None)
+        return follow(**arguments)
+
+    patch.setattr(peft_layers, "Observer", deaf)
+
+
+# How a value is used
+
+
+@mutant("used in training mode", ModelMachine)
+def _(patch):
+    patch.setattr(dora, "_stands_aside", lambda layer, adapter: False)
+    patch.setattr(core.Binding, "serves", lambda self, args: args[0] is self.owner)
+
+
+@mutant("the magnitude's gradient forgotten", ModelMachine)
+def _(patch):
+    patch.setattr(dora, "_wants_gradient", lambda layer, adapter: False)
+
+
+@mutant("hooks on adapter modules ignored", ModelMachine)
+def _(patch):
+    patch.setattr(dora, "_stands_aside", lambda layer, adapter: layer.training)
+
+
+@mutant("entries stored under inference_mode", ModelMachine)
+def _(patch):
+    fake = SimpleNamespace(**vars(torch))
+    fake.inference_mode = lambda mode: contextlib.nullcontext()
+    patch.setattr(core, "torch", fake)
+    patch.setattr(core, "_storable", lambda value, stamp: value)
+    patch.setattr(
+        backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "_versions", ())
+    )
+    patch.setattr(backends.Entry, "intact", property(lambda self: True))
+
+
+@mutant("copies share what is stored", ModelMachine)
+def _(patch):
+    patch.setattr(core.Binding, "__reduce__", lambda self: (_same, (self,)))
+    patch.setattr(core.Binding, "__deepcopy__", lambda self, memo: self, raising=False)
+    patch.setattr(core.Binding, "serves", lambda self, args: not args[0].training)
+    patch.setattr(dora, "reduce_as_plain", lambda reduced: reduced)
+    patch.setattr(observe, "reduce_as_plain", lambda reduced: reduced)
+    # The tensors' identities in the stamps would show that it is another model.
+    patch.setattr(core, "sign", _signed_by(lambda tensor: tensor._version))
+
+
+def _same(binding):
+    return binding
+
+
+@mutant("stand-ins left behind by detach", ModelMachine)
+def _(patch):
+    patch.setattr(dora, "_restore", lambda variants: None)
+
+
+# Storing and forgetting, under threads
+
+
+@mutant("no generation check", DecoratorMachine)
+def _(patch):
+    patch.setattr(core.Binding, "voided", lambda self, adapter: 0)
+
+
+@mutant("no second look at the stamp", DecoratorMachine)
+def _(patch):
+    class Same(bytes):
+        __hash__ = bytes.__hash__
+
+        def __eq__(self, other):
+            return True
+
+    fly = core.AdapterCache._fly
+    patch.setattr(
+        core.AdapterCache,
+        "_fly",
+        lambda self, flight, call, *rest: fly(self, flight, call._replace(signature=Same()), *rest),
+    )
+
+
+@mutant("waiters take whatever is being derived", DecoratorMachine)
+def _(patch):
+    patch.setattr(core.AdapterCache, "_joinable", lambda self, flight, call, binding: True)
+
+
+@mutant("nobody waits", DecoratorMachine)
+def _(patch):
+    patch.setattr(core.AdapterCache, "_joinable", lambda self, flight, call, binding: False)
+
+
+@mutant("writes during a derivation are not noted", DecoratorMachine)
+def _(patch):
+    patch.setattr(
+        core._Flight, "touched", property(lambda self: False, lambda self, _: None), raising=False
+    )
+
+
+@mutant("waiters hang when a derivation fails", DecoratorMachine)
+def _(patch):
+    fly = core.AdapterCache._fly
+
+    def hang(self, flight, call, *rest):
+        done, flight.done = flight.done, SimpleNamespace(set=lambda: None, wait=flight.done.wait)
+        result = fly(self, flight, call, *rest)  # no set() if this raises
+        done.set()
+        return result
+
+    patch.setattr(core.AdapterCache, "_fly", hang)
+
+
+@mutant("a failed derivation is stored", DecoratorMachine)
+def _(patch):
+    fly = core.AdapterCache._fly
+
+    def store(self, flight, call, derivation, binding, args, kwargs):
+        try:
+            return fly(self, flight, call, derivation, binding, args, kwargs)
+        except ArithmeticError:
+            with self._locked():
+                entry = backends.Entry(torch.zeros(2), flight.stamp)
+                self._store(call, entry, derivation, binding)
+            raise
+
+    patch.setattr(core.AdapterCache, "_fly", store)
+
+
+@mutant("invalidations that are not counted", DecoratorMachine)
+def _(patch):
+    def discard(self, key, why="invalidations"):
+        self._forget(key)
+        return int(self._backend.delete(key))
+
+    patch.setattr(core.AdapterCache, "_discard", discard)
+
+
+@mutant("a view counted by its elements", DecoratorMachine)
+def _(patch):
+    def by_elements(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    for module in (storage, lru, backends.protocol):
+        if hasattr(module, "storage_bytes"):
+            patch.setattr(module, "storage_bytes", by_elements)
+    patch.setattr(core, "_storable", lambda value, stamp: value)
+
+
+@mutant("bypass in one thread is everybody's", DecoratorMachine)
+def _(patch):
+    class Shared:
+        value = ()
+
+        def get(self):
+            return self.value
+
+        def set(self, value):
+            self.value = value
+
+    patch.setattr(core, "_bypassed", Shared())
