@@ -35,18 +35,21 @@ def _plain_environment(monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print which seeded bugs were caught, and how many steps that took."""
-    found = [
-        (*value, report.outcome)
-        for outcome in ("passed", "failed")
-        for report in terminalreporter.stats.get(outcome, [])
-        for name, value in report.user_properties
-        if name == "mutant" and report.when == "call"
-    ]
-    if not found:
-        return
-    terminalreporter.section("seeded bugs")
-    terminalreporter.line(f"{'mutant':45}{'machine':20}{'steps':>7}")
-    for mutant, machine, steps, outcome in sorted(found, key=lambda row: (row[1], row[0])):
-        steps_needed = steps if outcome == "passed" else "not caught"
-        terminalreporter.line(f"{mutant:45}{machine:20}{steps_needed:>7}")
+    """Print how long the machines ran, and which seeded bugs they caught after how many steps."""
+    found = {"machine": [], "mutant": []}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name in found and report.when == "call":
+                    found[name].append((*value, outcome))
+    if found["machine"]:
+        terminalreporter.section("state machines")
+        terminalreporter.line(f"{'machine':25}{'runs':>8}{'steps':>9}  outcome")
+        for machine, runs, steps, outcome in sorted(found["machine"]):
+            terminalreporter.line(f"{machine:25}{runs:>8}{steps:>9}  {outcome}")
+    if found["mutant"]:
+        terminalreporter.section("seeded bugs")
+        terminalreporter.line(f"{'mutant':45}{'machine':20}{'steps':>7}")
+        for mutant, machine, steps, outcome in sorted(found["mutant"], key=lambda row: row[1::-1]):
+            steps_needed = steps if outcome == "passed" else "not caught"
+            terminalreporter.line(f"{mutant:45}{machine:20}{steps_needed:>7}")

@@ -1,17 +1,17 @@
 """Bugs to seed: each is a way that a cache like this one has gone wrong, or could."""
 
 import contextlib
+import importlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from test_decorator_machine import DecoratorMachine
-from test_model_machine import ModelMachine
+from decorator_machine import DecoratorMachine
+from model_machine import ModelMachine
 
 from dora_cache import attachment, backends
 from dora_cache import cache as core
 from dora_cache.backends import lru, storage
-from dora_cache.lifecycle import observe
 from dora_cache.recipes import dora, hotswap, peft_layers
 
 SCALE = dora._stored_scale.__dora_cache_derivation__
@@ -167,7 +167,9 @@ def _(patch):
     patch.setattr(core.Binding, "__reduce__", lambda self: (_same, (self,)))
     patch.setattr(core.Binding, "__deepcopy__", lambda self, memo: self, raising=False)
     patch.setattr(core.Binding, "serves", lambda self, args: not args[0].training)
-    patch.setattr(dora, "reduce_as_plain", lambda reduced: reduced)
+    patch.setattr(dora._CachedVariant, "__reduce_ex__", object.__reduce_ex__)
+    # The package's function of the same name hides the module.
+    observe = importlib.import_module("dora_cache.lifecycle.observe")
     patch.setattr(observe, "reduce_as_plain", lambda reduced: reduced)
     # The tensors' identities in the stamps would show that it is another model.
     patch.setattr(core, "sign", _signed_by(lambda tensor: tensor._version))

@@ -34,6 +34,6 @@ def caught(machine, examples):
 def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
     """A cache with this bug does not survive its machine."""
     mutant.seed(monkeypatch)
-    steps, error = caught(mutant.machine, examples=1000)
+    steps, error = caught(mutant.machine, examples=600)
     record_property("mutant", (mutant.name, mutant.machine.__name__, steps))
     assert error is not None, f"not caught in {steps} steps"

@@ -6,9 +6,7 @@ shares nothing with the cache, not even a copy that the cache has to leave alone
 
 import contextlib
 
-import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from zoo import quiet
@@ -254,10 +252,3 @@ class ContentModelMachine(ModelMachine):
     """With guard="content", writes that PyTorch does not count are found as well."""
 
     guard = "content"
-
-
-for machine in (ModelMachine, FastModelMachine, ContentModelMachine):
-    machine.TestCase.settings = settings(settings.default)
-TestModel = pytest.mark.machine(ModelMachine.TestCase)
-TestFastModel = pytest.mark.machine(FastModelMachine.TestCase)
-TestContentModel = pytest.mark.machine(ContentModelMachine.TestCase)
