@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
+from dora_cache.contents import Contents
 from dora_cache.decorator import SLOT
 from dora_cache.errors import (
     AdapterNotFoundError,
@@ -27,7 +28,15 @@ from dora_cache.errors import (
     DetachedError,
 )
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
-from dora_cache.stamps import Signature, Stamp, UncheckableError, environment, sign, untraceable
+from dora_cache.stamps import (
+    Signature,
+    Stamp,
+    UncheckableError,
+    environment,
+    sign,
+    tensors_in,
+    untraceable,
+)
 from dora_cache.stats import CacheStats
 
 if TYPE_CHECKING:
@@ -178,6 +187,7 @@ class _Call(NamedTuple):
     adapter: str | None
     signature: Signature
     dependencies: list[object]
+    contents: Contents | None
 
 
 P = ParamSpec("P")
@@ -217,7 +227,7 @@ class AdapterCache:
         self.config = config
         self.token = next(_tokens)
         self._backend: Backend = config.make_backend(device or torch.device("cpu"))
-        self._contents = config.guard == "content"
+        self._guards_content = config.guard == "content"
         # Reentrant, because the garbage collector may run anybody's code inside it; what that code
         # asks for is put off (see _exclusive), so that nothing is changed half-way through.
         self._lock: Any = threading.RLock()
@@ -572,13 +582,14 @@ class AdapterCache:
                 dependencies += depends_on(*args, **kwargs)
             elif isinstance(binding.owner, nn.Module):
                 dependencies += own_state(binding.owner)
-            signature, requires_grad = sign(dependencies, contents=self._contents)
+            signature, requires_grad = sign(dependencies)
+            contents = Contents(tensors_in(dependencies)) if self._guards_content else None
         except (UnkeyableError, UncheckableError):
             return None
         if requires_grad and not derivation.detach and torch.is_grad_enabled():
             return None
         key = (derivation.number, binding.token, frozen, environment())
-        return _Call(key, adapter, signature, dependencies)
+        return _Call(key, adapter, signature, dependencies, contents)
 
     def _bind(
         self,
@@ -629,6 +640,7 @@ class AdapterCache:
             and stamp.key == call.key  # for backends that mix up keys which are almost the same
             and stamp.born > binding.voided(call.adapter)
             and entry.intact
+            and all(contents == call.contents for contents in stamp.contents)
         ):
             return entry
         self._discard(call.key)
@@ -641,10 +653,13 @@ class AdapterCache:
             and not flight.touched
             and flight.stamp.born > binding.voided(call.adapter)
             and flight.thread != threading.get_ident()  # a function that calls itself
+            and all(contents == call.contents for contents in flight.stamp.contents)
         )
 
     def _take_off(self, derivation: Derivation, call: _Call) -> _Flight:
         stamp = Stamp(call.key, call.signature, call.dependencies, next(self._clock))
+        if call.contents is not None:
+            stamp.contents = (call.contents,)
         flight = _Flight(derivation, stamp)
         derivation.caches.add(self)
         self._flights[call.key] = flight
@@ -678,6 +693,9 @@ class AdapterCache:
             if entry is not None:
                 with suppress(Exception):  # then it cannot be told whether the value still holds
                     again = self._prepare(derivation, binding, args, kwargs)
+            if again is not None and again.contents is not None:
+                # Compared when the value is used, so that nothing has to wait for a device here.
+                flight.stamp.contents = (*flight.stamp.contents, again.contents)
             try:
                 with self._locked():
                     if self._flights.get(call.key) is flight:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType
@@ -20,7 +19,17 @@ from dora_cache.keys import freeze
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
-__all__ = ["Signature", "Stamp", "UncheckableError", "environment", "sign", "untraceable"]
+    from dora_cache.contents import Contents
+
+__all__ = [
+    "Signature",
+    "Stamp",
+    "UncheckableError",
+    "environment",
+    "sign",
+    "tensors_in",
+    "untraceable",
+]
 
 Signature = bytes | tuple[bytes, list[Any]]
 """Compares equal as long as nothing that a value depends on has changed.
@@ -49,7 +58,7 @@ def _is_plain(kind: type) -> bool:
     return plain
 
 
-def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Signature, bool]:
+def sign(dependencies: Iterable[object]) -> tuple[Signature, bool]:
     """Sign tensors and scalars, in order.
 
     A tensor's signature is its identity, version counter, storage, address, dtype, shape and
@@ -60,7 +69,6 @@ def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Sig
     Args:
         dependencies: tensors, plain scalars (None, numbers, strings, dtypes, devices, enums), and
             functions that close over nothing; tuples, lists and dicts of these; sets of scalars.
-        contents: also sign every element of every tensor.
 
     Returns:
         The signature, and whether any of the tensors requires gradients.
@@ -91,15 +99,13 @@ def sign(dependencies: Iterable[object], *, contents: bool = False) -> tuple[Sig
                     requires_grad = True
             except (RuntimeError, NotImplementedError) as error:
                 raise UncheckableError(str(error)) from None
-            if contents:
-                parts.append(_digest(item))
         elif item is None:
             parts.append(b"none")
         elif type(item) is float:
             parts.append(_pack_float(b"float", item))
         elif isinstance(item, tuple | list | dict):
             inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item
-            signature, wanted = sign(inner, contents=contents)
+            signature, wanted = sign(inner)
             others.append((len(parts), type(item), len(item), signature))
             requires_grad = requires_grad or wanted
         elif isinstance(item, FunctionType | BuiltinFunctionType):
@@ -123,21 +129,15 @@ def _freeze_plain(item: object) -> object:
     raise UncheckableError(msg)
 
 
-def _digest(tensor: Tensor) -> bytes:
-    """Hash a tensor's elements in order (128 bits of BLAKE2b); waits for the device."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
-    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _tensors(dependencies: Iterable[object]) -> Iterable[Tensor]:
+def tensors_in(dependencies: Iterable[object]) -> Iterable[Tensor]:
+    """Yield the tensors among dependencies, in order."""
     for item in dependencies:
         if isinstance(item, Tensor):
             yield item
         elif isinstance(item, tuple | list):
-            yield from _tensors(item)
+            yield from tensors_in(item)
         elif isinstance(item, dict):
-            yield from _tensors(item.values())
+            yield from tensors_in(item.values())
 
 
 class Stamp:
@@ -149,9 +149,10 @@ class Stamp:
         key: the key of the call that the value answers.
         signature: what :func:`sign` said before the value was derived.
         born: the cache's clock when deriving began; an event that comes later voids the value.
+        contents: with ``guard="content"``, what the dependencies held before and after deriving.
     """
 
-    __slots__ = ("_held", "born", "key", "signature")
+    __slots__ = ("_held", "born", "contents", "key", "signature")
 
     def __init__(
         self, key: Hashable, signature: Signature, dependencies: Iterable[object], born: int
@@ -159,11 +160,12 @@ class Stamp:
         self.key = key
         self.signature = signature
         self.born = born
+        self.contents: tuple[Contents, ...] = ()
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
         # them. Storages may have them.
         self._held = tuple(
             StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            for tensor in _tensors(dependencies)
+            for tensor in tensors_in(dependencies)
         )
 
     @property

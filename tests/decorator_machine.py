@@ -95,7 +95,7 @@ class DecoratorMachine(RuleBasedStateMachine):
 
     @initialize(which=st.sampled_from(SETTINGS))
     def start(self, which):
-        global _machine
+        global _machine  # noqa: PLW0603 - a backend is made by its name and knows of no machine
         _machine = self
         self.schedule = Schedule()
         self.real, core.threading = core.threading, self.schedule.threading()

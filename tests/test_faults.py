@@ -106,7 +106,7 @@ def test_one_warning_per_cause_and_right_outputs(operation):
 
 
 def test_random_failures_over_many_forwards():
-    """At one failure in ten calls, two thousand forwards with changes in between are all right."""
+    """At one failure in ten calls, ten thousand forwards with changes in between are all right."""
     model = dora_model(adapters=("first", "second"))
     x = sample("linear")
     weight = model.base_model.model.layer.lora_A["first"].weight
@@ -115,7 +115,7 @@ def test_random_failures_over_many_forwards():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with dora_cache.attach(model, config) as cache:
-            for _ in range(2000):
+            for _ in range(10_000):
                 activate(model, generator.choice(("first", "second")))
                 if generator.random() < 0.1:
                     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_random_failures_over_many_forwards():
                 with cache.bypass():
                     assert torch.equal(result, run(model, x))
             hits = cache.stats().hits
-    assert hits > 1000
+    assert hits > 3000
 
 
 def test_a_backend_that_mixes_up_its_entries():

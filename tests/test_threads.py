@@ -1,14 +1,17 @@
 """Many threads: one computation per missing key, no lost invalidation, sums that add up."""
 
+import gc
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
-from zoo import activate, dora_model, run, sample
+from zoo import dora_model, run, sample
 
 import dora_cache
 from dora_cache import cached
@@ -181,55 +184,95 @@ def test_bypass_is_one_threads_own(slow):
         assert cache.stats().bypasses == 1
 
 
+def soak(seconds, settings):
+    """Serve three adapters from eight threads and train a fourth; return what went wrong."""
+    served, trained = ("first", "second", "third"), "trained"
+    model = dora_model("linear", adapters=(*served, trained))
+    layer = model.base_model.model.layer
+    x = sample("linear")
+    base = layer.get_base_layer()
+    parts = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
+
+    def forward(adapter):
+        with torch.no_grad():
+            return layer.lora_variant[adapter].forward(
+                layer, active_adapter=adapter, x=x, result=base(x)
+            )
+
+    expected = {adapter: forward(adapter) for adapter in served}
+    weights = [part[trained].weight for part in parts]
+    end = time.monotonic() + seconds
+    wrong, over, forwards, steps = [], [], Counter(), 0
+
+    def serve(number):
+        generator = random.Random(number)
+        while time.monotonic() < end:
+            adapter = generator.choice(served)
+            if not torch.equal(forward(adapter), expected[adapter]):
+                wrong.append(adapter)
+            forwards[number] += 1
+            choice = generator.random()
+            if choice < 0.03:
+                cache.invalidate(adapter=generator.choice([*served, trained, None]))
+            elif choice < 0.04:
+                cache.warm([adapter])
+            stats = cache.stats()
+            if stats.max_bytes is not None and stats.nbytes > stats.max_bytes:
+                over.append(stats)
+
+    def train():
+        nonlocal steps
+        optimizers = [
+            torch.optim.SGD(weights, lr=0.01, fused=True),
+            torch.optim.AdamW(weights, lr=0.01, foreach=True),
+        ]
+        while time.monotonic() < end:
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            optimizers[steps % 2].step()
+            result = forward(trained)
+            with cache.bypass():
+                if not torch.equal(result, forward(trained)):
+                    wrong.append(trained)
+            steps += 1
+
+    with dora_cache.attach(model, **settings) as cache:
+        threads = [threading.Thread(target=serve, args=(number,)) for number in range(8)]
+        threads.append(threading.Thread(target=train))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(seconds + 60)
+        stuck = [thread for thread in threads if thread.is_alive()]
+        stats = cache.stats()
+    gone = stats.evictions + stats.invalidations + stats.replacements
+    assert stats.stores == stats.entries + gone
+    assert stats.evictions >= 0
+    return wrong, over, stuck, forwards, steps
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"backend": "lru", "max_bytes": 100}, {"backend": "cpu", "max_bytes": 70}],
     ids=str,
 )
 def test_many_threads_never_get_a_wrong_output(settings):
-    """Threads on several adapters, with invalidations all along: right, and within the cap."""
-    adapters = ("first", "second", "third")
-    model = dora_model("linear", adapters=adapters)
-    layer = model.base_model.model.layer
-    x = sample("linear")
-    expected = {}
-    for adapter in adapters:
-        activate(model, adapter)
-        expected[adapter] = run(model, x)
-    base = layer.get_base_layer()
-    end = time.monotonic() + 3
-    wrong, over = [], []
+    """Threads on several adapters, one more that trains, and invalidations all along."""
+    wrong, over, stuck, forwards, steps = soak(3, settings)
+    assert (wrong, over, stuck) == ([], [], [])
+    assert len(forwards) == 8
+    assert min(forwards.values()) > 10
+    assert steps > 10
 
-    def serve(seed):
-        generator = random.Random(seed)
-        while time.monotonic() < end:
-            adapter = generator.choice(adapters)
-            with torch.no_grad():
-                result = layer.lora_variant[adapter].forward(
-                    layer, active_adapter=adapter, x=x, result=base(x)
-                )
-            if not torch.equal(torch.tanh(result), expected[adapter]):
-                wrong.append(adapter)
-            if generator.random() < 0.05:
-                cache.invalidate(adapter=generator.choice([*adapters, None]))
-            stats = cache.stats()
-            if stats.max_bytes is not None and stats.nbytes > stats.max_bytes:
-                over.append(stats)
 
-    with dora_cache.attach(model, **settings) as cache:
-        threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-            assert not thread.is_alive()
-        stats = cache.stats()
-    assert not wrong
-    assert not over
-    assert stats.lookups > 100
-    assert stats.evictions >= 0
-    gone = stats.evictions + stats.invalidations + stats.replacements
-    assert stats.stores == stats.entries + gone
+@pytest.mark.machine
+def test_a_minute_of_it(record_property):
+    """A minute under a cap that holds two of the four adapters."""
+    if settings.default.max_examples < 1000:
+        pytest.skip("a minute long: make test-deep runs it")
+    wrong, over, stuck, forwards, steps = soak(60, {"backend": "lru", "max_bytes": 100})
+    record_property("machine", ("8 threads, 60 s", sum(forwards.values()), steps))
+    assert (wrong, over, stuck) == ([], [], [])
 
 
 def test_attaching_and_detaching_while_serving():
@@ -256,6 +299,46 @@ def test_attaching_and_detaching_while_serving():
         stop.set()
         thread.join(20)
     assert count > 100
+
+
+class Nosy:
+    """Calls the cache when it is collected, which may be while the collector runs anywhere."""
+
+    def __init__(self, cache, model):
+        self.cache, self.model = cache, model
+        self.myself = self  # only the cycle collector finds it
+
+    def __del__(self):
+        self.cache.invalidate()
+        self.cache.stats()
+        run(self.model, sample("linear"))
+
+
+@pytest.mark.timeout(60)
+def test_destructors_may_call_the_cache():
+    """Even those that the collector runs inside the cache, with its lock held."""
+    model = dora_model("linear")
+    x = sample("linear")
+    expected = run(model, x)
+    with dora_cache.attach(model) as cache:
+        inside = []
+        discard = cache._discard
+
+        def collecting(key, why="invalidations"):
+            Nosy(cache, model)
+            gc.collect()
+            inside.append(key)
+            return discard(key, why)
+
+        cache._discard = collecting
+        for _ in range(5):
+            assert torch.equal(run(model, x), expected)
+            cache.invalidate()
+        del cache._discard
+        assert inside
+        stats = cache.stats()
+        gone = stats.evictions + stats.invalidations + stats.replacements
+        assert stats.stores == stats.entries + gone
 
 
 def test_data_parallel_replicas_share_nothing():

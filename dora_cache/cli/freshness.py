@@ -44,7 +44,7 @@ def freshness(
                 report.rows(
                     dtype=getattr(torch, dtype.value),
                     device=where,
-                    moved=lambda done, total: move(done, total),
+                    moved=move,
                 )
             )
         console = results()

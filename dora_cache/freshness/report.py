@@ -75,9 +75,9 @@ def rows(
 
 def summary(found: Iterable[Row]) -> str:
     """Count in a sentence or two."""
-    ordinary, raw = [], []
-    for row in found:
-        (ordinary if row.unguarded is None else raw).append(row)
+    found = list(found)
+    ordinary = [row for row in found if row.unguarded is None]
+    raw = [row for row in found if row.unguarded is not None]
 
     def wrong(trials: Iterable[Trial | None]) -> int:
         return sum(trial is not None and trial.verdict.word != "fresh" for trial in trials)
@@ -140,12 +140,12 @@ def _cells(row: Row) -> list[str]:
     ours = row.ours.verdict.word
     if row.unguarded is not None:
         ours = f"{row.unguarded.verdict.word}; {ours} with content"
-    held = "–" if row.ours.held is None else " → ".join(map(str, row.ours.held))
+    held = "-" if row.ours.held is None else " → ".join(map(str, row.ours.held))
     again = [_again(row.ours.again.get(adapter)) for adapter in ADAPTERS]
     return [row.operation.name, row.peft.verdict.word, ours, held, *again]
 
 
 def _again(layers: int | None) -> str:
     if layers is None:
-        return "–"
+        return "-"
     return f"{layers} derived again" if layers else "warm"

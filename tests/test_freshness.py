@@ -1,0 +1,119 @@
+"""After each operation, on every kind of DoRA layer: the outputs are the uncached model's."""
+
+import itertools
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dora_cache.cli import app
+from dora_cache.freshness import (
+    DORA_CACHING,
+    KINDS,
+    LAYERS,
+    OPERATIONS,
+    RAW,
+    Pick,
+    attached,
+    named,
+    report,
+    run_trial,
+)
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def on(device, operations):
+    return [one for one in operations if one.device in {None, device}]
+
+
+def by_name(operations):
+    return pytest.mark.parametrize("operation", on("cpu", operations), ids=lambda one: one.name)
+
+
+def expect_fresh(operation, pick=Pick(), *, dtype=torch.float32, device="cpu", **settings):  # noqa: B008
+    trial = run_trial(operation, attached(**settings), pick, dtype=dtype, device=device)
+    assert trial.verdict.word == "fresh", (operation.name, pick, trial.verdict)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@by_name(OPERATIONS)
+def test_outputs_are_fresh_after(operation, dtype):
+    """An operation on all layers and parameters of an adapter."""
+    expect_fresh(operation, dtype=dtype)
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_are_fresh_on_a_gpu(dtype):
+    """The same there, with the operations that need a GPU."""
+    for operation in on("cuda", OPERATIONS):
+        expect_fresh(operation, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("group", ["weights", "base weights", "scaling", "merging", "modes"])
+def test_outputs_are_fresh_after_one_parameter_changed(group, layer):
+    """One parameter of one layer, under a cap that holds little."""
+    kinds = itertools.cycle(KINDS)
+    for operation in on("cpu", OPERATIONS):
+        if operation.group == group:
+            pick = Pick("bob", "ada", layer=layer, kind=next(kinds), factor=0.5)
+            expect_fresh(operation, pick, backend="lru", max_bytes=100)
+
+
+@by_name(RAW)
+def test_content_guard_sees(operation):
+    """A write that leaves no trace but the contents themselves."""
+    expect_fresh(operation, guard="content")
+    pick = Pick(layer="linear", kind="B")
+    expect_fresh(operation, pick, guard="content", dtype=torch.bfloat16)
+
+
+@CUDA
+def test_content_guard_sees_on_a_gpu():
+    """The same there."""
+    for operation in on("cuda", RAW):
+        for dtype in DTYPES:
+            expect_fresh(operation, guard="content", dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["p.data.mul_()", "a numpy array of the same memory"])
+def test_what_is_impossible_without_it(name):
+    """These limits are stated in the documentation: should they fall, it has to say so."""
+    assert run_trial(named(name), attached()).verdict.word == "stale"
+
+
+def test_the_judge_judges():
+    """A cache that goes stale is found out, and one that fails is."""
+    stale = run_trial(named("in place under no_grad"), DORA_CACHING)
+    assert stale.verdict.word == "stale"
+    assert float(stale.verdict.detail) > 0
+    fresh = run_trial(named("no operation"), DORA_CACHING)
+    assert fresh.verdict.word == "fresh"
+
+
+def test_the_command_compares_both_caches(monkeypatch, tmp_path):
+    """Both columns, a summary, and the table for the documentation."""
+    few = [named(name) for name in ("no operation", "AdamW step, fused", "set_scale")]
+    monkeypatch.setattr(report, "OPERATIONS", few)
+    monkeypatch.setattr(report, "RAW", [named("p.data.mul_()")])
+    markdown = tmp_path / "table.md"
+    result = CliRunner().invoke(app, ["freshness", "--markdown", str(markdown), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "After 3 ordinary operations, DoraCaching is wrong 2 times" in " ".join(
+        result.stdout.split()
+    )
+    table = markdown.read_text()
+    assert "| AdamW step, fused | **stale** | fresh | 6 → 3 | 3 derived again | warm |" in table
+    assert "stale; fresh with content" in table
+
+
+def test_the_command_fails_if_dora_cache_is_wrong(monkeypatch):
+    """So that it can stand in somebody's CI."""
+    monkeypatch.setattr(report, "OPERATIONS", [])
+    monkeypatch.setattr(report, "RAW", [named("p.data.mul_()")])
+    monkeypatch.setattr(report, "attached", lambda **_: attached())
+    result = CliRunner().invoke(app, ["freshness", "--device", "cpu"])
+    assert result.exit_code == 1
