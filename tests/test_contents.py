@@ -25,7 +25,7 @@ def test_each_element_and_its_place_count(dtype, size):
     assert torch.equal(there, on_device(tensor.clone()))
     for index in {0, size // 2, size - 1} if size else ():
         changed = tensor.clone()
-        changed[index] = 1 - changed[index].to(torch.int64)
+        changed[index] = (tensor[index] == 0).to(dtype)
         assert before != Contents([changed])
         assert not torch.equal(there, on_device(changed))
 

@@ -1,6 +1,7 @@
 """After each operation, on every kind of DoRA layer: the outputs are the uncached model's."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,11 +38,21 @@ def expect_fresh(operation, pick=Pick(), *, dtype=torch.float32, device="cpu", *
     assert trial.verdict.word == "fresh", (operation.name, pick, trial.verdict)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_name(OPERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_are_fresh_after(operation, dtype):
     """An operation on all layers and parameters of an adapter."""
     expect_fresh(operation, dtype=dtype)
+
+
+@by_name(OPERATIONS)
+def test_the_documentation_has_what_happens(operation):
+    """The line of the table in docs/freshness.md; `dora-cache freshness --markdown` writes it."""
+    row = report.Row(
+        operation, run_trial(operation, DORA_CACHING), run_trial(operation, attached())
+    )
+    table = (Path(__file__).parent.parent / "docs" / "freshness-table.md").read_text()
+    assert report.markdown_line(row) in table.splitlines()
 
 
 @CUDA

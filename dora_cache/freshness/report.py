@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dora_cache.freshness.operations import Operation
 
-__all__ = ["Row", "as_markdown", "as_table", "rows", "summary"]
+__all__ = ["Row", "as_markdown", "as_table", "markdown_line", "rows", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +117,14 @@ def as_markdown(found: Iterable[Row]) -> str:
     for group, members in groupby(found, key=lambda row: row.operation.group):
         lines += ["", f"### {group[0].upper()}{group[1:]}", ""]
         lines += [_line(titles), _line("---" for _ in titles)]
-        for row in members:
-            name, peft, ours, *rest = _cells(row)
-            lines.append(_line((name.replace("_", r"\_"), _strong(peft), ours, *rest)))
+        lines += [markdown_line(row) for row in members]
     return "\n".join(lines).strip() + "\n"
+
+
+def markdown_line(row: Row) -> str:
+    """Return the row's line of that table."""
+    name, peft, ours, *rest = _cells(row)
+    return _line((name.replace("_", r"\_"), _strong(peft), ours, *rest))
 
 
 def _line(cells: Iterable[str]) -> str:
