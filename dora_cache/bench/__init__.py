@@ -8,6 +8,7 @@
 """
 
 from dora_cache.bench.chart import draw
+from dora_cache.bench.compiled import measure_compiled
 from dora_cache.bench.machine import describe_machine
 from dora_cache.bench.measure import (
     Comparison,
@@ -20,10 +21,29 @@ from dora_cache.bench.measure import (
     working_set,
 )
 from dora_cache.bench.models import plain_lora, random_dora, twin
-from dora_cache.bench.report import as_dict, format_bytes, legend, table
+from dora_cache.bench.phases import (
+    Cell,
+    Footprint,
+    Phase,
+    Phases,
+    measure_phases,
+    random_prompt,
+)
+from dora_cache.bench.profiling import Profile, profile
+from dora_cache.bench.report import (
+    as_dict,
+    format_bytes,
+    legend,
+    memory_table,
+    phase_of,
+    phases_table,
+    table,
+)
+from dora_cache.bench.shapes import SHAPES, shaped
 from dora_cache.bench.ways import (
     BASE,
     LORA,
+    MERGED,
     PEFT,
     PEFT_CACHING,
     Running,
@@ -36,10 +56,17 @@ from dora_cache.bench.ways import (
 __all__ = [
     "BASE",
     "LORA",
+    "MERGED",
     "PEFT",
     "PEFT_CACHING",
+    "SHAPES",
+    "Cell",
     "Comparison",
     "Decoded",
+    "Footprint",
+    "Phase",
+    "Phases",
+    "Profile",
     "Result",
     "Running",
     "Spread",
@@ -53,8 +80,16 @@ __all__ = [
     "format_bytes",
     "legend",
     "logits",
+    "measure_compiled",
+    "measure_phases",
+    "memory_table",
+    "phase_of",
+    "phases_table",
     "plain_lora",
+    "profile",
     "random_dora",
+    "random_prompt",
+    "shaped",
     "standard_ways",
     "table",
     "twin",
