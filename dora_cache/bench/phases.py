@@ -97,6 +97,7 @@ class _Lane:
         for _ in range(2):
             self.forward()
         self.growth = _allocated(self._device) - before
+        self.held = 0 if self._running is None else self._running.held() or 0
         self.transient = 0
 
     def fail(self) -> None:
@@ -367,7 +368,7 @@ def _footprint(model: nn.Module, lane: _Lane) -> Footprint:
         shared = sum(size for pointer, size in own.items() if pointer in given)
         allocated = shared + lane.growth
         return Footprint(allocated, allocated + lane.transient)
-    return Footprint(sum(own.values()) + (running.held() or 0), None)
+    return Footprint(sum(own.values()) + lane.held, None)
 
 
 def _storages(model: nn.Module) -> Iterator[tuple[int, int]]:

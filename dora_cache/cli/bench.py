@@ -103,7 +103,10 @@ def bench(
         if backend is not None:
             CacheConfig(backend=backend, **settings)
         # With any cap at all: to find mistakes in names before a model is loaded.
-        choose_ways(all_ways(backend, max_bytes or 1, settings), ways, shape=bool(shape))
+        known = all_ways(backend, max_bytes or 1, settings)
+        choose_ways(known, ways, shape=bool(shape))
+        if profile:
+            _one(choose_ways(known, profile, shape=bool(shape)))
         where = parse_device(device)
         folder = None if profile else make_folder(out)
         with spinner("loading"):
@@ -122,7 +125,7 @@ def bench(
         input_ids = measurement.random_prompt(base, 1, _PROMPT_TOKENS)
         console = results()
         if folder is None:
-            (way,) = _one(choose_ways(known, profile, shape=bool(shape)))
+            way = _one(choose_ways(known, profile, shape=bool(shape)))
             with quiet():
                 found = measurement.profile(wrapped, input_ids, adapter=names[0], way=way)
             console.print(found.table, markup=False, soft_wrap=True)
@@ -208,11 +211,11 @@ def _base(
     return make_shape(shape or "", device, layers=layers, dtype=_DTYPES[dtype or usual])
 
 
-def _one(ways: list[measurement.Way]) -> list[measurement.Way]:
+def _one(ways: list[measurement.Way]) -> measurement.Way:
     if len(ways) > 1:
         names = ", ".join(way.name for way in ways)
         raise CliError(f"--profile takes one way: choose from {names}")
-    return ways
+    return ways[0]
 
 
 def _name(model: Path | None) -> str:
