@@ -280,6 +280,17 @@ def test_a_profile_says_where_time_goes(model, way, layers):
     assert found.summary().startswith(f"{way.label}: ")
 
 
+def test_a_long_reason_is_given_in_full_below():
+    """The table has room for a few words; the rest is for the lines below it."""
+    cells = {"lora": bench.Cell(reason="short"), "peft": bench.Cell(reason="long " * 20)}
+    labels = {"lora": "plain LoRA", "peft": "PEFT"}
+    (line,) = bench.reasons([bench.Phase("decode", cells)], labels)
+    assert line == "PEFT, decode: " + "long " * 20
+    table = bench.phases_table([bench.Phase("decode", cells)], labels)
+    assert "".join(table.columns[3].cells).startswith("short" + "long ")
+    assert len("".join(table.columns[3].cells)) == len("short") + 20
+
+
 def test_the_tables_have_a_row_for_everything(measured):
     """Each phase and way has a row."""
     labels = {way.name: way.label for way in WAYS}

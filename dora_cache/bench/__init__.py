@@ -5,6 +5,7 @@
     ways = bench.standard_ways(max_bytes="8MiB")
     comparison = bench.compare(peft_model, input_ids, adapters=["a", "b"], ways=ways)
     rich.print(bench.table(comparison))
+    more = bench.measure_phases(peft_model, adapters=["a", "b"], ways=ways, prefill=[(1, 512)])
 """
 
 from dora_cache.bench.chart import draw
@@ -37,6 +38,7 @@ from dora_cache.bench.report import (
     memory_table,
     phase_of,
     phases_table,
+    reasons,
     table,
 )
 from dora_cache.bench.shapes import SHAPES, shaped
@@ -89,6 +91,7 @@ __all__ = [
     "profile",
     "random_dora",
     "random_prompt",
+    "reasons",
     "shaped",
     "standard_ways",
     "table",

@@ -23,10 +23,12 @@ __all__ = [
     "memory_table",
     "phase_of",
     "phases_table",
+    "reasons",
     "table",
 ]
 
 _ABSENT = "-"
+_REASON = 20  # characters of a reason that the table has room for
 _COLUMNS = (
     "ms per\ntoken", "quar-\ntiles", "x\nLoRA", "first\nms", "held", "hits", "misses", "evicted",
     "max Δ\nlogit",
@@ -63,12 +65,22 @@ def phases_table(phases: Iterable[Phase], labels: Mapping[str, str]) -> Table:
             found.add_row(
                 labels[way],
                 phase.name,
-                *(_figures(cell.ms) if cell.ms else (_ABSENT, cell.reason)),
+                *(_figures(cell.ms) if cell.ms else (_ABSENT, _short(cell.reason))),
                 *(_figures(cell.ratio) if cell.ratio else ("", "")),
                 style="bold" if ours else None,
             )
         found.add_section()
     return found
+
+
+def reasons(phases: Iterable[Phase], labels: Mapping[str, str]) -> list[str]:
+    """Return in full the reasons that :func:`phases_table` has no room for."""
+    return [
+        f"{labels[way]}, {phase.name}: {cell.reason}"
+        for phase in phases
+        for way, cell in phase.cells.items()
+        if _short(cell.reason) != cell.reason
+    ]
 
 
 def memory_table(memory: Mapping[str, Footprint], labels: Mapping[str, str]) -> Table:
@@ -134,6 +146,10 @@ def _empty(columns: Iterable[str], *, title: str | None = None) -> Table:
             column, justify="left" if left else "right", vertical="bottom", no_wrap=True
         )
     return found
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= _REASON else f"{reason[: _REASON - 1]}…"
 
 
 def _figures(spread: Spread) -> tuple[str, str]:

@@ -156,7 +156,7 @@ def bench(
         show_more(console, everything, phases.memory, {way.name: way.label for way in chosen})
         more = {
             "model": shape or _name(model),
-            "layers": base.config.num_hidden_layers,
+            "layers": getattr(base.config, "num_hidden_layers", None),
             "dtype": str(base.dtype).removeprefix("torch."),
             "adapter_dtype": None if paths else adapter_dtype or "fp32",
             "rank": None if paths else rank,

@@ -105,6 +105,8 @@ def show_more(
     """Print all phases, what each way weighs, and what that means."""
     console.print()
     console.print(bench.phases_table(phases, labels))
+    for reason in bench.reasons(phases, labels):
+        console.print(reason, markup=False)
     console.print()
     console.print(bench.memory_table(memory, labels))
     console.print(_LEGEND + "\n", markup=False)
