@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-deep lint types docs check clean
+.PHONY: setup demo bench-micro test test-deep lint types docs check clean
 
 setup: $(READY)
 
@@ -24,6 +24,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/dora-cache demo --out out
+
+bench-micro: $(READY)
+	$(BIN)/python -m pytest -p no:xdist --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds tests/test_micro.py
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

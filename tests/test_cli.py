@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import dora_cache
+from dora_cache import bench
 from dora_cache.cli import app
 from dora_cache.cli.measuring import capped
 
@@ -23,12 +24,15 @@ PROMPT = "w1 w2 w3"
 WAYS = {
     "base",
     "lora",
+    "merged",
     "peft",
     "peft-caching",
     "dora-cache:dict",
     "dora-cache:lru",
     "dora-cache:cpu",
+    "dora-cache:dict-fast",
 }
+SHAPE = ("bench", "--shape", "tiny", "--tokens", 3, "--rounds", 1)
 
 
 def llama(hidden=32):
@@ -324,9 +328,14 @@ def check_output(out, ways):
         assert way["token_ms"]["median"] > 0
         assert way["ratio"] > 0
         if name.startswith("dora-cache"):
-            assert way["max_logit_difference"] == 0
+            assert (way["max_logit_difference"] == 0) != name.endswith("fast")
             assert way["held_bytes"] == way["stats"]["nbytes"] > 0
     assert data["machine"]["torch"] == torch.__version__
+    assert {"decode, per token", "warm-up", "switch"} <= set(data["phases"])
+    for cells in data["phases"].values():
+        assert set(cells) == ways
+        assert all(bool(cell["ms"]) != bool(cell["reason"]) for cell in cells.values())
+    assert set(data["memory"]) == ways
     return data
 
 
@@ -354,10 +363,95 @@ def test_bench_takes_adapters_and_one_backend(run, folder, tmp_path):
     more = ("--tokens", 2, "--rounds", 1, "--out", tmp_path)
     result = run("bench", folder / "model", *chosen, *more)
     assert result.exit_code == 0, result.output
-    data = check_output(tmp_path, WAYS - {"dora-cache:dict", "dora-cache:cpu"})
+    yardsticks = {way for way in WAYS if not way.startswith("dora-cache")}
+    data = check_output(tmp_path, yardsticks | {"dora-cache:lru", "dora-cache:lru-fast"})
     assert data["adapters"] == ["x"]
     assert data["rank"] is None
     assert data["ways"]["dora-cache:lru"]["stats"]["max_bytes"] == 1 << 20
+
+
+def test_bench_measures_a_shape_by_itself(run, tmp_path):
+    """A shape needs no folder, shows all phases, and has one adapter decode."""
+    more = ("--prefill", "1x4,2x8", "--layers", 1, "--rank", 2, "--out", tmp_path)
+    result = run(*SHAPE, *more)
+    assert result.exit_code == 0, result.output
+    data = check_output(tmp_path, WAYS - {"dora-cache:lru", "dora-cache:cpu"})
+    settings = [data[key] for key in ("model", "layers", "dtype", "adapter_dtype", "rank")]
+    assert settings == ["tiny", 1, "float32", "fp32", 2]
+    assert data["adapters"] == ["a"]
+    for part in ("prefill 1x4", "prefill 2x8", "switch", "derives nothing", "over LoRA's"):
+        assert part in result.stdout
+
+
+def test_bench_measures_only_the_ways_that_are_wanted(run, tmp_path):
+    """Ways are chosen by name, dora-cache's together or one of them; dtypes as they are given."""
+    more = ("--dtype", "bf16", "--adapter-dtype", "bf16", "--out", tmp_path)
+    assert run(*SHAPE, *more, "--ways", "lora, dora-cache").exit_code == 0
+    data = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert set(data["ways"]) == {"lora", "dora-cache:dict", "dora-cache:dict-fast"}
+    assert (data["dtype"], data["adapter_dtype"]) == ("bfloat16", "bf16")
+    assert run(*SHAPE, *more, "--ways", "dora-cache:lru").exit_code == 0
+    data = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert set(data["ways"]) == {"dora-cache:lru"}
+
+
+def test_bench_measures_compiled_decoding_when_asked(run, tmp_path, monkeypatch):
+    """Compiled decoding is one more phase, with as many tokens."""
+    seen = {}
+
+    def measure_compiled(*_, ways, tokens, **__):
+        seen["tokens"] = tokens
+        return bench.Phase("decode, compiled", {way.name: bench.Cell(reason="no") for way in ways})
+
+    monkeypatch.setattr(bench, "measure_compiled", measure_compiled)
+    result = run(*SHAPE, "--ways", "lora", "--compiled", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert seen == {"tokens": 3}
+    data = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert data["phases"]["decode, compiled"]["lora"]["reason"] == "no"
+
+
+def test_bench_profiles_one_way(run, tmp_path):
+    """A profile is a table and a sentence, and nothing is measured or written."""
+    result = run(*SHAPE, "--profile", "dora-cache:dict", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "aten::mm" in result.stdout
+    assert "For each of 14 layers" in " ".join(result.stdout.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["MODEL", "--shape tiny"]),
+        (["somewhere", "--shape", "tiny"], ["either somewhere or --shape tiny"]),
+        (["--shape", "teeny"], ["'teeny'", "llama-3.1-8b"]),
+        (["somewhere", "--layers", 1], ["--layers"]),
+        (["--shape", "tiny", "--layers", 3], ["--layers 3", "from 1 to 2"]),
+        (["--shape", "tiny", "--adapter", "a=x"], ["--adapter", "MODEL"]),
+        (["somewhere", "--adapter", "a=x", "--adapter-dtype", "bf16"], ["--adapter-dtype"]),
+        (["--shape", "tiny", "--prefill", "1x0"], ["'1x0'", "--prefill 1x512"]),
+        (["--shape", "tiny", "--ways", "lora,pfet"], ["'pfet'", "peft-caching"]),
+        (["--shape", "tiny", "--ways", ","], ["--ways lora,peft,dora-cache"]),
+        (["--shape", "tiny", "--profile", "pfet"], ["'pfet'"]),
+        (["--shape", "tiny", "--profile", "dora-cache"], ["dora-cache:dict-fast"]),
+    ],
+)
+def test_bench_says_what_it_cannot_measure(run, tmp_path, arguments, parts):
+    """A mistake in what to measure costs one line as well."""
+    assert_one_line(run("bench", *arguments, "--out", tmp_path / "out"), *parts)
+
+
+def test_too_little_memory_is_an_error(run, tmp_path, monkeypatch):
+    """A model that does not fit ends in one line that says what to leave out."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "compare", fail)
+    assert_one_line(run(*SHAPE, "--out", tmp_path), "--ways lora,dora-cache")
+    monkeypatch.setattr("dora_cache.cli.loading.shaped", fail)
+    assert_one_line(run(*SHAPE, "--out", tmp_path), "--layers 8")
 
 
 def test_bench_refuses_what_the_backend_refuses(run, folder, tmp_path):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dora_cache.attachment import attach
 from dora_cache.bench.models import twin
-from dora_cache.bench.ways import LORA, PEFT, Running, Way
+from dora_cache.bench.ways import LORA, PEFT, Running, Way, groups, rotated
 from dora_cache.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from peft import PeftModel
 
@@ -32,6 +32,7 @@ __all__ = [
     "compare",
     "decode",
     "logits",
+    "synchronize",
     "working_set",
 ]
 
@@ -67,6 +68,15 @@ class Spread:
         ordered = sorted(values)
         return cls(statistics.median(ordered), ordered[0], ordered[-1])
 
+    @classmethod
+    def quartiles(cls, values: Iterable[float]) -> Spread:
+        """Summarise at least one value by its quartiles."""
+        ordered = sorted(values)
+        if len(ordered) == 1:
+            return cls.of(ordered)
+        low, median, high = statistics.quantiles(ordered, n=4, method="inclusive")
+        return cls(median, low, high)
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -80,6 +90,7 @@ class Result:
         first_ms: milliseconds of a generation's first pass, right after switching adapters.
         ratio: the median over all tokens of the time relative to that of plain LoRA's token of the
             same turn; None if that was not measured.
+        ratio_spread: that median, and the quartiles.
         held_bytes: bytes held at the end so as not to derive them again; None where nothing is
             meant to be.
         stats: the cache's counters at the end; None where there is none to ask.
@@ -92,6 +103,7 @@ class Result:
     token_ms: Spread
     first_ms: Spread
     ratio: float | None
+    ratio_spread: Spread | None
     held_bytes: int | None
     stats: CacheStats | None
     max_logit_difference: float | None
@@ -131,12 +143,13 @@ def compare(
     """Measure greedy decoding with a key-value cache, one request at a time.
 
     Every way is warmed up first. Then each round generates from the prompt with one adapter after
-    the other; all ways do so side by side, one token each in turn, so that what slows the machine
-    down for a while slows all of them alike. Switching adapters is not timed by itself, but the
-    first pass after it is.
+    the other; all ways do so side by side, one token each in turn and every time another one first,
+    so that what slows the machine down for a while slows all of them alike. Switching adapters is
+    not timed by itself, but the first pass after it is. Ways that work in place come last.
 
     Args:
-        model: in eval mode; its weights are shared with what is measured, and do not change.
+        model: in eval mode; its weights are shared with what is measured, and do not change, but
+            for the rounding that a way that works in place leaves behind.
         input_ids: the prompt, int64, shape (1, length), on the model's device.
         adapters: names of the model's adapters to switch between.
         ways: with distinct names.
@@ -149,7 +162,8 @@ def compare(
         NothingToCacheError: a way attaches dora-cache, and the model has nothing to cache.
     """
     _check(model, adapters, ways, tokens, rounds)
-    total = len(adapters) * len(ways) * (1 + rounds * tokens)
+    sets = groups(ways)
+    total = sum(map(len, sets)) * len(adapters) * (1 + rounds * tokens)
     steps = 0
 
     def step(label: str) -> None:
@@ -158,12 +172,40 @@ def compare(
         if on_step is not None:
             on_step(label, steps, total)
 
+    with PEFT.open(model, adapters) as plain:
+        expected = {name: _warm_up(plain, name, input_ids) for name in adapters}
+    found: dict[str, Result] = {}
+    for together in sets:
+        results = _side_by_side(
+            model, input_ids, expected, together, tokens=tokens, rounds=rounds, step=step
+        )
+        found = {result.way: result for result in results} | found  # LoRA's own, not a companion's
+    return Comparison(
+        results=tuple(found[way.name] for way in ways),
+        adapters=tuple(adapters),
+        rounds=rounds,
+        tokens=tokens,
+        prompt_tokens=input_ids.shape[1],
+        working_set=working_set(model, adapters),
+    )
+
+
+def _side_by_side(
+    model: PeftModel,
+    input_ids: Tensor,
+    expected: dict[str, Tensor],
+    ways: Sequence[Way],
+    *,
+    tokens: int,
+    rounds: int,
+    step: Callable[[str], None],
+) -> Iterator[Result]:
+    """Measure ways that can take turns; ``expected`` are the prompt's logits by adapter."""
+    adapters = list(expected)
     timed: dict[str, list[Decoded]] = {way.name: [] for way in ways}
     differences: dict[str, float] = {}
     with ExitStack() as stack:
         running = {way.name: stack.enter_context(way.open(model, adapters)) for way in ways}
-        plain = running.get(PEFT.name) or stack.enter_context(PEFT.open(model, adapters))
-        expected = {name: _warm_up(plain, name, input_ids) for name in adapters}
         for way in ways:
             for name in adapters:
                 found = _warm_up(running[way.name], name, input_ids)
@@ -171,39 +213,32 @@ def compare(
                     difference = float((found - expected[name]).abs().max())
                     differences[way.name] = max(differences.get(way.name, 0.0), difference)
                 step(way.label)
-        for name in [*adapters] * rounds:
+        for turn, name in enumerate(adapters * rounds):
             decodings = {}
             for way in ways:
                 running[way.name].select(name)
                 decodings[way.name] = _Decoding(running[way.name].model, input_ids)
-            for _ in range(tokens):
-                for way in ways:
+            for token in range(tokens):
+                for way in rotated(ways, turn + token):
                     with running[way.name].turn():
                         decodings[way.name].step()
                     step(way.label)
             for way in ways:
                 timed[way.name].append(decodings[way.name].so_far())
-        results = tuple(
-            Result(
+        for way in ways:
+            own = timed[way.name]
+            ratio = _ratio(own, timed.get(LORA.name))
+            yield Result(
                 way=way.name,
                 label=way.label,
-                token_ms=_token_ms(timed[way.name]),
-                first_ms=Spread.of(one.first_ms for one in timed[way.name]),
-                ratio=_ratio(timed[way.name], timed.get(LORA.name)),
+                token_ms=Spread.quartiles(ms for one in own for ms in one.step_ms),
+                first_ms=Spread.of(one.first_ms for one in own),
+                ratio=None if ratio is None else ratio.median,
+                ratio_spread=ratio,
                 held_bytes=running[way.name].held(),
                 stats=running[way.name].stats(),
                 max_logit_difference=differences.get(way.name),
             )
-            for way in ways
-        )
-    return Comparison(
-        results=results,
-        adapters=tuple(adapters),
-        rounds=rounds,
-        tokens=tokens,
-        prompt_tokens=input_ids.shape[1],
-        working_set=working_set(model, adapters),
-    )
 
 
 def decode(model: Any, input_ids: Tensor, tokens: int) -> Decoded:
@@ -233,12 +268,12 @@ class _Decoding:
     @torch.inference_mode()
     def step(self) -> None:
         """Generate one more token."""
-        _synchronize(self._ids)
+        synchronize(self._ids.device)
         began = time.perf_counter()
         output = self._model(input_ids=self._ids, past_key_values=self._past, use_cache=True)
         self._past = output.past_key_values
         self._ids = output.logits[:, -1:].argmax(dim=-1)
-        _synchronize(self._ids)
+        synchronize(self._ids.device)
         self._milliseconds.append(1e3 * (time.perf_counter() - began))
         self._found.append(self._ids)
 
@@ -294,24 +329,17 @@ def _warm_up(running: Running, adapter: str, input_ids: Tensor) -> Tensor:
         return logits(running.model, input_ids)
 
 
-def _token_ms(generations: Sequence[Decoded]) -> Spread:
-    everything = [ms for one in generations for ms in one.step_ms]
-    if len(everything) == 1:
-        return Spread.of(everything)
-    low, median, high = statistics.quantiles(everything, n=4, method="inclusive")
-    return Spread(median, low, high)
-
-
-def _ratio(generations: Sequence[Decoded], floor: Sequence[Decoded] | None) -> float | None:
+def _ratio(generations: Sequence[Decoded], floor: Sequence[Decoded] | None) -> Spread | None:
     if floor is None:
         return None
-    return statistics.median(
+    return Spread.quartiles(
         own / plain
         for one, other in zip(generations, floor, strict=True)
         for own, plain in zip(one.step_ms, other.step_ms, strict=True)
     )
 
 
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def synchronize(device: torch.device) -> None:
+    """Wait for what runs on a device, so that it is timed where it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -20,6 +20,7 @@ __all__ = ["plain_lora", "random_dora", "twin"]
 M = TypeVar("M", bound=nn.Module)
 
 _DEFAULT_RANK = 8
+_SHAKE = 0.05
 
 
 def twin(model: M) -> M:
@@ -35,8 +36,9 @@ def twin(model: M) -> M:
 def plain_lora(model: PeftModel, adapters: Sequence[str]) -> PeftModel:
     """Return the base model of ``model`` with fresh plain LoRA adapters in the others' place.
 
-    They have the ranks and target modules of the originals and random weights. An original that is
-    no LoRA or DoRA adapter is replaced by one on the same target modules, of its rank ``r`` or 8.
+    They have the ranks, dtypes and target modules of the originals and random weights. An original
+    that is no LoRA or DoRA adapter is replaced by one on the same target modules, of its rank ``r``
+    or 8.
 
     Args:
         model: stays as it is; base weights are shared with it.
@@ -67,12 +69,18 @@ def plain_lora(model: PeftModel, adapters: Sequence[str]) -> PeftModel:
         wrapped = get_peft_model(base, configs[0], adapter_name=adapters[0])
         for name, config in zip(adapters[1:], configs[1:], strict=True):
             wrapped.add_adapter(name, config)
-    wrapped.eval()
-    return wrapped
+    for name in adapters:
+        _cast(wrapped, name, _dtype(model, name))
+    return wrapped.eval()
 
 
 def random_dora(
-    base: nn.Module, adapters: Sequence[str], *, rank: int = _DEFAULT_RANK, seed: int = 0
+    base: nn.Module,
+    adapters: Sequence[str],
+    *,
+    rank: int = _DEFAULT_RANK,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> PeftModel:
     """Wrap a Transformers model with random DoRA adapters on all its linear layers.
 
@@ -80,6 +88,8 @@ def random_dora(
         base: its modules are wrapped in place.
         adapters: one adapter is made for each of these names.
         rank: of every adapter.
+        dtype: of the adapters' weights; by default what PEFT makes of them, which is float32 even
+            where the model's are of half precision.
         seed: of their weights; the caller's random state is left as it was.
 
     Returns:
@@ -101,8 +111,35 @@ def random_dora(
         wrapped = get_peft_model(base, config(), adapter_name=adapters[0])
         for name in adapters[1:]:
             wrapped.add_adapter(name, config())
-    wrapped.eval()
-    return wrapped
+        _shake_magnitudes(wrapped)
+    if dtype is not None:
+        for name in adapters:
+            _cast(wrapped, name, dtype)
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def _shake_magnitudes(model: nn.Module) -> None:
+    """Move the magnitudes as training would: PEFT makes them such that every scale is one."""
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.mul_(1 + _SHAKE * torch.randn(parameter.shape).to(parameter))
+
+
+def _weights(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """Yield an adapter's weights: PEFT names the adapter in their names."""
+    for name, parameter in model.named_parameters():
+        if adapter in name.split("."):
+            yield parameter
+
+
+def _dtype(model: nn.Module, adapter: str) -> torch.dtype:
+    return next(_weights(model, adapter)).dtype
+
+
+def _cast(model: nn.Module, adapter: str, dtype: torch.dtype) -> None:
+    for parameter in _weights(model, adapter):
+        parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

@@ -8,12 +8,27 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from dora_cache.bench.measure import Comparison, Result, Spread
+from dora_cache.bench.phases import Cell, Phase
 
-__all__ = ["as_dict", "format_bytes", "legend", "table"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from dora_cache.bench.measure import Comparison, Result, Spread
+    from dora_cache.bench.phases import Footprint
+
+__all__ = [
+    "as_dict",
+    "format_bytes",
+    "legend",
+    "memory_table",
+    "phase_of",
+    "phases_table",
+    "reasons",
+    "table",
+]
 
 _ABSENT = "-"
+_REASON = 20  # characters of a reason that the table has room for
 _COLUMNS = (
     "ms per\ntoken", "quar-\ntiles", "x\nLoRA", "first\nms", "held", "hits", "misses", "evicted",
     "max Δ\nlogit",
@@ -22,20 +37,65 @@ _COLUMNS = (
 
 def table(comparison: Comparison, *, title: str | None = None) -> Table:
     """Return one row for each way of running, in the order they were measured."""
-    # Narrow enough for a terminal of 80 columns.
-    found = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-        show_edge=False,
-    )
-    found.add_column("", no_wrap=True)
-    for column in _COLUMNS:
-        found.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    found = _empty(_COLUMNS, title=title)
     for result in comparison.results:
         found.add_row(*_row(result), style="bold" if result.stats is not None else None)
+    return found
+
+
+def phase_of(comparison: Comparison) -> Phase:
+    """Return what a comparison found as a phase beside others."""
+    cells = {
+        result.way: Cell(result.token_ms, result.ratio_spread) for result in comparison.results
+    }
+    return Phase("decode, per token", cells)
+
+
+def phases_table(phases: Iterable[Phase], labels: Mapping[str, str]) -> Table:
+    """Return one row for each phase and way.
+
+    Args:
+        phases: what was measured.
+        labels: names of the ways for people, by their names.
+    """
+    found = _empty(("phase", "ms", "quartiles", "x LoRA", "quartiles"))
+    for phase in phases:
+        for way, cell in phase.cells.items():
+            ours = way.startswith("dora-cache")
+            found.add_row(
+                labels[way],
+                phase.name,
+                *(_figures(cell.ms) if cell.ms else (_ABSENT, _short(cell.reason))),
+                *(_figures(cell.ratio) if cell.ratio else ("", "")),
+                style="bold" if ours else None,
+            )
+        found.add_section()
+    return found
+
+
+def reasons(phases: Iterable[Phase], labels: Mapping[str, str]) -> list[str]:
+    """Return in full the reasons that :func:`phases_table` has no room for."""
+    return [
+        f"{labels[way]}, {phase.name}: {cell.reason}"
+        for phase in phases
+        for way, cell in phase.cells.items()
+        if _short(cell.reason) != cell.reason
+    ]
+
+
+def memory_table(memory: Mapping[str, Footprint], labels: Mapping[str, str]) -> Table:
+    """Return one row for each way: its memory, and how much that is over plain LoRA's."""
+    found = _empty(("allocated", "over LoRA's", "peak", "over LoRA's"))
+    plain = memory.get("lora")
+    for way, weighed in memory.items():
+        found.add_row(
+            labels[way],
+            format_bytes(weighed.allocated),
+            _over(weighed.allocated, plain.allocated if plain else None),
+            _ABSENT if weighed.peak is None else format_bytes(weighed.peak),
+            _over(weighed.peak, plain.peak if plain else None),
+            style="bold" if way.startswith("dora-cache") else None,
+        )
     return found
 
 
@@ -67,6 +127,39 @@ def format_bytes(count: float) -> str:
         if unit == "GiB":
             break
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"  # noqa: PLR2004
+
+
+def _empty(columns: Iterable[str], *, title: str | None = None) -> Table:
+    # Narrow enough for a terminal of 80 columns.
+    found = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+        show_edge=False,
+    )
+    found.add_column("", no_wrap=True)
+    for column in columns:
+        left = column == "phase"
+        found.add_column(
+            column, justify="left" if left else "right", vertical="bottom", no_wrap=True
+        )
+    return found
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= _REASON else f"{reason[: _REASON - 1]}…"
+
+
+def _figures(spread: Spread) -> tuple[str, str]:
+    return f"{spread.median:.2f}", f"{spread.low:.2f}-{spread.high:.2f}"
+
+
+def _over(own: int | None, plain: int | None) -> str:
+    if own is None or plain is None:
+        return _ABSENT
+    return f"{'-' if own < plain else '+'}{format_bytes(abs(own - plain))}"
 
 
 def _row(result: Result) -> tuple[str, ...]:

@@ -1,27 +1,31 @@
-"""``dora-cache bench``: the ways of running adapters, on one's own model."""
+"""``dora-cache bench``: the ways of running adapters, on one's own model or on a known shape."""
 
+from __future__ import annotations
+
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
 from dora_cache import bench as measurement
-from dora_cache.cli.console import make_folder, quiet, reported, results, spinner
+from dora_cache.cli.choosing import all_ways, choose_ways, parse_prefill
+from dora_cache.cli.console import CliError, make_folder, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
     load_adapters,
     load_model,
+    make_shape,
     parse_adapters,
     parse_device,
 )
-from dora_cache.cli.measuring import measure, save, show
+from dora_cache.cli.measuring import measure, measure_more, save, show, show_more
 from dora_cache.cli.options import (
     AdapterOption,
     BackendOption,
     DeviceBytesOption,
     DeviceOption,
     MaxBytesOption,
-    ModelArgument,
     NumericsOption,
     OutOption,
     given,
@@ -32,89 +36,193 @@ __all__ = ["bench"]
 
 _PROMPT_TOKENS = 16
 _RANDOM = ("a", "b")
-_STANDARD = ("dict", "lru", "cpu")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_Dtype = Literal["bf16", "fp32"]
 
 
 def bench(
-    model: ModelArgument,
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="Folder of a causal language model; or --shape."),
+    ] = None,
     *,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Instead of MODEL, random weights: {', '.join(measurement.SHAPES)}.",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="With --shape: make only so many layers.")
+    ] = None,
+    dtype: Annotated[
+        _Dtype | None,
+        typer.Option(help="Of the weights; by default the model's, or of a shape bf16 on a GPU."),
+    ] = None,
     adapter: AdapterOption = None,
     rank: Annotated[
         int, typer.Option(min=1, help="Without --adapter: rank of two random DoRA adapters.")
     ] = 8,
+    adapter_dtype: Annotated[
+        _Dtype | None, typer.Option(help="Without --adapter: dtype of these; fp32 as with PEFT.")
+    ] = None,
+    ways: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Only these, e.g. lora,peft,dora-cache.")
+    ] = None,
     backend: BackendOption = None,
     max_bytes: MaxBytesOption = None,
     device_bytes: DeviceBytesOption = None,
     numerics: NumericsOption = None,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens of each generation.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every way.")] = 4,
+    prefill: Annotated[
+        str | None,
+        typer.Option(metavar="BxL,...", help="Time prompts of this batch size and length, too."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Time compiled decoding, too; compiling takes long.")
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="WAY", help="Measure nothing; profile a few tokens of this way."),
+    ] = None,
     out: OutOption = Path("out"),
     device: DeviceOption = None,
 ) -> None:
     """Measure LoRA, PEFT, DoraCaching and dora-cache on your model, side by side.
 
-    Without --backend: dict, lru (with the cap of --max-bytes, or with too little for all
-    adapters), and cpu.
+    Without --backend: dict, in both numerics; for MODEL also lru (with the cap of --max-bytes, or
+    with too little for all adapters), and cpu.
     """
     with reported():
         paths = parse_adapters(adapter or [])
+        _check(model, shape, layers, adapter_dtype, adapters=bool(paths))
+        prompts = parse_prefill(prefill)
         settings = given(max_bytes=max_bytes, device_bytes=device_bytes, numerics=numerics)
         if backend is not None:
             CacheConfig(backend=backend, **settings)
+        # With any cap at all: to find mistakes in names before a model is loaded.
+        known = all_ways(backend, max_bytes or 1, settings)
+        choose_ways(known, ways, shape=bool(shape))
+        if profile:
+            _one(choose_ways(known, profile, shape=bool(shape)))
         where = parse_device(device)
-        folder = make_folder(out)
+        folder = None if profile else make_folder(out)
         with spinner("loading"):
-            base = load_model(model, where)
+            base = _base(model, shape, layers, dtype, where)
             names = tuple(paths) or _RANDOM
             with quiet():
                 wrapped = (
                     load_adapters(base, paths)
                     if paths
-                    else measurement.random_dora(base, names, rank=rank)
+                    else measurement.random_dora(
+                        base, names, rank=rank, dtype=_DTYPES[adapter_dtype or "fp32"]
+                    )
                 )
-            cap = max_bytes or _cap(measurement.working_set(wrapped, names))
-        configs = _configs(backend, cap, settings)
-        ways = (
-            measurement.BASE,
-            measurement.LORA,
-            measurement.PEFT,
-            measurement.PEFT_CACHING,
-            *map(measurement.with_cache, configs),
-        )
-        input_ids = _prompt(base, where)
-        found = measure(wrapped, input_ids, names, ways, tokens=tokens, rounds=rounds)
+            sizes = measurement.working_set(wrapped, names)
+        known = all_ways(backend, max_bytes or _cap(sizes), settings)
+        input_ids = measurement.random_prompt(base, 1, _PROMPT_TOKENS)
         console = results()
-        limits = [result.stats.max_bytes for result in found.results if result.stats]
-        show(console, found, next((limit for limit in limits if limit is not None), None))
+        if folder is None:
+            way = _one(choose_ways(known, profile, shape=bool(shape)))
+            with quiet():
+                found = measurement.profile(wrapped, input_ids, adapter=names[0], way=way)
+            console.print(found.table, markup=False, soft_wrap=True)
+            console.print(found.summary(), markup=False)
+            return
+        chosen = choose_ways(known, ways, shape=bool(shape))
+        # A shape's adapters are alike, so that one of them says it all.
+        decoded = measure(
+            wrapped,
+            input_ids,
+            names[:1] if shape else names,
+            chosen,
+            tokens=tokens,
+            rounds=rounds,
+        )
+        phases = measure_more(
+            wrapped,
+            input_ids,
+            names,
+            chosen,
+            prefill=prompts,
+            rounds=rounds,
+            compiled=max(tokens, 3) if compiled else 0,
+        )
+        limits = [result.stats.max_bytes for result in decoded.results if result.stats]
+        show(console, decoded, next((limit for limit in limits if limit is not None), None))
+        everything = (measurement.phase_of(decoded), *phases.phases)
+        show_more(console, everything, phases.memory, {way.name: way.label for way in chosen})
         more = {
-            "model": model.resolve().name,
+            "model": shape or _name(model),
+            "layers": getattr(base.config, "num_hidden_layers", None),
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "adapter_dtype": None if paths else adapter_dtype or "fp32",
             "rank": None if paths else rank,
             "machine": measurement.describe_machine(where),
+            "phases": {phase.name: asdict(phase)["cells"] for phase in everything},
+            "memory": {way: asdict(weighed) for way, weighed in phases.memory.items()},
         }
         save(
-            console, found, folder, "bench", title=f"{more['model']}: unmerged adapters", more=more
+            console,
+            decoded,
+            folder,
+            "bench",
+            title=f"{more['model']}: unmerged adapters",
+            more=more,
         )
+
+
+def _check(
+    model: Path | None,
+    shape: str | None,
+    layers: int | None,
+    adapter_dtype: str | None,
+    *,
+    adapters: bool,
+) -> None:
+    if model is None and shape is None:
+        raise CliError("nothing to measure: give a MODEL folder, or a shape, as --shape tiny")
+    if model is not None and shape is not None:
+        raise CliError(f"there are two models: give either {model} or --shape {shape}")
+    if shape is not None and shape not in measurement.SHAPES:
+        known = ", ".join(measurement.SHAPES)
+        raise CliError(f"there is no shape {shape!r}: choose from {known}")
+    if shape is None and layers is not None:
+        raise CliError("--layers is for shapes: a MODEL has the layers that it has")
+    if shape is not None and adapters:
+        raise CliError("--adapter is for a MODEL: a shape's adapters are random as well")
+    if adapters and adapter_dtype is not None:
+        raise CliError("--adapter-dtype is for random adapters: leave it out with --adapter")
+
+
+def _base(
+    model: Path | None,
+    shape: str | None,
+    layers: int | None,
+    dtype: _Dtype | None,
+    device: torch.device,
+) -> Any:
+    if model is not None:
+        loaded = load_model(model, device)
+        return loaded if dtype is None else loaded.to(_DTYPES[dtype])
+    usual = "bf16" if device.type == "cuda" else "fp32"
+    return make_shape(shape or "", device, layers=layers, dtype=_DTYPES[dtype or usual])
+
+
+def _one(ways: list[measurement.Way]) -> measurement.Way:
+    if len(ways) > 1:
+        names = ", ".join(way.name for way in ways)
+        raise CliError(f"--profile takes one way: choose from {names}")
+    return ways[0]
+
+
+def _name(model: Path | None) -> str:
+    return "" if model is None else model.resolve().name
 
 
 def _cap(sizes: dict[str, int]) -> int:
     """Choose a cap under which one adapter fits, and all do not where there are several."""
     total = sum(sizes.values())
     return total if len(sizes) == 1 else total - min(sizes.values()) // 2
-
-
-def _configs(backend: str | None, cap: int | str, settings: dict[str, Any]) -> list[CacheConfig]:
-    if backend is not None:
-        return [CacheConfig(backend=backend, **settings)]
-    shared = given(numerics=settings.get("numerics"))
-    own: dict[str, dict[str, Any]] = {
-        "lru": {"max_bytes": cap},
-        "cpu": given(device_bytes=settings.get("device_bytes")),
-    }
-    return [CacheConfig(backend=name, **shared, **own.get(name, {})) for name in _STANDARD]
-
-
-def _prompt(model: Any, device: torch.device) -> torch.Tensor:
-    """Return random token ids, the same ones every time; shape (1, 16)."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, (1, _PROMPT_TOKENS), generator=generator).to(device)

@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -37,9 +38,13 @@ class CliError(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn a mistake of the user's into one line on stderr and exit code 2."""
+    """Turn a mistake of the user's, or too little memory, into one line and exit code 2."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        text = "the device's memory does not suffice: measure less, e.g. --ways lora,dora-cache"
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(_EXIT_CODE) from None
     except (CliError, DoraCacheError) as error:
         text = _AS_KEYWORD.sub(_as_option, " ".join(str(error).split()))
         typer.echo(f"error: {text}", err=True)

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dora_cache.bench import shaped
 from dora_cache.cli.console import CliError, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["load_adapters", "load_model", "parse_adapters", "parse_device", "tokenizer_of"]
+__all__ = [
+    "load_adapters",
+    "load_model",
+    "make_shape",
+    "parse_adapters",
+    "parse_device",
+    "tokenizer_of",
+]
 
 _CONFIG = "adapter_config.json"
 _SAFETENSORS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -80,6 +88,21 @@ def load_model(path: Path, device: torch.device) -> Any:
         msg = f"cannot load the model in {path}: {_brief(error)}; save it again or give another one"
         raise CliError(msg) from None
     return model.to(device).eval()
+
+
+def make_shape(name: str, device: torch.device, *, layers: int | None, dtype: torch.dtype) -> Any:
+    """Make a model of a named shape with random weights, in eval mode.
+
+    Raises:
+        CliError: it has fewer layers than that, or does not fit on the device.
+    """
+    try:
+        return shaped(name, layers=layers, dtype=dtype, device=device)
+    except ValueError as error:
+        raise CliError(f"--layers {layers}: {error}") from None
+    except torch.OutOfMemoryError:
+        msg = f"{name} does not fit in the memory of {device}: give fewer layers, as --layers 8"
+        raise CliError(msg) from None
 
 
 def tokenizer_of(path: Path) -> Any:

@@ -10,13 +10,20 @@ from dora_cache import bench
 from dora_cache.cli.console import CliError, progress_bar, quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
     from rich.console import Console
 
-__all__ = ["capped", "measure", "save", "show"]
+__all__ = ["capped", "measure", "measure_more", "save", "show", "show_more"]
+
+_LEGEND = (
+    "Medians over all rounds, with the quartiles; times relative to plain LoRA's are of the same "
+    "round. Switch: from set_adapter() to the end of a forward, less a forward. Warm-up: deriving "
+    "all values of an adapter; for PEFT uncached, what every forward takes more than LoRA's. "
+    "Memory: weights, adapters, and what is held for one adapter; on a GPU also the peak."
+)
 
 
 def measure(
@@ -43,6 +50,66 @@ def measure(
             rounds=rounds,
             on_step=step,
         )
+
+
+def measure_more(
+    model: Any,
+    input_ids: torch.Tensor,
+    adapters: Sequence[str],
+    ways: Sequence[bench.Way],
+    *,
+    prefill: Sequence[tuple[int, int]],
+    rounds: int,
+    compiled: int,
+) -> bench.Phases:
+    """Measure the other phases; see :func:`dora_cache.bench.measure_phases`.
+
+    Args:
+        model: the PEFT model.
+        input_ids: the prompt of compiled decoding.
+        adapters: names.
+        ways: of running.
+        prefill: batch sizes and lengths.
+        rounds: how often each is measured.
+        compiled: tokens of each compiled generation; 0 for none.
+    """
+    with progress_bar("measuring phases", 1) as move, quiet():
+
+        def step(_: str, done: int, total: int) -> None:
+            move(done, total)
+
+        found = bench.measure_phases(
+            model, adapters=adapters, ways=ways, prefill=prefill, rounds=rounds, on_step=step
+        )
+    if not compiled:
+        return found
+    with progress_bar("compiling and measuring", 1) as move, quiet():
+        phase = bench.measure_compiled(
+            model,
+            input_ids,
+            adapter=adapters[0],
+            ways=ways,
+            tokens=compiled,
+            rounds=rounds,
+            on_step=step,
+        )
+    return bench.Phases((*found.phases, phase), found.memory)
+
+
+def show_more(
+    console: Console,
+    phases: Sequence[bench.Phase],
+    memory: Mapping[str, bench.Footprint],
+    labels: Mapping[str, str],
+) -> None:
+    """Print all phases, what each way weighs, and what that means."""
+    console.print()
+    console.print(bench.phases_table(phases, labels))
+    for reason in bench.reasons(phases, labels):
+        console.print(reason, markup=False)
+    console.print()
+    console.print(bench.memory_table(memory, labels))
+    console.print(_LEGEND + "\n", markup=False)
 
 
 def capped(cap: int | str | None, sizes: dict[str, int]) -> str:
@@ -96,10 +163,10 @@ def save(
         CliError: a file cannot be written.
     """
     machine = more["machine"]
-    subtitle = (
-        f"greedy decode, batch 1, {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}"
-    )
+    where = f"{machine['cpu']}, {machine['threads']} threads"
+    if machine["device"] != "cpu":
+        where = machine["device"]
+    subtitle = f"greedy decode, batch 1, {where}, torch {machine['torch']}, peft {machine['peft']}"
     data, chart = folder / f"{name}.json", folder / f"{name}.png"
     try:
         text = json.dumps(more | bench.as_dict(comparison), indent=2, ensure_ascii=False)

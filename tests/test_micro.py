@@ -1,0 +1,85 @@
+"""Micro costs: `make bench-micro` times them, every other run only goes through them once."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from zoo import quiet
+
+import dora_cache
+from dora_cache import cached
+
+WIDTH, RANK = 768, 8
+
+
+class Owner(nn.Module):
+    """Derives a value from four tensors, decorated and not."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = [torch.randn(16) for _ in range(4)]
+        self.value = torch.zeros(16)
+        self.eval()
+
+    @cached("value", depends_on=lambda self: self.tensors)
+    def decorated(self):
+        return self.value
+
+    def plain(self):
+        return self.value
+
+
+class Block(nn.Module):
+    """One linear layer, which PEFT can wrap."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def adapted(*, use_dora):
+    config = LoraConfig(
+        r=RANK, target_modules=["layer"], use_dora=use_dora, init_lora_weights=False
+    )
+    with quiet():
+        return get_peft_model(Block(), config).eval()
+
+
+@pytest.mark.benchmark(group="method")
+@pytest.mark.parametrize("method", ["plain", "decorated"])
+def test_unattached_method(benchmark, method):
+    """What the decorator costs where no cache is attached."""
+    owner = Owner()
+    assert benchmark(getattr(owner, method)) is owner.value
+
+
+@pytest.mark.benchmark(group="method")
+@pytest.mark.parametrize("guard", ["version", "content"])
+def test_hit(benchmark, guard):
+    """A hit, whose freshness is checked by four tensors."""
+    owner = Owner()
+    with dora_cache.attach(owner, guard=guard) as cache, torch.no_grad():
+        owner.decorated()
+        assert torch.equal(benchmark(owner.decorated), owner.value)
+        assert cache.stats().misses == 1
+
+
+@pytest.mark.benchmark(group=f"forward {WIDTH} -> {WIDTH}, r={RANK}, one token")
+@pytest.mark.parametrize("way", ["no adapter", "LoRA", "PEFT", "peft", "fast"])
+def test_forward(benchmark, way):
+    """A layer's forward: without an adapter, LoRA, uncached DoRA, and both numerics attached."""
+    x = torch.randn(1, 1, WIDTH)
+    model = Block() if way == "no adapter" else adapted(use_dora=way != "LoRA")
+    layer = model.get_submodule("layer" if way == "no adapter" else "base_model.model.layer")
+    with torch.inference_mode():
+        if way not in {"peft", "fast"}:
+            assert benchmark(layer, x).shape == x.shape
+            return
+        expected = layer(x)
+        with dora_cache.attach(model, numerics=way) as cache:
+            layer(x)
+            torch.testing.assert_close(benchmark(layer, x), expected)
+            assert cache.stats().misses == 1
