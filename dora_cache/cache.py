@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,30 @@ Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable
 function that derives its values exactly as the first forward would."""
 
 
+class Buffer(Protocol):
+    """Values of one owner and adapter that compiled code reads in place, past any lookup.
+
+    They are kept outside the backend, and count towards its cap.
+    """
+
+    wanted: bool
+    stale: bool
+    nbytes: int
+    values: tuple[Tensor, ...] | None
+
+    def void(self) -> None:
+        """Keep compiled code from reading it until it is filled; the lock is held."""
+
+    def drop(self) -> None:
+        """Void it for good and free its memory; the lock is held."""
+
+    def derived_from(self, storages: set[int]) -> bool:
+        """Whether one of these storages holds something that it was derived from."""
+
+    def fill(self) -> bool:
+        """Derive it again if it no longer holds; return whether it was derived. Never raises."""
+
+
 class Binding:
     """One owner's tie to a cache: the module (or object, or function) whose values it may hold.
 
@@ -61,6 +85,7 @@ class Binding:
         cache: the cache.
         token: a number no other binding has; part of every key.
         adapter: the adapter of all its values where the derivation names none.
+        buffers: what compiled code reads of it, by adapter.
         children: bindings that this one's events are passed on to.
         spellings: frozen arguments and adapters of calls as they were spelled, to save time.
         undo: what to call on detach to give the owner back as it was, last added first.
@@ -73,6 +98,7 @@ class Binding:
         "_voided",
         "_voided_all",
         "adapter",
+        "buffers",
         "cache",
         "children",
         "keys",
@@ -86,6 +112,7 @@ class Binding:
         self.cache = cache
         self.token = next(_tokens)
         self.adapter = adapter
+        self.buffers: dict[str, Buffer] = {}
         self.children: list[weakref.ref[Binding]] = []
         self.keys: set[Hashable] = set()
         self.spellings: dict[Hashable, tuple[Hashable, str | None]] = {}
@@ -231,7 +258,7 @@ class AdapterCache:
                 misses=misses,
                 evictions=evictions,
                 entries=entries,
-                nbytes=nbytes,
+                nbytes=nbytes + self._buffered(),
                 max_bytes=max_bytes,
                 **counts,
             )
@@ -248,11 +275,36 @@ class AdapterCache:
         """
         wanted = None if module is None else {id(part) for part in module.modules()}
         with self._locked():
-            return sum(
+            gone = sum(
                 self._void(binding, adapter)
                 for binding in list(self._bindings.values())
                 if wanted is None or id(binding.owner) in wanted
             )
+        self._refill(self._bindings.values())
+        return gone
+
+    def refresh(self) -> int:
+        """Bring what compiled code reads up to date with the weights.
+
+        Call it between a change that nothing reports and the next use of a compiled model: a write
+        to a weight in place, a new tensor in a weight's place, a scaling set by hand. Of optimizer
+        steps, loading, scaling by PEFT's methods, hotswaps, merges and moves the cache knows by
+        itself, and code that is not compiled notices all of these. Writes that PyTorch does not
+        count (through ``p.data``) need :meth:`invalidate` instead, compiled or not.
+
+        Returns:
+            For how many layers and adapters the values were derived again, at the same addresses
+            and without a recompilation.
+
+        Raises:
+            DetachedError: the cache is detached.
+        """
+        self._check_open()
+        return sum(
+            buffer.fill()
+            for binding in list(self._bindings.values())
+            for buffer in list(binding.buffers.values())
+        )
 
     @contextmanager
     def bypass(self) -> Iterator[None]:
@@ -321,6 +373,7 @@ class AdapterCache:
         with self._locked():
             for binding in list(self._bindings.values()):
                 self._void(binding, ALL_ADAPTERS)
+                self._drop_buffers(binding)
             self._bindings.clear()
             self._counts["invalidations"] += self._try("len", lambda: len(self._backend), 0)
             self._try("close", self._backend.close, None)
@@ -389,7 +442,15 @@ class AdapterCache:
             How many entries went.
         """
         with self._locked():
-            return self._void(binding, adapter)
+            gone = self._void(binding, adapter)
+        self._refill(self._family(binding))
+        return gone
+
+    def suspect(self) -> None:
+        """Void everything, and leave buffers void: something is being written to just now."""
+        with self._locked():
+            for binding in list(self._bindings.values()):
+                self._void(binding, ALL_ADAPTERS)
 
     def touched(self, tensors: Iterable[Tensor]) -> int:
         """Void every value derived from memory that may have been written to.
@@ -407,21 +468,91 @@ class AdapterCache:
             for flight in self._flights.values():
                 if not touched.isdisjoint(flight.stamp.storages):
                     flight.touched = True
+            for binding in self._bindings.values():
+                for buffer in binding.buffers.values():
+                    if buffer.derived_from(touched):
+                        buffer.void()
             keys = [key for storage in touched for key in self._by_storage.get(storage, ())]
-            return sum(self._discard(key) for key in dict.fromkeys(keys))
+            gone = sum(self._discard(key) for key in dict.fromkeys(keys))
+        self._refill(self._bindings.values())
+        return gone
 
     def revalidate(self, binding: Binding) -> None:
         """Drop those entries of a binding whose dependencies' memory has been freed.
 
         For operations that replace some dependencies or none, to free memory early: what this
-        misses would still not be used.
+        misses would still not be used. Buffers, which nothing checks at their use, are filled
+        again if any of their dependencies has changed.
         """
         with self._locked():
-            for member in self._family(binding):
+            family = list(self._family(binding))
+            for member in family:
                 for key in list(member.keys):
                     record = self._records.get(key)
                     if record is not None and record.stamp.expired:
                         self._discard(key)
+        for member in family:
+            for buffer in list(member.buffers.values()):
+                buffer.fill()
+
+    # Buffers
+
+    def follow_buffer(self, binding: Binding, adapter: str, buffer: Buffer) -> None:
+        """Take on what compiled code reads of an owner and adapter, in place of any older one."""
+        with self._locked():
+            older = binding.buffers.get(adapter)
+            if older is not None:
+                older.drop()
+            binding.buffers[adapter] = buffer
+
+    def unfollow_buffer(self, binding: Binding, adapter: str) -> None:
+        """Drop what compiled code reads of an owner and adapter."""
+        with self._locked():
+            buffer = binding.buffers.pop(adapter, None)
+            if buffer is not None:
+                buffer.drop()
+
+    def reserve(self, buffer: Buffer, nbytes: int) -> bool:
+        """Set bytes of the cap aside for a buffer; entries make room, other buffers do not.
+
+        Returns:
+            Whether there is room; if not, the buffer holds nothing any more.
+        """
+        with self._locked():
+            buffer.nbytes = 0
+            if self._closed:
+                return False
+            limit = self._try("max_bytes", lambda: self._backend.max_bytes, 0)
+            if limit is not None:
+                room = limit - self._buffered() - nbytes
+                if room < 0 or not self._make_room(room):
+                    buffer.drop()
+                    return False
+            buffer.nbytes = nbytes
+            return True
+
+    def publish(self, buffer: Buffer, values: tuple[Tensor, ...]) -> bool:
+        """Let compiled code read a buffer, unless an event has come since it was derived."""
+        with self._locked():
+            if buffer.stale or self._closed or not buffer.nbytes:
+                return False
+            buffer.values = values
+            return True
+
+    def void_buffer(self, buffer: Buffer) -> None:
+        """Keep compiled code from reading a buffer until it is filled."""
+        with self._locked():
+            buffer.void()
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Warn, once per cause, of something that failed and will be made up for."""
+        self._warn(what, error)
+        self._show_warnings()
+
+    @property
+    def compares_contents(self) -> bool:
+        """Whether every use has to compare the contents of what a value was derived from."""
+        return self._contents
 
     def owner_died(self, token: int) -> None:
         """Drop everything of an owner that has been garbage collected."""
@@ -652,13 +783,15 @@ class AdapterCache:
                         self._store(call, entry, derivation, binding)
             finally:
                 flight.done.set()
+        if call.adapter in binding.buffers:  # what made this a miss may concern compiled code
+            binding.buffers[call.adapter].fill()
         return value
 
     # Storing and forgetting; the lock is held
 
     def _store(self, call: _Call, entry: Entry, derivation: Derivation, binding: Binding) -> None:
         self._discard(call.key, why="replacements")
-        kept = self._try("put", lambda: self._backend.put(call.key, entry), None)
+        kept = self._try("put", lambda: self._put(call.key, entry), None)
         if kept is None:  # the backend failed and may hold it or not
             self._try("delete", lambda: self._backend.delete(call.key), None)
             return
@@ -680,6 +813,46 @@ class AdapterCache:
         if self._counts["stores"] % (len(self._records) + 64) == 0:
             for key in [key for key, kept in self._records.items() if kept.stamp.expired]:
                 self._discard(key)
+
+    def _put(self, key: Hashable, entry: Entry) -> bool:
+        """Put an entry into what buffers leave of the cap."""
+        buffered, limit = self._buffered(), self._backend.max_bytes
+        if buffered and limit is not None:
+            room = limit - buffered - entry.nbytes
+            if room < 0 or not self._make_room(room):
+                return False
+        return self._backend.put(key, entry)
+
+    def _make_room(self, most: int) -> bool:
+        """Evict entries until the backend holds no more than so many bytes."""
+
+        def evict() -> bool:
+            for key in list(self._backend.keys()):
+                if self._backend.nbytes <= most:
+                    break
+                self._forget(key)
+                self._backend.delete(key)
+            return self._backend.nbytes <= most
+
+        evicted: bool = self._try("delete", evict, False)  # noqa: FBT003
+        return evicted
+
+    def _buffered(self) -> int:
+        """Return the bytes that buffers hold."""
+        bindings = self._bindings.values()
+        return sum(buffer.nbytes for binding in bindings for buffer in binding.buffers.values())
+
+    def _drop_buffers(self, binding: Binding) -> None:
+        for buffer in binding.buffers.values():
+            buffer.drop()
+        binding.buffers.clear()
+
+    def _refill(self, bindings: Iterable[Binding]) -> None:
+        """Fill the buffers that events have voided, as far as that can be done now."""
+        for binding in list(bindings):
+            for buffer in list(binding.buffers.values()):
+                if buffer.stale:
+                    buffer.fill()
 
     def _discard(self, key: Hashable, why: str = "invalidations") -> int:
         """Drop an entry and count it; return 1 if there was one."""
@@ -706,6 +879,9 @@ class AdapterCache:
         gone = 0
         for member in self._family(binding):
             member.void(adapter, next(self._clock))
+            for name, buffer in member.buffers.items():
+                if adapter in (ALL_ADAPTERS, name):
+                    buffer.void()
             for key in list(member.keys):
                 record = self._records.get(key)
                 if record is not None and adapter in (ALL_ADAPTERS, record.adapter):
@@ -739,6 +915,7 @@ class AdapterCache:
                 binding = self._bindings.pop(self._dead.popleft(), None)
                 if binding is not None:
                     self._void(binding, ALL_ADAPTERS)
+                    self._drop_buffers(binding)
         finally:
             self._lock.release()
         if self._dead and self._lock.acquire(blocking=False):

@@ -1,0 +1,203 @@
+"""What compiled code reads: derived values at fixed addresses, filled ahead of its use.
+
+Compiled code cannot look anything up. It reads tensors, and its guards are checked before each
+call. So for each layer and adapter there is one :class:`Buffer`:
+
+- It is filled *while the layer is traced*: ``torch.compile`` runs :func:`prepare` as ordinary code
+  and takes its answer for a constant. So no graph has a cold branch to be compiled again later.
+- Events that void stored values take the tensors out of ``values`` and fill them again at the same
+  addresses, without a recompilation.
+- Where that cannot be done at once, ``values`` stays None. Then a guard fails, the layer is traced
+  again, and tracing fills it: at worst compiled code costs a recompilation, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dora_cache.backends.storage import storage_bytes
+from dora_cache.stamps import Stamp, environment, sign, untraceable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dora_cache.cache import Binding
+
+__all__ = ["Buffer", "prepare"]
+
+_keys = itertools.count(1)
+_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
+_ATTEMPTS = 3
+
+
+class Buffer:
+    """The values of one layer and adapter that compiled code reads; empty until it is traced.
+
+    Args:
+        binding: the layer's.
+        adapter: the adapter's name.
+        depends_on: called with the layer; lists what the values depend on.
+        derive: called with the layer; returns the values.
+
+    Attributes:
+        key: a string that no other buffer has. Compiled code passes it to :func:`prepare`.
+        values: what compiled code reads; None while that does not hold.
+        wanted: whether compiled code has ever asked for it.
+        stale: whether an event has voided it since it was last filled.
+        nbytes: the bytes of its tensors, those out of use for the moment included.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        adapter: str,
+        depends_on: Callable[[Any], list[object]],
+        derive: Callable[[Any], tuple[Tensor, ...]],
+    ) -> None:
+        self.key = f"buffer {next(_keys)}"
+        self.values: tuple[Tensor, ...] | None = None
+        self.wanted = False
+        self.stale = True
+        self.nbytes = 0
+        self._binding = weakref.ref(binding)
+        self._adapter = adapter
+        self._depends_on = depends_on
+        self._derive = derive
+        self._tensors: tuple[Tensor, ...] = ()
+        self._stamp: Stamp | None = None
+        self._filling = threading.Lock()
+        _buffers[self.key] = self
+        binding.cache.follow_buffer(binding, adapter, self)
+
+    @property
+    def owner(self) -> Any:
+        """The layer, or None if it is gone."""
+        binding = self._binding()
+        return None if binding is None else binding.owner
+
+    def void(self) -> None:
+        """Keep compiled code from reading it until it is filled; the cache's lock is held."""
+        self.stale = True
+        self.values = None
+
+    def drop(self) -> None:
+        """Void it for good and free its tensors; the cache's lock is held."""
+        self.void()
+        self.wanted = False
+        self.nbytes = 0
+        self._tensors = ()
+        self._stamp = None
+
+    def derived_from(self, storages: set[int]) -> bool:
+        """Whether one of these storages holds something that the values were derived from."""
+        return self._stamp is not None and not storages.isdisjoint(self._stamp.storages)
+
+    def prepare(self) -> bool:
+        """Fill it for the first time, and keep it filled if that works."""
+        binding = self._binding()
+        if binding is None or binding.cache.compares_contents:
+            return False
+        self.wanted = True
+        self.fill()
+        self.wanted = self.values is not None
+        return self.wanted
+
+    def fill(self) -> bool:
+        """Derive the values again if they no longer hold.
+
+        Not in training mode and not while adapters are merged: there nobody reads them, and the
+        event at the end of that state comes here again.
+
+        Returns:
+            Whether they were derived. If they do not hold and cannot be derived, they are void.
+        """
+        binding, owner = self._binding(), self.owner
+        if not self.wanted or binding is None or owner is None:
+            return False
+        if getattr(owner, "training", False) or getattr(owner, "merged_adapters", None):
+            return False
+        cache = binding.cache
+        with self._filling:
+            try:
+                for _ in range(_ATTEMPTS):
+                    filled = self._fill(binding, owner)
+                    if filled is not None:
+                        return filled
+            except Exception as error:  # noqa: BLE001 - never an inference failure: it is void
+                cache.failed("filling a buffer for compiled code", error)
+            cache.void_buffer(self)
+        return False
+
+    def _fill(self, binding: Binding, owner: Any) -> bool | None:
+        """Fill it once, as :meth:`fill`; None if something has happened meanwhile."""
+        cache = binding.cache
+        self.stale, voided = False, self.stale  # an event from now on shows
+        with (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(owner_device(owner), enabled=False),
+        ):
+            dependencies = self._depends_on(owner)
+            signature, _ = sign(dependencies)
+            surroundings = environment()
+            stamp = self._stamp
+            if (
+                not voided
+                and self.values is not None
+                and stamp is not None
+                and stamp.signature == signature
+                and stamp.key == surroundings
+            ):
+                return False
+            self._stamp = Stamp(surroundings, signature, dependencies, 0)
+            derived = self._derive(owner)
+            if sign(self._depends_on(owner))[0] != signature:
+                return None
+            if _alike(self._tensors, derived):
+                for tensor, value in zip(self._tensors, derived, strict=True):
+                    tensor.copy_(value)
+            else:
+                # Storages of their own: what is counted is what is held.
+                tensors = tuple(value.detach().clone() for value in derived)
+                if not cache.reserve(self, storage_bytes(tensors)):
+                    self.drop()
+                    return False
+                for tensor in tensors:  # CUDA graphs read them in place
+                    torch._dynamo.mark_static_address(tensor)
+                self._tensors = tensors
+        return True if cache.publish(self, self._tensors) else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def prepare(key: str) -> bool:
+    """Fill a buffer; called while a layer is traced, not while compiled code runs.
+
+    Returns:
+        Whether compiled code may read it from now on. If not, the values are to be derived in the
+        graph: they cannot be checked, there is no room for them, or contents are to be compared.
+    """
+    buffer = _buffers.get(key)
+    if buffer is None or untraceable():
+        return False
+    return buffer.prepare()
+
+
+def owner_device(owner: Any) -> str:
+    """Return the type of the device that a layer's weights are on."""
+    for parameter in owner.parameters():
+        kind: str = parameter.device.type
+        return kind
+    return "cpu"
+
+
+def _alike(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and a.dtype is b.dtype and a.device == b.device
+        for a, b in zip(ours, theirs, strict=True)
+    )
