@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dora_cache.backends.storage import storage_bytes
-from dora_cache.stamps import Stamp, environment, sign, untraceable
+from dora_cache.stamps import Stamp, UncheckableError, environment, sign, untraceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,8 @@ class Buffer:
         self._derive = derive
         self._tensors: tuple[Tensor, ...] = ()
         self._stamp: Stamp | None = None
-        self._filling = threading.Lock()
+        self._filling = threading.RLock()
+        self._busy = False
         _buffers[self.key] = self
         binding.cache.follow_buffer(binding, adapter, self)
 
@@ -124,13 +125,20 @@ class Buffer:
             return False
         cache = binding.cache
         with self._filling:
+            if self._busy or untraceable():  # deriving has caused an event
+                return False
+            self._busy = True
             try:
                 for _ in range(_ATTEMPTS):
                     filled = self._fill(binding, owner)
                     if filled is not None:
                         return filled
+            except UncheckableError:
+                pass
             except Exception as error:  # noqa: BLE001 - never an inference failure: it is void
                 cache.failed("filling a buffer for compiled code", error)
+            finally:
+                self._busy = False
             cache.void_buffer(self)
         return False
 

@@ -406,6 +406,7 @@ def _combine(
         (scale, *shift), scaling = _fast_scale(layer, adapter), layer.scaling[adapter]
     else:
         scale, *shift, scaling = buffers
+        delta = delta.to(scale.dtype)  # a tensor g, unlike a number, multiplies in delta's dtype
     shape = (1, -1, *[1] * (result.dim() - 2)) if _is_conv(layer) else (-1,)
     if isinstance(scaling, Tensor):
         y = result + delta * scaling
