@@ -71,6 +71,9 @@ class Buffer(Protocol):
     def derived_from(self, storages: set[int]) -> bool:
         """Whether one of these storages holds something that it was derived from."""
 
+    def prepare(self) -> None:
+        """Fill it, and have it filled after each event from now on; leave it empty if it cannot."""
+
     def fill(self) -> bool:
         """Derive it again if it no longer holds; return whether it was derived. Never raises."""
 
@@ -230,6 +233,7 @@ class AdapterCache:
         self._records: dict[Hashable, _Record] = {}
         self._by_storage: dict[int, set[Hashable]] = {}
         self._dead: deque[int] = deque()
+        self._reserved = 0  # bytes that buffers hold
         self._counts: Counter[str] = Counter()
         self._lookups: dict[int, list[int]] = {}
         self._warned: set[tuple[str, type]] = set()
@@ -258,7 +262,7 @@ class AdapterCache:
                 misses=misses,
                 evictions=evictions,
                 entries=entries,
-                nbytes=nbytes + self._buffered(),
+                nbytes=nbytes + self._reserved,
                 max_bytes=max_bytes,
                 **counts,
             )
@@ -500,17 +504,19 @@ class AdapterCache:
     def follow_buffer(self, binding: Binding, adapter: str, buffer: Buffer) -> None:
         """Take on what compiled code reads of an owner and adapter, in place of any older one."""
         with self._locked():
-            older = binding.buffers.get(adapter)
-            if older is not None:
-                older.drop()
+            self._drop_buffer(binding.buffers.get(adapter))
             binding.buffers[adapter] = buffer
 
     def unfollow_buffer(self, binding: Binding, adapter: str) -> None:
         """Drop what compiled code reads of an owner and adapter."""
         with self._locked():
-            buffer = binding.buffers.pop(adapter, None)
-            if buffer is not None:
-                buffer.drop()
+            self._drop_buffer(binding.buffers.pop(adapter, None))
+
+    def buffers(self, adapter: str) -> list[Buffer]:
+        """Return what compiled code may read of an adapter, layer by layer."""
+        bindings = list(self._bindings.values())
+        found = [binding.buffers.get(adapter) for binding in bindings]
+        return [buffer for buffer in found if buffer is not None]
 
     def reserve(self, buffer: Buffer, nbytes: int) -> bool:
         """Set bytes of the cap aside for a buffer; entries make room, other buffers do not.
@@ -519,15 +525,12 @@ class AdapterCache:
             Whether there is room; if not, the buffer holds nothing any more.
         """
         with self._locked():
+            self._reserved -= buffer.nbytes
             buffer.nbytes = 0
-            if self._closed:
+            if self._closed or not self._try("max_bytes", lambda: self._room(nbytes), False):  # noqa: FBT003
+                self._drop_buffer(buffer)
                 return False
-            limit = self._try("max_bytes", lambda: self._backend.max_bytes, 0)
-            if limit is not None:
-                room = limit - self._buffered() - nbytes
-                if room < 0 or not self._make_room(room):
-                    buffer.drop()
-                    return False
+            self._reserved += nbytes
             buffer.nbytes = nbytes
             return True
 
@@ -712,6 +715,8 @@ class AdapterCache:
             return None
         if entry is None:
             return None
+        if self._reserved:  # the backend may have made a copy of it on the device
+            self._try("get", lambda: self._room(0), None)
         stamp = entry.stamp
         if (
             type(stamp) is Stamp
@@ -816,36 +821,35 @@ class AdapterCache:
 
     def _put(self, key: Hashable, entry: Entry) -> bool:
         """Put an entry into what buffers leave of the cap."""
-        buffered, limit = self._buffered(), self._backend.max_bytes
-        if buffered and limit is not None:
-            room = limit - buffered - entry.nbytes
-            if room < 0 or not self._make_room(room):
-                return False
-        return self._backend.put(key, entry)
+        if not self._reserved:
+            return self._backend.put(key, entry)
+        return self._room(entry.nbytes) and self._backend.put(key, entry) and self._room(0)
 
-    def _make_room(self, most: int) -> bool:
-        """Evict entries until the backend holds no more than so many bytes."""
+    def _room(self, nbytes: int) -> bool:
+        """Evict entries until there is room for some bytes beside them and the buffers.
 
-        def evict() -> bool:
-            for key in list(self._backend.keys()):
-                if self._backend.nbytes <= most:
-                    break
+        The backend does not know of the buffers, and would fill the cap by itself.
+        """
+        limit, backend = self._backend.max_bytes, self._backend
+        if limit is None:
+            return True
+        most = limit - self._reserved - nbytes
+        if most >= 0 and backend.nbytes > most:
+            for key in list(backend.keys()):
                 self._forget(key)
-                self._backend.delete(key)
-            return self._backend.nbytes <= most
-
-        evicted: bool = self._try("delete", evict, False)  # noqa: FBT003
-        return evicted
-
-    def _buffered(self) -> int:
-        """Return the bytes that buffers hold."""
-        bindings = self._bindings.values()
-        return sum(buffer.nbytes for binding in bindings for buffer in binding.buffers.values())
+                backend.delete(key)
+                if backend.nbytes <= most:
+                    break
+        return most >= 0
 
     def _drop_buffers(self, binding: Binding) -> None:
-        for buffer in binding.buffers.values():
+        while binding.buffers:
+            self._drop_buffer(binding.buffers.popitem()[1])
+
+    def _drop_buffer(self, buffer: Buffer | None) -> None:
+        if buffer is not None:
+            self._reserved -= buffer.nbytes
             buffer.drop()
-        binding.buffers.clear()
 
     def _refill(self, bindings: Iterable[Binding]) -> None:
         """Fill the buffers that events have voided, as far as that can be done now."""

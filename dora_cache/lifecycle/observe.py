@@ -58,12 +58,12 @@ class Observer:
 
 
 class _LoadHook:
-    """Calls an observer after ``load_state_dict``; no method override is called after submodules."""
+    """Calls an observer after ``load_state_dict``: no method is called after the submodules'."""
 
     def __init__(self, loaded: Callable[[Any], object]) -> None:
         self.loaded = loaded
 
-    def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
+    def __call__(self, module: nn.Module, _: object) -> None:
         self.loaded(module)
 
 
@@ -99,7 +99,8 @@ def observe(
     reference = weakref.ref(owner)
     hook = None
     if observer.loaded is not None and isinstance(owner, nn.Module):
-        hook = owner.register_load_state_dict_post_hook(_LoadHook(observer.loaded))
+        register: Any = owner.register_load_state_dict_post_hook
+        hook = register(_LoadHook(observer.loaded))
 
     def restore() -> None:
         if hook is not None:

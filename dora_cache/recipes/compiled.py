@@ -3,8 +3,10 @@
 Compiled code cannot look anything up. It reads tensors, and its guards are checked before each
 call. So for each layer and adapter there is one :class:`Buffer`:
 
-- It is filled *while the layer is traced*: ``torch.compile`` runs :func:`prepare` as ordinary code
+- It is filled *while a layer is traced*: ``torch.compile`` runs :func:`prepare` as ordinary code
   and takes its answer for a constant. So no graph has a cold branch to be compiled again later.
+  All layers' buffers are filled at once: blocks that are compiled one by one share their code, so
+  no guard may tell one layer from another.
 - Events that void stored values take the tensors out of ``values`` and fill them again at the same
   addresses, without a recompilation.
 - Where that cannot be done at once, ``values`` stays None. Then a guard fails, the layer is traced
@@ -13,7 +15,6 @@ call. So for each layer and adapter there is one :class:`Buffer`:
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,14 @@ from dora_cache.stamps import Stamp, UncheckableError, environment, sign, untrac
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dora_cache.cache import Binding
+    from dora_cache.cache import AdapterCache, Binding
 
 __all__ = ["Buffer", "prepare"]
 
-_keys = itertools.count(1)
-_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
+_caches: weakref.WeakValueDictionary[str, AdapterCache] = weakref.WeakValueDictionary()
+_prepared: weakref.WeakKeyDictionary[AdapterCache, dict[str, weakref.ref[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 _ATTEMPTS = 3
 
 
@@ -46,7 +49,7 @@ class Buffer:
         derive: called with the layer; returns the values.
 
     Attributes:
-        key: a string that no other buffer has. Compiled code passes it to :func:`prepare`.
+        cache: a string that stands for the cache; what is traced passes it to :func:`prepare`.
         values: what compiled code reads; None while that does not hold.
         wanted: whether compiled code has ever asked for it.
         stale: whether an event has voided it since it was last filled.
@@ -60,7 +63,7 @@ class Buffer:
         depends_on: Callable[[Any], list[object]],
         derive: Callable[[Any], tuple[Tensor, ...]],
     ) -> None:
-        self.key = f"buffer {next(_keys)}"
+        self.cache = f"cache {binding.cache.token}"
         self.values: tuple[Tensor, ...] | None = None
         self.wanted = False
         self.stale = True
@@ -73,7 +76,7 @@ class Buffer:
         self._stamp: Stamp | None = None
         self._filling = threading.RLock()
         self._busy = False
-        _buffers[self.key] = self
+        _caches[self.cache] = binding.cache
         binding.cache.follow_buffer(binding, adapter, self)
 
     @property
@@ -99,15 +102,11 @@ class Buffer:
         """Whether one of these storages holds something that the values were derived from."""
         return self._stamp is not None and not storages.isdisjoint(self._stamp.storages)
 
-    def prepare(self) -> bool:
-        """Fill it for the first time, and keep it filled if that works."""
-        binding = self._binding()
-        if binding is None or binding.cache.compares_contents:
-            return False
+    def prepare(self) -> None:
+        """Fill it, and keep it filled if that works."""
         self.wanted = True
         self.fill()
         self.wanted = self.values is not None
-        return self.wanted
 
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
@@ -174,7 +173,6 @@ class Buffer:
                 # Storages of their own: what is counted is what is held.
                 tensors = tuple(value.detach().clone() for value in derived)
                 if not cache.reserve(self, storage_bytes(tensors)):
-                    self.drop()
                     return False
                 for tensor in tensors:  # CUDA graphs read them in place
                     torch._dynamo.mark_static_address(tensor)
@@ -183,17 +181,23 @@ class Buffer:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def prepare(key: str) -> bool:
-    """Fill a buffer; called while a layer is traced, not while compiled code runs.
+def prepare(cache: str, adapter: str) -> bool:
+    """Fill a model's buffers of an adapter; runs while a layer is traced, not in compiled code.
 
-    Returns:
-        Whether compiled code may read it from now on. If not, the values are to be derived in the
-        graph: they cannot be checked, there is no room for them, or contents are to be compared.
+    Those stay empty that cannot be checked, or that there is no room for. Their layers derive the
+    values in the graph. All do if the cache compares contents at each use.
     """
-    buffer = _buffers.get(key)
-    if buffer is None or untraceable():
+    living = _caches.get(cache)
+    if living is None or living.compares_contents or untraceable():
         return False
-    return buffer.prepare()
+    context = torch._guards.CompileContext.try_get()
+    done = _prepared.setdefault(living, {})
+    if context is None or done.get(adapter, lambda: None)() is not context:
+        for buffer in living.buffers(adapter):
+            buffer.prepare()
+        if context is not None:  # every layer comes here while one model is traced
+            done[adapter] = weakref.ref(context)
+    return True
 
 
 def owner_device(owner: Any) -> str:

@@ -116,15 +116,20 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
         **kwargs: Any,
     ) -> Tensor:
         if torch.compiler.is_compiling():
-            if module.training or torch.compiler.is_exporting() or _hooked(module, active_adapter):
+            if (
+                module.training
+                or module.__dict__.get(SLOT) is None  # a copy that shares this variant
+                or torch.compiler.is_exporting()
+                or _hooked(module, active_adapter)
+            ):
                 return plain.forward(
                     module, active_adapter=active_adapter, x=x, result=result, **kwargs
                 )
             buffers = None
             if readable(module, active_adapter, x):
                 buffer = module.lora_variant[active_adapter].buffer
-                if prepare(buffer.key):
-                    buffers = buffer.values
+                prepare(buffer.cache, active_adapter)
+                buffers = buffer.values
             return forward(module, active_adapter, x, result, buffers)
         binding = module.__dict__.get(SLOT)
         if binding is None or module.training or _hooked(module, active_adapter):
@@ -283,8 +288,8 @@ def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor
     return _stored_scale(layer, adapter, dtype)
 
 
-# How it is used: the operations of PEFT's forward, in PEFT's order, for the same bits. Compiled code
-# gets s and g from buffers, as tensors. (And not as s and g s: then the bits would be others.)
+# How it is used: the operations of PEFT's forward, in PEFT's order, for the same bits. Compiled
+# code gets s and g from buffers, as tensors. (Not s and g s: then the bits would be others.)
 
 
 def _linear(
