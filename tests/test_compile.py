@@ -171,7 +171,7 @@ def test_two_active_adapters_keep_their_order(numerics):
     setup.check()
 
 
-def test_tied_and_repeated_blocks_share_compiled_code():
+def test_repeated_blocks_share_compiled_code():
     """Blocks compiled one by one compile once, as with plain LoRA: no guard tells them apart."""
 
     class Part(nn.Module):
@@ -333,6 +333,16 @@ def test_refresh_fills_what_changed_in_silence(numerics):
     assert setup.cache.refresh() == 1
     setup.check()
     assert setup.cache.refresh() == 0
+    assert setup.compilations == 1
+
+
+def test_rescale_adapter_scale():
+    """PEFT's context manager puts other dictionaries in the scaling's place."""
+    setup = Compiled()
+    before = setup.check()
+    with rescale_adapter_scale(setup.model, 3):
+        assert not torch.equal(setup.check(), before)
+    assert torch.equal(setup.check(), before)
     assert setup.compilations == 1
 
 
@@ -591,14 +601,14 @@ def test_exported_programs_derive():
     setup = Compiled("conv2d")
     setup.check()
     for strict in (False, True):
-        with torch.no_grad():
+        with torch.no_grad(), quiet():  # PEFT's own cache is a side effect to a strict export
             program = torch.export.export(setup.model, (setup.x,), strict=strict)
         assert not program.constants
         exported = program.module()
         weights = {name: 1.5 * value for name, value in exported.state_dict().items()}
         exported.load_state_dict(weights)
         other = copy.deepcopy(setup.model)
-        other.load_state_dict(weights)
+        other.load_state_dict(weights, strict=False)  # "second" is no part of the program
         torch.testing.assert_close(run(exported, setup.x), run(other, setup.x))
 
 
