@@ -61,6 +61,7 @@ class Buffer(Protocol):
     stale: bool
     nbytes: int
     values: tuple[Tensor, ...] | None
+    parameters: tuple[Tensor | None, ...]
 
     def void(self) -> None:
         """Keep compiled code from reading it until it is filled; the lock is held."""
@@ -534,13 +535,23 @@ class AdapterCache:
             buffer.nbytes = nbytes
             return True
 
-    def publish(self, buffer: Buffer, values: tuple[Tensor, ...]) -> bool:
+    def publish(
+        self,
+        buffer: Buffer,
+        values: tuple[Tensor, ...],
+        parameters: tuple[Tensor | None, ...],
+    ) -> bool:
         """Let compiled code read a buffer, unless an event has come since it was derived."""
         with self._locked():
             if buffer.stale or self._closed or not buffer.nbytes:
                 return False
-            buffer.values = values
+            buffer.values, buffer.parameters = values, parameters
             return True
+
+    def drop_buffer(self, buffer: Buffer) -> None:
+        """Free a buffer's memory; it stays empty until it is prepared."""
+        with self._locked():
+            self._drop_buffer(buffer)
 
     def void_buffer(self, buffer: Buffer) -> None:
         """Keep compiled code from reading a buffer until it is filled."""
@@ -848,7 +859,7 @@ class AdapterCache:
 
     def _drop_buffer(self, buffer: Buffer | None) -> None:
         if buffer is not None:
-            self._reserved -= buffer.nbytes
+            self._reserved -= buffer.nbytes  # drop() sets it to zero
             buffer.drop()
 
     def _refill(self, bindings: Iterable[Binding]) -> None:

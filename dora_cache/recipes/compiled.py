@@ -11,6 +11,9 @@ call. So for each layer and adapter there is one :class:`Buffer`:
   addresses, without a recompilation.
 - Where that cannot be done at once, ``values`` stays None. Then a guard fails, the layer is traced
   again, and tracing fills it: at worst compiled code costs a recompilation, never a wrong number.
+- Compiled code reads a buffer only while the layer's parameters are the ones it was filled from,
+  the very objects. So it notices by itself if others are put in their place, for the duration of a
+  ``functional_call`` for example; also if that is part of what is traced.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ _prepared: weakref.WeakKeyDictionary[AdapterCache, dict[str, weakref.ref[Any]]] 
     weakref.WeakKeyDictionary()
 )
 _ATTEMPTS = 3
+_SURPRISES = 3  # below PyTorch's limit of recompilations
 
 
 class Buffer:
@@ -47,10 +51,12 @@ class Buffer:
         adapter: the adapter's name.
         depends_on: called with the layer; lists what the values depend on.
         derive: called with the layer; returns the values.
+        parameters: called with the layer; returns those that the values depend on.
 
     Attributes:
         cache: a string that stands for the cache; what is traced passes it to :func:`prepare`.
         values: what compiled code reads; None while that does not hold.
+        parameters: those of the layer when it was filled.
         wanted: whether compiled code has ever asked for it.
         stale: whether an event has voided it since it was last filled.
         nbytes: the bytes of its tensors, those out of use for the moment included.
@@ -62,9 +68,11 @@ class Buffer:
         adapter: str,
         depends_on: Callable[[Any], list[object]],
         derive: Callable[[Any], tuple[Tensor, ...]],
+        parameters: Callable[[Any], tuple[Tensor | None, ...]],
     ) -> None:
         self.cache = f"cache {binding.cache.token}"
         self.values: tuple[Tensor, ...] | None = None
+        self.parameters: tuple[Tensor | None, ...] = ()
         self.wanted = False
         self.stale = True
         self.nbytes = 0
@@ -72,8 +80,10 @@ class Buffer:
         self._adapter = adapter
         self._depends_on = depends_on
         self._derive = derive
+        self._parameters = parameters
         self._tensors: tuple[Tensor, ...] = ()
         self._stamp: Stamp | None = None
+        self._surprises = 0
         self._filling = threading.RLock()
         self._busy = False
         _caches[self.cache] = binding.cache
@@ -89,6 +99,7 @@ class Buffer:
         """Keep compiled code from reading it until it is filled; the cache's lock is held."""
         self.stale = True
         self.values = None
+        self.parameters = ()
 
     def drop(self) -> None:
         """Void it for good and free its tensors; the cache's lock is held."""
@@ -103,10 +114,23 @@ class Buffer:
         return self._stamp is not None and not storages.isdisjoint(self._stamp.storages)
 
     def prepare(self) -> None:
-        """Fill it, and keep it filled if that works."""
+        """Fill it, and keep it filled if that works.
+
+        If time and again a trace finds what no event has told, each time may have been a
+        recompilation (weights come and go with offloading, for example): then it is given up.
+        """
+        binding = self._binding()
+        if binding is None or self._surprises > _SURPRISES:
+            return
+        told, wanted = self.values is None, self.wanted
         self.wanted = True
-        self.fill()
-        self.wanted = self.values is not None
+        filled = self.fill()
+        if self.values is None:
+            self.wanted = wanted and self.wanted
+        elif filled and not told:
+            self._surprises += 1
+            if self._surprises > _SURPRISES:
+                binding.cache.drop_buffer(self)
 
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
@@ -163,7 +187,7 @@ class Buffer:
             ):
                 return False
             self._stamp = Stamp(surroundings, signature, dependencies, 0)
-            derived = self._derive(owner)
+            derived, parameters = self._derive(owner), self._parameters(owner)
             if sign(self._depends_on(owner))[0] != signature:
                 return None
             if _alike(self._tensors, derived):
@@ -177,7 +201,7 @@ class Buffer:
                 for tensor in tensors:  # CUDA graphs read them in place
                     torch._dynamo.mark_static_address(tensor)
                 self._tensors = tensors
-        return True if cache.publish(self, self._tensors) else None
+        return True if cache.publish(self, self._tensors, parameters) else None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

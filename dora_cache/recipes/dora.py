@@ -95,6 +95,7 @@ class _CachedVariant:
             adapter,
             partial(_fast_depends_on if fast else _depends_on, adapter=adapter),
             partial(_buffered_fast if fast else _buffered, kind=self.kind, adapter=adapter),
+            partial(_parameters, adapter=adapter),
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -106,7 +107,7 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
     """Return a subclass of a variant's class whose forward uses what is stored."""
     kind = _kind(plain)
     forward = _FORWARDS[numerics, kind]
-    readable = _wants_none if numerics == "fast" else _as_derived
+    readable = _readable if numerics == "fast" else _as_derived
 
     def run(
         module: Any,
@@ -129,7 +130,10 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
             if readable(module, active_adapter, x):
                 buffer = module.lora_variant[active_adapter].buffer
                 prepare(buffer.cache, active_adapter)
-                buffers = buffer.values
+                if buffer.values is not None and _same(
+                    buffer.parameters, _parameters(module, active_adapter)
+                ):
+                    buffers = buffer.values
             return forward(module, active_adapter, x, result, buffers)
         binding = module.__dict__.get(SLOT)
         if binding is None or module.training or _hooked(module, active_adapter):
@@ -472,20 +476,37 @@ def _buffered_fast(layer: Any, kind: str, adapter: str) -> Buffers:  # noqa: ARG
     return scale, *shift, _as_tensor(layer.scaling[adapter], scale)
 
 
+def _parameters(layer: Any, adapter: str) -> tuple[Tensor | None, ...]:
+    """Return the parameters that the values depend on, in a way that torch.compile can follow."""
+    base = base_layer(layer)
+    if adapter in layer.lora_A:
+        lora_b = layer.lora_B[adapter]
+        factors = (layer.lora_A[adapter].weight, lora_b.weight, lora_b.bias)
+    else:
+        factors = (layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], None)
+    magnitude = layer.lora_magnitude_vector[adapter].weight
+    return (magnitude, *factors, *base._parameters.values(), *base._buffers.values())
+
+
+def _same(ours: tuple[object, ...], theirs: tuple[object, ...]) -> bool:
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs))  # noqa: B905
+
+
 def _as_tensor(scaling: Any, like: Tensor) -> Tensor:
     # Without dimensions it promotes nothing, as a number would not.
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
     return torch.as_tensor(scaling, dtype=dtype, device=like.device)
 
 
-def _wants_none(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
+def _readable(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
     """Whether compiled code may read buffers here: with gradients it needs the magnitude."""
-    return not _wants_gradient(layer, adapter)
+    computed = "parametrizations" in base_layer(layer)._modules  # then it has no weight to compare
+    return not (computed or _wants_gradient(layer, adapter))
 
 
 def _as_derived(layer: Any, adapter: str, x: Tensor) -> bool:
     """Whether PEFT would derive here what is buffered: autocast and the input's dtype matter."""
-    if _wants_gradient(layer, adapter) or torch.is_autocast_enabled(x.device.type):
+    if not _readable(layer, adapter, x) or torch.is_autocast_enabled(x.device.type):
         return False
     return adapter not in layer.lora_A or x.dtype == layer.lora_A[adapter].weight.dtype
 
