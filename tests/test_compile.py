@@ -454,6 +454,10 @@ def test_hotswap_imported_before_attaching_is_right_after_a_recompilation():
     setup.cache.refresh()
     setup.check()
     assert setup.compilations == 2
+    for _ in range(8):
+        _hotswap(setup, hotswap_imported_early)
+        setup.check()
+    assert setup.compilations <= 6
 
 
 def test_hotswap_of_a_prepared_model():

@@ -116,18 +116,17 @@ class Buffer:
     def prepare(self) -> None:
         """Fill it, and keep it filled if that works.
 
-        If time and again a trace finds what no event has told, each time may have been a
+        If time and again a trace finds that it no longer holds, each time may have been a
         recompilation (weights come and go with offloading, for example): then it is given up.
         """
         binding = self._binding()
         if binding is None or self._surprises > _SURPRISES:
             return
-        told, wanted = self.values is None, self.wanted
-        self.wanted = True
+        wanted, self.wanted = self.wanted, True
         filled = self.fill()
         if self.values is None:
             self.wanted = wanted and self.wanted
-        elif filled and not told:
+        elif filled and wanted:
             self._surprises += 1
             if self._surprises > _SURPRISES:
                 binding.cache.drop_buffer(self)
