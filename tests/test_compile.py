@@ -791,14 +791,16 @@ def test_copies_and_pickles_carry_nothing():
 
 
 def test_a_shallow_copy_of_a_layer_reads_no_buffer():
-    """It shares the original's dictionaries, and may be given other weights."""
-    setup = Compiled(fullgraph=False)
-    setup.check()
-    layer = copy.copy(setup.layer)
-    layer._modules = {**layer._modules, "base_layer": nn.Linear(12, 8)}
-    expected = run(layer, setup.x)
-    output = run(torch.compile(layer, backend="eager"), setup.x)
-    assert torch.equal(output, expected)
+    """It shares the original's dictionaries, may be given other weights, and is PEFT's."""
+    for numerics in NUMERICS:
+        setup = Compiled(numerics=numerics, fullgraph=False)
+        setup.check()
+        layer = copy.copy(setup.layer)
+        if numerics == "peft":
+            layer._modules = {**layer._modules, "base_layer": nn.Linear(12, 8)}
+        expected = run(layer, setup.x)
+        output = run(torch.compile(layer, backend="eager"), setup.x)
+        assert torch.equal(output, expected)
 
 
 def test_a_buffer_that_cannot_be_filled_costs_no_output(monkeypatch):
