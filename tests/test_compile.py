@@ -494,8 +494,9 @@ def test_events_of_one_adapter_leave_the_others_buffers():
     assert setup.buffer("second")._stamp is stamps[1]
 
 
-def test_an_event_that_comes_while_a_buffer_is_filled_wins(monkeypatch):
-    """What was derived before is not published."""
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_comes_while_a_buffer_is_filled_wins(monkeypatch, counted):
+    """What was derived before an event, or a write that is counted, is not published."""
     setup = Compiled()
     setup.check()
     buffer, derive, calls = setup.buffer(), setup.buffer()._derive, []
@@ -511,6 +512,10 @@ def test_an_event_that_comes_while_a_buffer_is_filled_wins(monkeypatch):
 
     def write():
         weight = setup.parameters()[0]
+        if counted:
+            with torch.no_grad():
+                weight.mul_(2)
+            return
         weight.data.mul_(2)
         with setup.cache._locked():
             buffer.void()
@@ -664,6 +669,11 @@ def test_inference_mode():
     x = setup.x.clone().requires_grad_()
     setup.compiled(x).sum().backward()
     assert x.grad is not None
+    torch._dynamo.reset()
+    other = Compiled()
+    with torch.inference_mode():
+        other.buffer().prepare()
+    assert not any(value.is_inference() for value in other.buffer().values)
 
 
 def test_hooks_on_an_adapters_modules():
