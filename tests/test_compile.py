@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from zoo import activate, dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
+from dora_cache.backends.lru import LRUBackend
 from dora_cache.recipes.compiled import Buffer
 
 KINDS = ["linear", "embedding", "conv2d"]
@@ -419,13 +420,17 @@ def test_weights_that_come_and_go():
 
 
 def test_computed_weights():
-    """A parametrized base weight is another tensor each time: the graph derives."""
+    """What a parametrized base weight is computed from cannot be checked: the graph derives."""
+
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
     setup = Compiled()
-    with quiet():
-        nn.utils.parametrizations.weight_norm(setup.layer.base_layer)
+    nn.utils.parametrize.register_parametrization(setup.layer.base_layer, "weight", Double())
     setup.check()
     with torch.no_grad():
-        setup.layer.base_layer.parametrizations.weight.original0.mul_(1.5)
+        setup.layer.base_layer.parametrizations.weight.original.mul_(1.5)
     setup.check()
     assert setup.buffer().values is None
 
@@ -620,7 +625,8 @@ def test_autocast_is_that_of_the_eager_model(kind, numerics):
         output = run(setup.compiled, setup.x)
         expected = run(setup.model, setup.x)
         assert output.dtype is expected.dtype
-        tolerance = 0 if numerics == "peft" else 0.01
+        rounded = 0.01 if expected.dtype is torch.bfloat16 else 1e-5
+        tolerance = 0 if numerics == "peft" else rounded
         torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     setup.check()
 
@@ -645,6 +651,25 @@ def test_training_runs_pefts_own_code():
     torch.testing.assert_close(setup.compiled(setup.x), setup.model(setup.x))
     setup.model.eval()
     setup.check()
+
+
+def test_nothing_is_derived_in_vain(monkeypatch):
+    """Steps in training mode, and merging, void buffers; leaving that state fills them, once."""
+    setup = Compiled()
+    setup.check()
+    buffer, derive, calls = setup.buffer(), setup.buffer()._derive, []
+    monkeypatch.setattr(buffer, "_derive", lambda layer: calls.append(layer) or derive(layer))
+    setup.model.train()
+    _step(setup)
+    _step(setup, fused=True)
+    setup.model.merge_adapter()
+    assert not calls
+    setup.model.unmerge_adapter()
+    assert not calls
+    setup.model.eval()
+    assert len(calls) == 1
+    setup.check()
+    assert setup.compilations == 1
 
 
 def test_merged_and_disabled_adapters():
@@ -745,6 +770,33 @@ def test_buffers_count_towards_the_cap():
     assert stats.rejections == 3
     setup.model.delete_adapter("second")
     assert setup.cache.stats().nbytes == 36
+
+
+def test_backends_that_copy_on_use_leave_room_for_buffers():
+    """A hot tier on the device may grow at a lookup; the sum stays within the cap."""
+
+    class Copying(LRUBackend):
+        copied = 0
+
+        @property
+        def nbytes(self):
+            return super().nbytes + self.copied
+
+        def get(self, key):
+            entry = super().get(key)
+            self.copied = 0 if entry is None else entry.nbytes
+            return entry
+
+        def removed(self, key, entry):
+            super().removed(key, entry)
+            self.copied = 0
+
+    setup = Compiled(backend="lru", max_bytes=96)
+    setup.cache._backend = Copying(96)
+    setup.check()
+    for _ in range(3):
+        run(setup.model, setup.x)
+        assert setup.cache.stats().nbytes <= 96
 
 
 def test_a_cap_that_some_buffers_fit():

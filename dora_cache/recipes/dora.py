@@ -500,8 +500,7 @@ def _as_tensor(scaling: Any, like: Tensor) -> Tensor:
 
 def _readable(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
     """Whether compiled code may read buffers here: with gradients it needs the magnitude."""
-    computed = "parametrizations" in base_layer(layer)._modules  # then it has no weight to compare
-    return not (computed or _wants_gradient(layer, adapter))
+    return not _wants_gradient(layer, adapter)
 
 
 def _as_derived(layer: Any, adapter: str, x: Tensor) -> bool:
