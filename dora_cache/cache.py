@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,34 @@ Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable
 function that derives its values exactly as the first forward would."""
 
 
+class Buffer(Protocol):
+    """Values of one owner and adapter that compiled code reads in place, past any lookup.
+
+    They are kept outside the backend, and count towards its cap.
+    """
+
+    wanted: bool
+    stale: bool
+    nbytes: int
+    values: tuple[Tensor, ...] | None
+    parameters: tuple[Tensor | None, ...]
+
+    def void(self) -> None:
+        """Keep compiled code from reading it until it is filled; the lock is held."""
+
+    def drop(self) -> None:
+        """Void it for good and free its memory; the lock is held."""
+
+    def derived_from(self, storages: set[int]) -> bool:
+        """Whether one of these storages holds something that it was derived from."""
+
+    def prepare(self) -> None:
+        """Fill it, and have it filled after each event from now on; leave it empty if it cannot."""
+
+    def fill(self) -> bool:
+        """Derive it again if it no longer holds; return whether it was derived. Never raises."""
+
+
 class Binding:
     """One owner's tie to a cache: the module (or object, or function) whose values it may hold.
 
@@ -71,6 +99,7 @@ class Binding:
         cache: the cache.
         token: a number no other binding has; part of every key.
         adapter: the adapter of all its values where the derivation names none.
+        buffers: what compiled code reads of it, by adapter.
         children: bindings that this one's events are passed on to.
         spellings: frozen arguments and adapters of calls as they were spelled, to save time.
         undo: what to call on detach to give the owner back as it was, last added first.
@@ -83,6 +112,7 @@ class Binding:
         "_voided",
         "_voided_all",
         "adapter",
+        "buffers",
         "cache",
         "children",
         "keys",
@@ -96,6 +126,7 @@ class Binding:
         self.cache = cache
         self.token = next(_tokens)
         self.adapter = adapter
+        self.buffers: dict[str, Buffer] = {}
         self.children: list[weakref.ref[Binding]] = []
         self.keys: set[Hashable] = set()
         self.spellings: dict[Hashable, tuple[Hashable, str | None]] = {}
@@ -237,6 +268,7 @@ class AdapterCache:
         self._flights: dict[Hashable, _Flight] = {}
         self._records: dict[Hashable, _Record] = {}
         self._by_storage: dict[int, set[Hashable]] = {}
+        self._reserved = 0  # bytes that buffers hold
         self._counts: Counter[str] = Counter()
         self._lookups: dict[int, list[int]] = {}
         self._warned: set[tuple[str, type]] = set()
@@ -265,7 +297,7 @@ class AdapterCache:
                 misses=misses,
                 evictions=evictions,
                 entries=entries,
-                nbytes=nbytes,
+                nbytes=nbytes + self._reserved,
                 max_bytes=max_bytes,
                 **counts,
             )
@@ -282,10 +314,35 @@ class AdapterCache:
             How many entries went.
         """
         wanted = None if module is None else {id(part) for part in module.modules()}
+        bindings = list(self._bindings.values())
+        self._refill_later(bindings)
         return sum(
             self._void(binding, adapter)
-            for binding in list(self._bindings.values())
+            for binding in bindings
             if wanted is None or id(binding.owner) in wanted
+        )
+
+    def refresh(self) -> int:
+        """Bring what compiled code reads up to date with the weights.
+
+        Call it between a change that nothing reports and the next use of a compiled model: a write
+        to a weight in place, a new tensor in a weight's place, a scaling set by hand. Of optimizer
+        steps, loading, scaling by PEFT's methods, hotswaps, merges and moves the cache knows by
+        itself, and code that is not compiled notices all of these. Writes that PyTorch does not
+        count (through ``p.data``) need :meth:`invalidate` instead, compiled or not.
+
+        Returns:
+            For how many layers and adapters the values were derived again, at the same addresses
+            and without a recompilation.
+
+        Raises:
+            DetachedError: the cache is detached.
+        """
+        self._check_open()
+        return sum(
+            buffer.fill()
+            for binding in list(self._bindings.values())
+            for buffer in list(binding.buffers.values())
         )
 
     @contextmanager
@@ -356,7 +413,10 @@ class AdapterCache:
 
     @_exclusive
     def _free(self) -> int:
-        gone = sum(self._void(binding, ALL_ADAPTERS) for binding in list(self._bindings.values()))
+        gone = 0
+        for binding in list(self._bindings.values()):
+            gone += self._void(binding, ALL_ADAPTERS)
+            self._drop_buffers(binding)
         self._bindings.clear()
         self._counts["invalidations"] += self._try("len", lambda: len(self._backend), 0)
         self._try("close", self._backend.close, None)
@@ -426,7 +486,13 @@ class AdapterCache:
         Returns:
             How many entries went.
         """
+        self._refill_later(self._family(binding))
         return self._void(binding, adapter)
+
+    @_exclusive
+    def suspect(self) -> int:
+        """Void everything, and leave buffers void: something is being written to just now."""
+        return sum(self._void(binding, ALL_ADAPTERS) for binding in list(self._bindings.values()))
 
     @_exclusive
     def touched(self, tensors: Iterable[Tensor]) -> int:
@@ -444,6 +510,11 @@ class AdapterCache:
         for flight in self._flights.values():
             if not touched.isdisjoint(flight.stamp.storages):
                 flight.touched = True
+        for binding in self._bindings.values():
+            for buffer in binding.buffers.values():
+                if buffer.derived_from(touched):
+                    buffer.void()
+        self._refill_later(self._bindings.values())
         keys = [key for storage in touched for key in self._by_storage.get(storage, ())]
         return sum(self._discard(key) for key in dict.fromkeys(keys))
 
@@ -452,7 +523,8 @@ class AdapterCache:
         """Drop those entries of a binding whose dependencies' memory has been freed.
 
         For operations that replace some dependencies or none, to free memory early: what this
-        misses would still not be used.
+        misses would still not be used. Buffers, which nothing checks at their use, are filled
+        again if any of their dependencies has changed.
 
         Returns:
             How many entries went.
@@ -463,7 +535,77 @@ class AdapterCache:
                 record = self._records.get(key)
                 if record is not None and record.stamp.expired:
                     gone += self._discard(key)
+            for buffer in list(member.buffers.values()):
+                self._later.append(buffer.fill)
         return gone
+
+    # Buffers
+
+    def follow_buffer(self, binding: Binding, adapter: str, buffer: Buffer) -> None:
+        """Take on what compiled code reads of an owner and adapter, in place of any older one."""
+        with self._locked():
+            self._drop_buffer(binding.buffers.get(adapter))
+            binding.buffers[adapter] = buffer
+
+    def unfollow_buffer(self, binding: Binding, adapter: str) -> None:
+        """Drop what compiled code reads of an owner and adapter."""
+        with self._locked():
+            self._drop_buffer(binding.buffers.pop(adapter, None))
+
+    def buffers(self, adapter: str) -> list[Buffer]:
+        """Return what compiled code may read of an adapter, layer by layer."""
+        bindings = list(self._bindings.values())
+        found = [binding.buffers.get(adapter) for binding in bindings]
+        return [buffer for buffer in found if buffer is not None]
+
+    def reserve(self, buffer: Buffer, nbytes: int) -> bool:
+        """Set bytes of the cap aside for a buffer; entries make room, other buffers do not.
+
+        Returns:
+            Whether there is room; if not, the buffer holds nothing any more.
+        """
+        with self._locked():
+            self._reserved -= buffer.nbytes
+            buffer.nbytes = 0
+            if self._closed or not self._try("max_bytes", lambda: self._room(nbytes), False):  # noqa: FBT003
+                self._drop_buffer(buffer)
+                return False
+            self._reserved += nbytes
+            buffer.nbytes = nbytes
+            return True
+
+    def publish(
+        self,
+        buffer: Buffer,
+        values: tuple[Tensor, ...],
+        parameters: tuple[Tensor | None, ...],
+    ) -> bool:
+        """Let compiled code read a buffer, unless an event has come since it was derived."""
+        with self._locked():
+            if buffer.stale or self._closed or not buffer.nbytes:
+                return False
+            buffer.values, buffer.parameters = values, parameters
+            return True
+
+    def drop_buffer(self, buffer: Buffer) -> None:
+        """Free a buffer's memory; it stays empty until it is prepared."""
+        with self._locked():
+            self._drop_buffer(buffer)
+
+    def void_buffer(self, buffer: Buffer) -> None:
+        """Keep compiled code from reading a buffer until it is filled."""
+        with self._locked():
+            buffer.void()
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Warn, once per cause, of something that failed and will be made up for."""
+        self._warn(what, error)
+        self._catch_up()
+
+    @property
+    def compares_contents(self) -> bool:
+        """Whether every use has to compare the contents of what a value was derived from."""
+        return self._guards_content
 
     def owner_died(self, token: int) -> None:
         """Drop everything of an owner that has been garbage collected.
@@ -477,7 +619,10 @@ class AdapterCache:
     @_exclusive
     def _bury(self, token: int) -> int:
         binding = self._bindings.pop(token, None)
-        return 0 if binding is None else self._void(binding, ALL_ADAPTERS)
+        if binding is None:
+            return 0
+        self._drop_buffers(binding)
+        return self._void(binding, ALL_ADAPTERS)
 
     def counts(self, derivation: Derivation) -> tuple[int, int, int]:
         """Return hits, misses and entries of one derivation."""
@@ -633,6 +778,8 @@ class AdapterCache:
             return None
         if entry is None:
             return None
+        if self._reserved:  # the backend may have made a copy of it on the device
+            self._try("get", lambda: self._room(0), None)
         stamp = entry.stamp
         if (
             type(stamp) is Stamp
@@ -711,13 +858,15 @@ class AdapterCache:
                         self._store(call, entry, derivation, binding)
             finally:
                 flight.done.set()
+        if call.adapter in binding.buffers:  # what made this a miss may concern compiled code
+            binding.buffers[call.adapter].fill()
         return value
 
     # Storing and forgetting; the lock is held
 
     def _store(self, call: _Call, entry: Entry, derivation: Derivation, binding: Binding) -> None:
         self._discard(call.key, why="replacements")
-        kept = self._try("put", lambda: self._backend.put(call.key, entry), None)
+        kept = self._try("put", lambda: self._put(call.key, entry), None)
         if kept is None:  # the backend failed and may hold it or not
             self._try("delete", lambda: self._backend.delete(call.key), None)
             return
@@ -739,6 +888,44 @@ class AdapterCache:
         if self._counts["stores"] % (len(self._records) + 64) == 0:
             for key in [key for key, kept in self._records.items() if kept.stamp.expired]:
                 self._discard(key)
+
+    def _put(self, key: Hashable, entry: Entry) -> bool:
+        """Put an entry into what buffers leave of the cap."""
+        if not self._reserved:
+            return self._backend.put(key, entry)
+        return self._room(entry.nbytes) and self._backend.put(key, entry) and self._room(0)
+
+    def _room(self, nbytes: int) -> bool:
+        """Evict entries until there is room for some bytes beside them and the buffers.
+
+        The backend does not know of the buffers, and would fill the cap by itself.
+        """
+        limit, backend = self._backend.max_bytes, self._backend
+        if limit is None:
+            return True
+        most = limit - self._reserved - nbytes
+        if most >= 0 and backend.nbytes > most:
+            for key in list(backend.keys()):
+                self._forget(key)
+                backend.delete(key)
+                if backend.nbytes <= most:
+                    break
+        return most >= 0
+
+    def _drop_buffers(self, binding: Binding) -> None:
+        while binding.buffers:
+            self._drop_buffer(binding.buffers.popitem()[1])
+
+    def _drop_buffer(self, buffer: Buffer | None) -> None:
+        if buffer is not None:
+            self._reserved -= buffer.nbytes  # drop() sets it to zero
+            buffer.drop()
+
+    def _refill_later(self, bindings: Iterable[Binding]) -> None:
+        """Fill the buffers that an event voids, as far as that can be done, after the event."""
+        for binding in bindings:
+            for buffer in binding.buffers.values():
+                self._later.append(partial(_fill_stale, buffer))
 
     def _discard(self, key: Hashable, why: str = "invalidations") -> int:
         """Drop an entry and count it; return 1 if there was one."""
@@ -765,6 +952,9 @@ class AdapterCache:
         gone = 0
         for member in self._family(binding):
             member.void(adapter, next(self._clock))
+            for name, buffer in member.buffers.items():
+                if adapter in (ALL_ADAPTERS, name):
+                    buffer.void()
             for key in list(member.keys):
                 record = self._records.get(key)
                 if record is not None and adapter in (ALL_ADAPTERS, record.adapter):
@@ -854,6 +1044,11 @@ def _storable(value: object, stamp: Stamp) -> Value | None:
     tensor = value.detach() if type(value) is not Tensor or value.requires_grad else value
     own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
     return tensor if own and storage_id(tensor) not in stamp.storages else tensor.clone()
+
+
+def _fill_stale(buffer: Buffer) -> None:
+    if buffer.stale:
+        buffer.fill()
 
 
 def _unbind(reference: weakref.ref[Any], token: int) -> None:

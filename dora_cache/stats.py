@@ -25,7 +25,7 @@ class CacheStats:
         bypasses: calls that went past the cache (training, gradients through the value, tracing,
             ``bypass()``, or whatever else cannot be checked).
         entries: entries held now.
-        nbytes: bytes held now, each distinct storage once.
+        nbytes: bytes held now, each distinct storage once; what compiled code reads included.
         max_bytes: the most bytes that may be held; None if unbounded.
     """
 

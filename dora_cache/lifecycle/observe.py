@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,12 +24,15 @@ __all__ = ["Observer", "observe", "plain_class", "reduce_as_plain"]
 _OBSERVER = "_dora_cache_observer"
 _PLAIN = "__dora_cache_plain__"
 _OWN_ATTRIBUTES = (SLOT, _OBSERVER)
+_LOAD_HOOKS = "_load_state_dict_post_hooks"
 
 
 class Observer:
     """What to do when something happens to a module; every method may be left as it is.
 
     Attributes:
+        loaded: called when ``load_state_dict`` has been through the module and its submodules.
+        assigned: for attributes of the module by name, what to call once one has been set.
         calls: for methods of the module by name, what to call once they have returned or raised:
             ``handler(module, *args, **kwargs)`` with the method's own arguments.
     """
@@ -38,15 +42,29 @@ class Observer:
         *,
         mode_switched: Callable[[Any], object] = lambda _: None,
         moved: Callable[[Any], object] = lambda _: None,
+        loaded: Callable[[Any], object] | None = None,
+        assigned: Mapping[str, Callable[[Any], object]] | None = None,
         calls: Mapping[str, Callable[..., object]] | None = None,
     ) -> None:
         self.mode_switched = mode_switched
         self.moved = moved
+        self.loaded = loaded
+        self.assigned = dict(assigned or {})
         self.calls = dict(calls or {})
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """Copy and pickle as None."""
         return type(None), ()
+
+
+class _LoadHook:
+    """Calls an observer after ``load_state_dict``: no method is called after the submodules'."""
+
+    def __init__(self, loaded: Callable[[Any], object]) -> None:
+        self.loaded = loaded
+
+    def __call__(self, module: nn.Module, _: object) -> None:
+        self.loaded(module)
 
 
 # One subclass for each class and set of observed methods, shared by all modules of that class.
@@ -79,8 +97,14 @@ def observe(
     owner.__dict__[_OBSERVER] = observer
     object.__setattr__(owner, "__class__", swapped)  # frozen dataclasses object to less
     reference = weakref.ref(owner)
+    hook = None
+    if observer.loaded is not None and isinstance(owner, nn.Module):
+        register: Any = owner.register_load_state_dict_post_hook
+        hook = register(_LoadHook(observer.loaded))
 
     def restore() -> None:
+        if hook is not None:
+            hook.remove()
         living = reference()
         if living is not None:
             living.__dict__.pop(_OBSERVER, None)
@@ -155,10 +179,12 @@ def _set_attribute(plain: Any) -> Callable[..., None]:
     def set_attribute(self: Any, name: str, value: object) -> None:
         switched = name == "training" and self.__dict__.get("training") != value
         original(self, name, value)
-        if switched:
-            observer = self.__dict__.get(_OBSERVER)
-            if observer is not None:
+        observer = self.__dict__.get(_OBSERVER)
+        if observer is not None:
+            if switched:
                 observer.mode_switched(self)
+            elif name in observer.assigned:
+                observer.assigned[name](self)
 
     return set_attribute
 
@@ -173,8 +199,18 @@ def reduce_as_plain(reduced: Any) -> Any:
         # pickle refuses a __newobj__ of another class than the object's.
         function, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
     if rest and isinstance(rest[0], dict):
-        rest[0] = {key: item for key, item in rest[0].items() if key not in _OWN_ATTRIBUTES}
+        rest[0] = dict(rest[0])
+        _cut_ties(rest[0])
     return (function, args, *rest)
+
+
+def _cut_ties(attributes: dict[str, Any]) -> None:
+    for name in _OWN_ATTRIBUTES:
+        attributes.pop(name, None)
+    hooks = attributes.get(_LOAD_HOOKS, {})
+    if any(isinstance(hook, _LoadHook) for hook in hooks.values()):
+        kept = [(key, hook) for key, hook in hooks.items() if not isinstance(hook, _LoadHook)]
+        attributes[_LOAD_HOOKS] = OrderedDict(kept)
 
 
 def _reduce_ex(plain: Any) -> Callable[..., Any]:
@@ -188,8 +224,7 @@ def _cutting(plain: type, name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any) -> Any:
         copy = original(self, *args)
-        for attribute in _OWN_ATTRIBUTES:
-            copy.__dict__.pop(attribute, None)
+        _cut_ties(copy.__dict__)
         if type(copy) is type(self):
             copy.__class__ = plain
         return copy

@@ -25,12 +25,15 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import reduce_as_plain
+from dora_cache.recipes.compiled import Buffer, prepare
 from dora_cache.recipes.peft_layers import base_layer, follow_layer, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.cache import AdapterCache, Binding
+
+Buffers = tuple[Tensor, ...]
 
 __all__ = ["RECIPE"]
 
@@ -58,7 +61,7 @@ class _Dora:
             if not isinstance(variant, _CachedVariant):
                 plain: Any = type(variant)
                 stand_in = _cached_variant(plain, cache.config.numerics)
-                layer.lora_variant[adapter] = stand_in(variant)
+                layer.lora_variant[adapter] = stand_in(variant, binding, adapter)
         return True
 
 
@@ -84,8 +87,16 @@ class _CachedVariant:
     numerics: str
     arithmetic: Callable[[Any, str, Tensor, Tensor], Tensor]
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, binding: Binding, adapter: str) -> None:
         self.original = original
+        fast = self.numerics == "fast"
+        self.buffer = Buffer(
+            binding,
+            adapter,
+            partial(_fast_depends_on if fast else _depends_on, adapter=adapter),
+            partial(_buffered_fast if fast else _buffered, kind=self.kind, adapter=adapter),
+            partial(_parameters, adapter=adapter),
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce_as_plain(self.original.__reduce_ex__(protocol))
@@ -96,6 +107,7 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
     """Return a subclass of a variant's class whose forward uses what is stored."""
     kind = _kind(plain)
     forward = _FORWARDS[numerics, kind]
+    readable = _readable if numerics == "fast" else _as_derived
 
     def run(
         module: Any,
@@ -104,8 +116,25 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
         result: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        binding = None if compiling else module.__dict__.get(SLOT)
+        if torch.compiler.is_compiling():
+            if (
+                module.__dict__.get(SLOT) is None  # a copy that shares this variant
+                or torch.compiler.is_exporting()
+                or _stands_aside(module, active_adapter)
+            ):
+                return plain.forward(
+                    module, active_adapter=active_adapter, x=x, result=result, **kwargs
+                )
+            buffers = None
+            if readable(module, active_adapter, x):
+                buffer = module.lora_variant[active_adapter].buffer
+                prepare(buffer.cache, active_adapter)
+                if buffer.values is not None and _same(
+                    buffer.parameters, _parameters(module, active_adapter)
+                ):
+                    buffers = buffer.values
+            return forward(module, active_adapter, x, result, buffers)
+        binding = module.__dict__.get(SLOT)
         if binding is None or _stands_aside(module, active_adapter):
             if binding is not None:
                 binding.cache.passed_by()
@@ -199,6 +228,17 @@ def _bias(module: nn.Module) -> Any:
     return parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
 
 
+def _dense(base: Any) -> Any:
+    """Return the weight of a base layer, dequantized; torch.compile can follow it if it is plain.
+
+    Detached, since it only goes into constants: PEFT's transpose() makes a Parameter of a
+    Parameter, which torch.compile cannot follow.
+    """
+    weight = base._parameters.get("weight")
+    plain = type(weight) is nn.Parameter and not hasattr(base, "W_q")  # HQQ has a stub
+    return weight.detach() if plain else dequantize_module_weight(base)
+
+
 @cached("DoRA norm", adapter="adapter", depends_on=_depends_on, detach=True)
 def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
     """Derive ``||W + g B A||`` by PEFT's own operations, in the dtype they would have.
@@ -222,12 +262,12 @@ def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         }
     delta = dora.get_lora_weight(**factors)
     if dtype is None:
-        weight = base.weight
+        weight = base.weight.detach()
         if weight.dim() > 2:  # noqa: PLR2004 - a convolution's
             delta = delta.reshape(weight.shape)
     else:
         delta = delta.to(dtype)
-        weight = dequantize_module_weight(base).to(dtype)
+        weight = _dense(base).to(dtype)
     norm: Tensor = dora.get_weight_norm(
         weight=weight, lora_weight=delta.detach(), scaling=layer.scaling[adapter]
     )
@@ -253,30 +293,47 @@ def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor
     return _stored_scale(layer, adapter, dtype)
 
 
-# How it is used: the operations of PEFT's forward, in PEFT's order, for the same bits
+# How it is used: the operations of PEFT's forward, in PEFT's order, for the same bits. Compiled
+# code gets s and g from buffers, as tensors. (Not s and g s: then the bits would be others.)
 
 
-def _linear(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-    scale = _scale(layer, adapter, x.dtype).view(1, -1)
+def _linear(
+    layer: Any, adapter: str, x: Tensor, result: Tensor, buffers: Buffers | None = None
+) -> Tensor:
+    if buffers is None:
+        scale, scaling = _scale(layer, adapter, x.dtype), layer.scaling[adapter]
+    else:
+        scale, scaling = buffers
+    scale = scale.view(1, -1)
     delta = _projected(layer, adapter, x)
     bias = _bias(base_layer(layer))
     base = result if bias is None else result - bias
-    return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
+    return result + ((scale - 1) * base + scale * delta * scaling)
 
 
-def _conv(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-    scale = _scale(layer, adapter)
+def _conv(
+    layer: Any, adapter: str, x: Tensor, result: Tensor, buffers: Buffers | None = None
+) -> Tensor:
+    if buffers is None:
+        scale, scaling = _scale(layer, adapter), layer.scaling[adapter]
+    else:
+        scale, scaling = buffers
     bias = _bias(base_layer(layer))
     base = result
     if bias is not None:
         base = result - bias.view(1, -1, *[1] * (result.dim() - 2))
     delta = _projected(layer, adapter, x)
-    return result + ((scale - 1) * base + scale * delta * layer.scaling[adapter])
+    return result + ((scale - 1) * base + scale * delta * scaling)
 
 
-def _embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-    scale = _scale(layer, adapter)
-    delta = scale * _embedded(layer, adapter, x) * layer.scaling[adapter]
+def _embedding(
+    layer: Any, adapter: str, x: Tensor, result: Tensor, buffers: Buffers | None = None
+) -> Tensor:
+    if buffers is None:
+        scale, scaling = _scale(layer, adapter), layer.scaling[adapter]
+    else:
+        scale, scaling = buffers
+    delta = scale * _embedded(layer, adapter, x) * scaling
     embed_scale = layer._get_embed_scale()
     if embed_scale is not None:
         delta = delta * embed_scale.to(delta.dtype)
@@ -309,7 +366,7 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     Returns:
         One or two tensors of shape (out,), float32, or float64 for a float64 base weight.
     """
-    weight = dequantize_module_weight(base_layer(layer))
+    weight = _dense(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     with torch.autocast(weight.device.type, enabled=False):
         scaling = layer.scaling[adapter]
@@ -351,11 +408,16 @@ def _rows(
         yield weight[rows], delta if bias is None else delta + bias[rows, None].to(dtype)
 
 
-def _combine(layer: Any, adapter: str, result: Tensor, delta: Tensor) -> Tensor:
+def _combine(
+    layer: Any, adapter: str, result: Tensor, delta: Tensor, buffers: Buffers | None
+) -> Tensor:
     """Return ``s * (result + g * delta) + (1 - s) * bias``; the result already has the bias."""
-    scale, *shift = _fast_scale(layer, adapter)
+    if buffers is None:
+        (scale, *shift), scaling = _fast_scale(layer, adapter), layer.scaling[adapter]
+    else:
+        scale, *shift, scaling = buffers
+        delta = delta.to(scale.dtype)  # a tensor g, unlike a number, multiplies in delta's dtype
     shape = (1, -1, *[1] * (result.dim() - 2)) if _is_conv(layer) else (-1,)
-    scaling = layer.scaling[adapter]
     if isinstance(scaling, Tensor):
         y = result + delta * scaling
     else:
@@ -368,21 +430,25 @@ def _is_conv(layer: Any) -> bool:
     return hasattr(layer, "conv_fn")
 
 
-def _fast_projected(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+def _fast_projected(
+    layer: Any, adapter: str, x: Tensor, result: Tensor, buffers: Buffers | None = None
+) -> Tensor:
     if _wants_gradient(layer, adapter):
         exact = _conv if _is_conv(layer) else _linear
         return exact(layer, adapter, x, result)
-    return _combine(layer, adapter, result, _projected(layer, adapter, x))
+    return _combine(layer, adapter, result, _projected(layer, adapter, x), buffers)
 
 
-def _fast_embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+def _fast_embedding(
+    layer: Any, adapter: str, x: Tensor, result: Tensor, buffers: Buffers | None = None
+) -> Tensor:
     if _wants_gradient(layer, adapter):
         return _embedding(layer, adapter, x, result)
     delta = _embedded(layer, adapter, x)
     embed_scale = layer._get_embed_scale()
     if embed_scale is not None:
         delta = delta * embed_scale.to(delta.dtype)
-    return _combine(layer, adapter, result, delta)
+    return _combine(layer, adapter, result, delta, buffers)
 
 
 _FORWARDS = {
@@ -393,6 +459,56 @@ _FORWARDS = {
     ("fast", "embedding"): _fast_embedding,
     ("fast", "conv"): _fast_projected,
 }
+
+
+# What compiled code reads
+
+
+def _buffered(layer: Any, kind: str, adapter: str) -> Buffers:
+    """Derive ``s``, and ``g`` as a tensor: a guard on a number would be a recompilation."""
+    dtype = layer.lora_A[adapter].weight.dtype if kind == "linear" else None
+    scale = _stored_scale.__wrapped__(layer, adapter, dtype)
+    return scale, _as_tensor(layer.scaling[adapter], scale)
+
+
+def _buffered_fast(layer: Any, kind: str, adapter: str) -> Buffers:  # noqa: ARG001
+    """Derive what the fast arithmetic takes, and ``g`` as a tensor."""
+    scale, *shift = _fast_scale.__wrapped__(layer, adapter)
+    return scale, *shift, _as_tensor(layer.scaling[adapter], scale)
+
+
+def _parameters(layer: Any, adapter: str) -> tuple[Tensor | None, ...]:
+    """Return the parameters that the values depend on, in a way that torch.compile can follow."""
+    base = base_layer(layer)
+    if adapter in layer.lora_A:
+        lora_b = layer.lora_B[adapter]
+        factors = (layer.lora_A[adapter].weight, lora_b.weight, lora_b.bias)
+    else:
+        factors = (layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], None)
+    magnitude = layer.lora_magnitude_vector[adapter].weight
+    return (magnitude, *factors, *base._parameters.values(), *base._buffers.values())
+
+
+def _same(ours: tuple[object, ...], theirs: tuple[object, ...]) -> bool:
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs))  # noqa: B905
+
+
+def _as_tensor(scaling: Any, like: Tensor) -> Tensor:
+    # Without dimensions it promotes nothing, as a number would not.
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.as_tensor(scaling, dtype=dtype, device=like.device)
+
+
+def _readable(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
+    """Whether compiled code may read buffers here: with gradients it needs the magnitude."""
+    return not _wants_gradient(layer, adapter)
+
+
+def _as_derived(layer: Any, adapter: str, x: Tensor) -> bool:
+    """Whether PEFT would derive here what is buffered: autocast and the input's dtype matter."""
+    if not _readable(layer, adapter, x) or torch.is_autocast_enabled(x.device.type):
+        return False
+    return adapter not in layer.lora_A or x.dtype == layer.lora_A[adapter].weight.dtype
 
 
 def _warmers(layer: Any, _: object) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -80,7 +80,7 @@ def _swapped(model: nn.Module, *_: Any, **__: Any) -> None:
 def _swapping(lora_module: nn.Module, *_: Any, **__: Any) -> None:
     cache = _cache_of(lora_module)
     for follower in list(_followers) if cache is None else [cache]:
-        follower.invalidate()
+        follower.suspect()  # the weights are written after this
 
 
 def _cache_of(module: nn.Module) -> AdapterCache | None:

@@ -100,6 +100,7 @@ def follow_layer(
         # merge and unmerge write through .data, which version counters do not see.
         base = base_layer(layer)
         cache.touched([*base.parameters(), *base.buffers()])
+        changed()
 
     def added(layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:
         cache.event(binding, kwargs["adapter_name"] if "adapter_name" in kwargs else args[0])
@@ -107,15 +108,26 @@ def follow_layer(
 
     def deleted(_: BaseTunerLayer, adapter_name: str) -> None:
         cache.event(binding, adapter_name)
+        cache.unfollow_buffer(binding, adapter_name)
 
     def switched(layer: BaseTunerLayer) -> None:
         for adapter in _in_training(layer):
             cache.event(binding, adapter)
+        changed()
+
+    def changed(*_: object, **__: object) -> None:
+        # Stamps show it to whoever looks; compiled code does not look.
+        cache.revalidate(binding)
 
     observer = Observer(
         mode_switched=switched,
-        moved=lambda _: cache.revalidate(binding),
+        moved=changed,
+        loaded=changed,
+        assigned={"scaling": changed},
         calls={
+            "set_scale": changed,
+            "scale_layer": changed,
+            "unscale_layer": changed,
             "merge": base_written,
             "unmerge": base_written,
             "update_layer": added,

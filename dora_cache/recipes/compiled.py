@@ -1,0 +1,238 @@
+"""What compiled code reads: derived values at fixed addresses, filled ahead of its use.
+
+Compiled code cannot look anything up. It reads tensors, and its guards are checked before each
+call. So for each layer and adapter there is one :class:`Buffer`:
+
+- It is filled *while a layer is traced*: ``torch.compile`` runs :func:`prepare` as ordinary code
+  and takes its answer for a constant. So no graph has a cold branch to be compiled again later.
+  All layers' buffers are filled at once: blocks that are compiled one by one share their code, so
+  no guard may tell one layer from another.
+- Events that void stored values take the tensors out of ``values`` and fill them again at the same
+  addresses, without a recompilation.
+- Where that cannot be done at once, ``values`` stays None. Then a guard fails, the layer is traced
+  again, and tracing fills it: at worst compiled code costs a recompilation, never a wrong number.
+- Compiled code reads a buffer only while the layer's parameters are the ones it was filled from,
+  the very objects. So it notices by itself if others are put in their place, for the duration of a
+  ``functional_call`` for example; also if that is part of what is traced.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dora_cache.backends.storage import storage_bytes
+from dora_cache.stamps import Stamp, UncheckableError, environment, sign, untraceable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dora_cache.cache import AdapterCache, Binding
+
+__all__ = ["Buffer", "prepare"]
+
+_caches: weakref.WeakValueDictionary[str, AdapterCache] = weakref.WeakValueDictionary()
+_prepared: weakref.WeakKeyDictionary[AdapterCache, dict[str, weakref.ref[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+_ATTEMPTS = 3
+_SURPRISES = 3  # below PyTorch's limit of recompilations
+
+
+class Buffer:
+    """The values of one layer and adapter that compiled code reads; empty until it is traced.
+
+    Args:
+        binding: the layer's.
+        adapter: the adapter's name.
+        depends_on: called with the layer; lists what the values depend on.
+        derive: called with the layer; returns the values.
+        parameters: called with the layer; returns those that the values depend on.
+
+    Attributes:
+        cache: a string that stands for the cache; what is traced passes it to :func:`prepare`.
+        values: what compiled code reads; None while that does not hold.
+        parameters: those of the layer when it was filled.
+        wanted: whether compiled code has ever asked for it.
+        stale: whether an event has voided it since it was last filled.
+        nbytes: the bytes of its tensors, those out of use for the moment included.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        adapter: str,
+        depends_on: Callable[[Any], list[object]],
+        derive: Callable[[Any], tuple[Tensor, ...]],
+        parameters: Callable[[Any], tuple[Tensor | None, ...]],
+    ) -> None:
+        self.cache = f"cache {binding.cache.token}"
+        self.values: tuple[Tensor, ...] | None = None
+        self.parameters: tuple[Tensor | None, ...] = ()
+        self.wanted = False
+        self.stale = True
+        self.nbytes = 0
+        self._binding = weakref.ref(binding)
+        self._adapter = adapter
+        self._depends_on = depends_on
+        self._derive = derive
+        self._parameters = parameters
+        self._tensors: tuple[Tensor, ...] = ()
+        self._stamp: Stamp | None = None
+        self._surprises = 0
+        self._filling = threading.RLock()
+        self._busy = False
+        _caches[self.cache] = binding.cache
+        binding.cache.follow_buffer(binding, adapter, self)
+
+    @property
+    def owner(self) -> Any:
+        """The layer, or None if it is gone."""
+        binding = self._binding()
+        return None if binding is None else binding.owner
+
+    def void(self) -> None:
+        """Keep compiled code from reading it until it is filled; the cache's lock is held."""
+        self.stale = True
+        self.values = None
+        self.parameters = ()
+
+    def drop(self) -> None:
+        """Void it for good and free its tensors; the cache's lock is held."""
+        self.void()
+        self.wanted = False
+        self.nbytes = 0
+        self._tensors = ()
+        self._stamp = None
+
+    def derived_from(self, storages: set[int]) -> bool:
+        """Whether one of these storages holds something that the values were derived from."""
+        return self._stamp is not None and not storages.isdisjoint(self._stamp.storages)
+
+    def prepare(self) -> None:
+        """Fill it, and keep it filled if that works.
+
+        If time and again a trace finds that it no longer holds, each time may have been a
+        recompilation (weights come and go with offloading, for example): then it is given up.
+        """
+        binding = self._binding()
+        if binding is None or self._surprises > _SURPRISES:
+            return
+        wanted, self.wanted = self.wanted, True
+        filled = self.fill()
+        if self.values is None:
+            self.wanted = wanted and self.wanted
+        elif filled and wanted:
+            self._surprises += 1
+            if self._surprises > _SURPRISES:
+                binding.cache.drop_buffer(self)
+
+    def fill(self) -> bool:
+        """Derive the values again if they no longer hold.
+
+        Not in training mode and not while adapters are merged: there nobody reads them, and the
+        event at the end of that state comes here again.
+
+        Returns:
+            Whether they were derived. If they do not hold and cannot be derived, they are void.
+        """
+        binding, owner = self._binding(), self.owner
+        if not self.wanted or binding is None or owner is None:
+            return False
+        if getattr(owner, "training", False) or getattr(owner, "merged_adapters", None):
+            return False
+        cache = binding.cache
+        with self._filling:
+            if self._busy or untraceable():  # deriving has caused an event
+                return False
+            self._busy = True
+            try:
+                for _ in range(_ATTEMPTS):
+                    filled = self._fill(binding, owner)
+                    if filled is not None:
+                        return filled
+            except UncheckableError:
+                pass
+            except Exception as error:  # noqa: BLE001 - never an inference failure: it is void
+                cache.failed("filling a buffer for compiled code", error)
+            finally:
+                self._busy = False
+            cache.void_buffer(self)
+        return False
+
+    def _fill(self, binding: Binding, owner: Any) -> bool | None:
+        """Fill it once, as :meth:`fill`; None if something has happened meanwhile."""
+        cache = binding.cache
+        self.stale, voided = False, self.stale  # an event from now on shows
+        with (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(owner_device(owner), enabled=False),
+        ):
+            dependencies = self._depends_on(owner)
+            signature, _ = sign(dependencies)
+            surroundings = environment()
+            stamp = self._stamp
+            if (
+                not voided
+                and self.values is not None
+                and stamp is not None
+                and stamp.signature == signature
+                and stamp.key == surroundings
+            ):
+                return False
+            self._stamp = Stamp(surroundings, signature, dependencies, 0)
+            derived, parameters = self._derive(owner), self._parameters(owner)
+            if sign(self._depends_on(owner))[0] != signature:
+                return None
+            if _alike(self._tensors, derived):
+                for tensor, value in zip(self._tensors, derived, strict=True):
+                    tensor.copy_(value)
+            else:
+                # Storages of their own: what is counted is what is held.
+                tensors = tuple(value.detach().clone() for value in derived)
+                if not cache.reserve(self, storage_bytes(tensors)):
+                    return False
+                for tensor in tensors:  # CUDA graphs read them in place
+                    torch._dynamo.mark_static_address(tensor)
+                self._tensors = tensors
+        return True if cache.publish(self, self._tensors, parameters) else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def prepare(cache: str, adapter: str) -> bool:
+    """Fill a model's buffers of an adapter; runs while a layer is traced, not in compiled code.
+
+    Those stay empty that cannot be checked, or that there is no room for. Their layers derive the
+    values in the graph. All do if the cache compares contents at each use.
+    """
+    living = _caches.get(cache)
+    if living is None or living.compares_contents or untraceable():
+        return False
+    context = torch._guards.CompileContext.try_get()
+    done = _prepared.setdefault(living, {})
+    if context is None or done.get(adapter, lambda: None)() is not context:
+        for buffer in living.buffers(adapter):
+            buffer.prepare()
+        if context is not None:  # every layer comes here while one model is traced
+            done[adapter] = weakref.ref(context)
+    return True
+
+
+def owner_device(owner: Any) -> str:
+    """Return the type of the device that a layer's weights are on."""
+    for parameter in owner.parameters():
+        kind: str = parameter.device.type
+        return kind
+    return "cpu"
+
+
+def _alike(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and a.dtype is b.dtype and a.device == b.device
+        for a, b in zip(ours, theirs, strict=True)
+    )
