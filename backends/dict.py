@@ -18,6 +18,7 @@ class DictBackend:
     """An unbounded dictionary; the fastest backend, for when everything fits."""
 
     max_bytes = None
+    keeps_everything = True
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, Entry] = {}

@@ -28,6 +28,7 @@ from dora_cache.errors import (
     DetachedError,
 )
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
+from dora_cache.shortcut import Shortcut, make_shortcut
 from dora_cache.stamps import (
     Signature,
     Stamp,
@@ -102,6 +103,7 @@ class Binding:
         buffers: what compiled code reads of it, by adapter.
         children: bindings that this one's events are passed on to.
         spellings: frozen arguments and adapters of calls as they were spelled, to save time.
+        shortcuts: short ways to stored values, by the calls' arguments as they were spelled.
         undo: what to call on detach to give the owner back as it was, last added first.
         warmers: see :data:`Warmers`.
     """
@@ -116,6 +118,7 @@ class Binding:
         "cache",
         "children",
         "keys",
+        "shortcuts",
         "spellings",
         "token",
         "undo",
@@ -130,6 +133,7 @@ class Binding:
         self.children: list[weakref.ref[Binding]] = []
         self.keys: set[Hashable] = set()
         self.spellings: dict[Hashable, tuple[Hashable, str | None]] = {}
+        self.shortcuts: dict[Hashable, Shortcut] = {}
         self.undo = ExitStack()
         self.warmers: Warmers | None = None
         self._voided: dict[str | None, int] = {}
@@ -209,6 +213,33 @@ class _Record(NamedTuple):
     binding: weakref.ref[Binding]
     adapter: str | None
     stamp: Stamp
+    shortcuts: list[Shortcut]
+
+
+class _Tally:
+    """Hits and misses of one derivation.
+
+    Attributes:
+        short: counts hits without the lock; made of an iterator, whose next() is atomic.
+    """
+
+    __slots__ = ("_long", "misses", "short")
+
+    def __init__(self) -> None:
+        self.short = itertools.count()
+        self._long = 0
+        self.misses = 0
+
+    @property
+    def hits(self) -> int:
+        return self._long + int(repr(self.short)[len("count(") : -1])
+
+    def add(self, *, hit: bool, count: int) -> None:
+        """Count one lookup, or take one back; the lock is held."""
+        if hit:
+            self._long += count
+        else:
+            self.misses += count
 
 
 class _Call(NamedTuple):
@@ -259,6 +290,8 @@ class AdapterCache:
         self.token = next(_tokens)
         self._backend: Backend = config.make_backend(device or torch.device("cpu"))
         self._guards_content = config.guard == "content"
+        # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.
+        self._keeps_everything = getattr(self._backend, "keeps_everything", False) is True
         # Reentrant, because the garbage collector may run anybody's code inside it; what that code
         # asks for is put off (see _exclusive), so that nothing is changed half-way through.
         self._lock: Any = threading.RLock()
@@ -270,7 +303,7 @@ class AdapterCache:
         self._by_storage: dict[int, set[Hashable]] = {}
         self._reserved = 0  # bytes that buffers hold
         self._counts: Counter[str] = Counter()
-        self._lookups: dict[int, list[int]] = {}
+        self._lookups: dict[int, _Tally] = {}
         self._warned: set[tuple[str, type]] = set()
         self._warnings: deque[str] = deque()
         self._undo = ExitStack()
@@ -285,16 +318,14 @@ class AdapterCache:
             nbytes = self._try("nbytes", lambda: self._backend.nbytes, 0)
             max_bytes = self._try("max_bytes", lambda: self._backend.max_bytes, None)
             counts = self._counts
-            hits, misses = (
-                map(sum, zip(*self._lookups.values(), strict=True)) if self._lookups else (0, 0)
-            )
+            tallies = list(self._lookups.values())
             # A backend need not say when it evicts: what is stored and has not gone otherwise is
             # either there or evicted.
             gone = counts["invalidations"] + counts["replacements"]
             evictions = counts["stores"] - gone - entries
             return CacheStats(
-                hits=hits,
-                misses=misses,
+                hits=sum(tally.hits for tally in tallies),
+                misses=sum(tally.misses for tally in tallies),
                 evictions=evictions,
                 entries=entries,
                 nbytes=nbytes + self._reserved,
@@ -627,14 +658,14 @@ class AdapterCache:
     def counts(self, derivation: Derivation) -> tuple[int, int, int]:
         """Return hits, misses and entries of one derivation."""
         with self._locked():
-            hits, misses = self._lookups.get(derivation.number, (0, 0))
+            tally = self._lookups.get(derivation.number, _Tally())
             held = set(self._try("keys", self._backend.keys, ()))
             entries = sum(
                 key in held
                 for key, record in self._records.items()
                 if record.derivation is derivation
             )
-            return hits, misses, entries
+            return tally.hits, tally.misses, entries
 
     @_exclusive
     def invalidate_derivation(self, derivation: Derivation) -> int:
@@ -656,6 +687,13 @@ class AdapterCache:
     ) -> Any:
         """Return the valid stored value of a call, or derive it, once for all threads."""
         bypassed = _bypassed.get()
+        spelled = None if kwargs else _spelled(derivation, binding, args)
+        if spelled is not None and not bypassed:
+            shortcut = binding.shortcuts.get(spelled)
+            if shortcut is not None:
+                entry = self._recall(shortcut, derivation, binding, args)
+                if entry is not None:
+                    return entry.value
         if (
             self._closed
             or (bypassed and self.token in bypassed)
@@ -677,7 +715,10 @@ class AdapterCache:
             flight, join = None, False
             with self._lock:
                 entry = self._valid(call, binding)
-                if entry is None:
+                if entry is not None:
+                    if spelled is not None:
+                        self._shorten(spelled, derivation, binding, call, entry)
+                else:
                     flight = self._flights.get(call.key)
                     join = flight is not None and self._joinable(flight, call, binding)
                     if not join:
@@ -698,6 +739,82 @@ class AdapterCache:
                 return entry.value
             with self._lock:  # the one waited for came to nothing: this was no lookup yet
                 self._tally(derivation, hit=True, count=-1)
+
+    def _recall(
+        self, shortcut: Shortcut, derivation: Derivation, binding: Binding, args: tuple[Any, ...]
+    ) -> Entry | None:
+        """Return what a shortcut leads to, if everything is as it was.
+
+        Without the lock where the backend drops nothing of its own accord. That is safe: whatever
+        voids an entry clears its shortcuts before it returns, so a call that comes later finds them
+        empty; and a call that comes at the same time may be taken to have come before.
+        """
+        entry = shortcut.entry
+        depends_on = derivation.depends_on
+        if depends_on is None or (entry is None and self._keeps_everything):
+            return None
+        reference = binding._owner
+        if reference is not None:
+            owner = args[0]
+            if reference() is not owner or getattr(owner, "training", False):
+                return None
+        try:
+            dependencies = depends_on(*args)
+        except Exception:  # noqa: BLE001 - the long way deals with it
+            return None
+        if not isinstance(dependencies, list | tuple) or not shortcut.holds(dependencies):
+            return None
+        if entry is None:
+            stamp = shortcut.stamp
+            if stamp is None or self._lock._is_owned():
+                return None
+            with self._lock:
+                try:
+                    entry = self._backend.get(shortcut.key)
+                except Exception:  # noqa: BLE001 - the long way deals with it
+                    return None
+                if entry is None or entry.stamp is not stamp or shortcut.stamp is not stamp:
+                    return None
+        if not entry.intact:
+            return None
+        if entry.ready is not None:
+            entry.ready.join(entry.tensors)
+        shortcut.count()
+        return entry
+
+    def _shorten(
+        self,
+        spelled: Hashable,
+        derivation: Derivation,
+        binding: Binding,
+        call: _Call,
+        entry: Entry,
+    ) -> None:
+        """Remember a hit, so that the next one is shorter; the lock is held."""
+        record = self._records.get(call.key)
+        if self._guards_content or record is None or derivation.depends_on is None:
+            return
+        if spelled not in binding.shortcuts and len(binding.shortcuts) >= _SPELLINGS:
+            return
+        gradients = not derivation.detach and any(
+            tensor.requires_grad for tensor in tensors_in(call.dependencies)
+        )
+        autocast = len(environment()) > 2  # noqa: PLR2004 - it is listed third
+        shortcut = make_shortcut(call.dependencies, gradients=gradients, autocast=autocast)
+        if shortcut is None:
+            return
+        tally = self._lookups.get(derivation.number)
+        if tally is None:
+            tally = self._lookups[derivation.number] = _Tally()
+        shortcut.spelled, shortcut.key, shortcut.stamp = spelled, call.key, record.stamp
+        shortcut.entry = entry if self._keeps_everything else None
+        shortcut.ready = entry.ready
+        shortcut.count = tally.short.__next__
+        old = binding.shortcuts.get(spelled)
+        if old is not None:
+            old.clear()
+        record.shortcuts[:] = [shortcut]
+        binding.shortcuts[spelled] = shortcut
 
     def passed_by(self) -> None:
         """Count a call that went past the cache without asking it."""
@@ -750,9 +867,8 @@ class AdapterCache:
                 the function itself will say so).
         """
         first = 0 if binding.plain else 1  # after the owner
-        spelled = None
-        if not kwargs and all(type(value) in PLAIN_KEYS for value in args[first:]):
-            spelled = (derivation.number, args[first:])
+        spelled = None if kwargs else _spelled(derivation, binding, args)
+        if spelled is not None:
             known = binding.spellings.get(spelled)
             if known is not None:
                 return (*known, [])
@@ -876,7 +992,7 @@ class AdapterCache:
         self._counts["stores"] += 1
         stamp = entry.stamp
         assert isinstance(stamp, Stamp)  # noqa: S101 - for the type checker
-        record = _Record(derivation, weakref.ref(binding), call.adapter, stamp)
+        record = _Record(derivation, weakref.ref(binding), call.adapter, stamp, [])
         self._records[call.key] = record
         binding.keys.add(call.key)
         for storage in stamp.storages:
@@ -939,6 +1055,10 @@ class AdapterCache:
         if record is None:
             return
         binding = record.binding()
+        for shortcut in record.shortcuts:
+            shortcut.clear()
+            if binding is not None and binding.shortcuts.get(shortcut.spelled) is shortcut:
+                del binding.shortcuts[shortcut.spelled]
         if binding is not None:
             binding.keys.discard(key)
         for storage in record.stamp.storages:
@@ -999,8 +1119,8 @@ class AdapterCache:
     def _tally(self, derivation: Derivation, *, hit: bool, count: int = 1) -> None:
         tally = self._lookups.get(derivation.number)
         if tally is None:
-            tally = self._lookups[derivation.number] = [0, 0]
-        tally[not hit] += count
+            tally = self._lookups[derivation.number] = _Tally()
+        tally.add(hit=hit, count=count)
 
     # Failures
 
@@ -1044,6 +1164,21 @@ def _storable(value: object, stamp: Stamp) -> Value | None:
     tensor = value.detach() if type(value) is not Tensor or value.requires_grad else value
     own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
     return tensor if own and storage_id(tensor) not in stamp.storages else tensor.clone()
+
+
+def _spelled(derivation: Derivation, binding: Binding, args: tuple[Any, ...]) -> Hashable:
+    """Return what stands for a call as it is spelled; None if an argument is not plain."""
+    if binding._owner is None:
+        rest = args
+    elif len(args) == 2:  # noqa: PLR2004 - the owner, and an adapter's name most often
+        one = args[1]
+        return (derivation.number, one) if type(one) in PLAIN_KEYS else None
+    else:
+        rest = args[1:]
+    for value in rest:
+        if type(value) not in PLAIN_KEYS:
+            return None
+    return (derivation.number, rest)
 
 
 def _fill_stale(buffer: Buffer) -> None:

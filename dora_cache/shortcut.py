@@ -1,0 +1,223 @@
+"""The short way to a hit: what a call got last time, and how to tell that it would get it again.
+
+The long way signs every dependency and asks the backend. A :class:`Shortcut` remembers the facts
+that a signature is made of, and compares them one by one; whatever is out of the ordinary fails
+the comparison, and then the long way decides.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dora_cache.stamps import untraceable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from dora_cache.backends import Entry, Ready
+    from dora_cache.stamps import Stamp
+
+__all__ = ["Shortcut", "make_shortcut"]
+
+_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
+_precision: Callable[[], object] = torch._C._get_float32_matmul_precision
+_default_dtype = torch.get_default_dtype
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_SCALARS = frozenset({str, int, bool, float})
+
+
+class Shortcut:
+    """One call's last answer.
+
+    Attributes:
+        spelled: the arguments that lead to it.
+        key: the call's key in the backend.
+        stamp: of the entry; None once the entry has gone.
+        entry: the entry itself, where the backend never drops one of its own accord; else None.
+        ready: the entry's.
+        check: compares a list of dependencies with ``facts`` and ``guards``.
+        facts: identity, version, storage and address of the tensors, and the scalars.
+        guards: compares the tensors' types, dtypes, devices, shapes, strides and
+            ``requires_grad``; and what follows operations at present (autocast, transforms,
+            tracing, inference mode), which must be what it was.
+        surroundings: the precision of float32 matrix products and the default dtype.
+        gradients: whether the value must not be used while gradients are enabled.
+        count: counts a hit; atomic, since it is one call into C.
+    """
+
+    __slots__ = (
+        "check",
+        "count",
+        "entry",
+        "facts",
+        "gradients",
+        "guards",
+        "key",
+        "ready",
+        "spelled",
+        "stamp",
+        "surroundings",
+    )
+
+    check: Callable[..., bool]
+    count: Callable[[], int]
+    entry: Entry | None
+    facts: tuple[object, ...]
+    gradients: bool
+    guards: Callable[..., bool]
+    key: Hashable
+    ready: Ready | None
+    spelled: Hashable
+    stamp: Stamp | None
+    surroundings: tuple[object, object]
+
+    def clear(self) -> None:
+        """Lead nowhere from now on, and keep nothing alive."""
+        self.stamp = self.entry = self.ready = None
+
+    def holds(self, dependencies: Sequence[object]) -> bool:
+        """Whether everything is as it was; False where there is any doubt."""
+        try:
+            return (
+                not _function_modes()
+                and forward_ad._current_level < 0
+                and (_precision(), _default_dtype()) == self.surroundings
+                and not (self.gradients and torch.is_grad_enabled())
+                and self.check(dependencies, self.facts, self.guards)
+                and (self.ready is None or not torch.cuda.is_current_stream_capturing())
+            )
+        except Exception:  # noqa: BLE001 - other dependencies than before: the long way decides
+            return False
+
+
+def make_shortcut(
+    dependencies: Sequence[object], *, gradients: bool, autocast: bool
+) -> Shortcut | None:
+    """Note the facts of now; None where they cannot be told shortly.
+
+    Args:
+        dependencies: tensors, None, and scalars.
+        gradients: whether the value must not be used while gradients are enabled.
+        autocast: whether autocast is on, so that what is right depends on its dtype as well.
+    """
+    if autocast or not _trusted():
+        return None
+    pattern = ""
+    facts: list[object] = []
+    tensors: list[Tensor] = []
+    for item in dependencies:
+        kind = type(item)
+        if kind is nn.Parameter or kind is Tensor:
+            assert isinstance(item, Tensor)  # noqa: S101 - for the type checker
+            pattern += "t"
+            tensors.append(item)
+            facts += (id(item), item._version, _address(item), item.data_ptr())
+        elif item is None:
+            pattern += "n"
+        elif kind in _SCALARS and (kind is not float or item != 0):  # 0.0 equals -0.0
+            pattern += "s"
+            facts += (kind, item)
+        else:
+            return None
+    if not tensors:
+        return None
+    try:
+        surroundings = (_precision(), _default_dtype())
+    except RuntimeError:  # the precision was set for each backend by itself
+        return None
+    shortcut = Shortcut()
+    shortcut.check = _checker(pattern)
+    shortcut.facts = tuple(facts)
+    shortcut.guards = _guards(tensors)
+    shortcut.surroundings = surroundings
+    shortcut.gradients = gradients
+    return shortcut
+
+
+@functools.cache
+def _checker(pattern: str) -> Callable[..., bool]:
+    """Write the comparison for dependencies of certain kinds out, as one expression."""
+    names = [f"d{index}" for index in range(len(pattern))]
+    facts, nones, tensors = [], [], []
+    for name, kind in zip(names, pattern, strict=True):
+        if kind == "t":
+            facts.append(f"id({name}), {name}._version, address({name}), {name}.data_ptr()")
+            tensors.append(name)
+        elif kind == "n":
+            nones.append(f"{name} is None")
+        else:
+            facts.append(f"type({name}), {name}")
+    terms = [*nones, f"({', '.join(facts)},) == facts", f"guards({', '.join(tensors)})"]
+    source = (
+        f"def check(dependencies, facts, guards):\n"
+        f"    {', '.join(names)}, = dependencies\n"
+        f"    return {' and '.join(terms)}\n"
+    )
+    namespace: dict[str, Any] = {"address": _address}
+    exec(source, namespace)  # noqa: S102 - made of the letters above alone
+    check: Callable[..., bool] = namespace["check"]
+    return check
+
+
+def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    from torch._C._dynamo.guards import TensorGuards
+
+    make: Any = TensorGuards
+    check: Callable[..., bool] = make(
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    ).check
+    return check
+
+
+@functools.cache
+def _trusted() -> bool:
+    """Try PyTorch's tensor guards, which are no public interface, on all that they are to notice.
+
+    Called where nothing follows operations, so that the guards are made in an ordinary state.
+    """
+    if untraceable() or torch._C._is_any_autocast_enabled():
+        return False
+    with torch.inference_mode(mode=False):
+        tensor = torch.zeros(2, 2)
+        noticed = []
+        try:
+            guards = _guards([tensor])
+            held = guards(tensor) and guards(torch.ones(2, 2))
+            others = (
+                tensor.clone().requires_grad_(),
+                nn.Parameter(tensor, requires_grad=False),
+                tensor.double(),
+                tensor.view(4),
+                torch.zeros(2, 2).as_strided((2, 2), (1, 2)),
+                tensor.to("meta"),
+            )
+            noticed += [not guards(other) for other in others]
+            for context in (
+                lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+                torch.inference_mode,
+                _Mode,
+            ):
+                with context():
+                    noticed.append(not guards(tensor))
+
+            def look(x: Tensor) -> Tensor:
+                noticed.append(not guards(tensor))
+                return x
+
+            torch.vmap(look)(tensor)
+        except Exception:  # noqa: BLE001 - they are not there, or are something else
+            return False
+        return bool(held and all(noticed))
+
+
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows operations, and does nothing about them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
