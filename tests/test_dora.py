@@ -167,6 +167,20 @@ def test_only_the_scale_is_stored(kind):
 
 
 @pytest.mark.parametrize("numerics", ["peft", "fast"])
+def test_inputs_of_one_dimension(numerics):
+    """PEFT adds a dimension to them, and so does the cache."""
+    layer = dora_model().base_model.model.layer
+    x = torch.randn(12)
+    expected = run(layer, x)
+    with dora_cache.attach(layer, numerics=numerics):
+        for _ in range(3):
+            found = run(layer, x)
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found, expected)
+            assert numerics == "fast" or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("numerics", ["peft", "fast"])
 def test_bias_in_the_adapter_is_followed(numerics):
     """A bias of lora_B enters PEFT's norm, so it enters the cached scale and its stamp."""
     model = dora_model(dtype=torch.float64)
