@@ -759,10 +759,9 @@ class AdapterCache:
             if reference() is not owner or getattr(owner, "training", False):
                 return None
         try:
-            dependencies = depends_on(*args)
-        except Exception:  # noqa: BLE001 - the long way deals with it
-            return None
-        if not isinstance(dependencies, list | tuple) or not shortcut.holds(dependencies):
+            if not shortcut.check(depends_on(*args), shortcut):  # type: ignore[arg-type]
+                return None
+        except Exception:  # noqa: BLE001 - other dependencies than before, or worse: the long way
             return None
         if entry is None:
             stamp = shortcut.stamp

@@ -176,7 +176,7 @@ def cached(
                     binding = None
                 if binding is None:
                     return function(*args, **kwargs)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():  # others' tracing the cache notices itself
                 return function(*args, **kwargs)
             result: R = binding.cache.lookup(derivation, binding, args, kwargs)
             return result

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Shortcut", "make_shortcut"]
 
-_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
-_precision: Callable[[], object] = torch._C._get_float32_matmul_precision
-_default_dtype = torch.get_default_dtype
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _SCALARS = frozenset({str, int, bool, float})
 
 
@@ -41,12 +37,14 @@ class Shortcut:
         stamp: of the entry; None once the entry has gone.
         entry: the entry itself, where the backend never drops one of its own accord; else None.
         ready: the entry's.
-        check: compares a list of dependencies with ``facts`` and ``guards``.
+        check: whether everything is as it was, given the dependencies and the shortcut; raises if
+            the dependencies are of other kinds.
         facts: identity, version, storage and address of the tensors, and the scalars.
         guards: compares the tensors' types, dtypes, devices, shapes, strides and
             ``requires_grad``; and what follows operations at present (autocast, transforms,
             tracing, inference mode), which must be what it was.
-        surroundings: the precision of float32 matrix products and the default dtype.
+        precision: that of float32 matrix products.
+        default_dtype: PyTorch's.
         gradients: whether the value must not be used while gradients are enabled.
         count: counts a hit; atomic, since it is one call into C.
     """
@@ -54,46 +52,34 @@ class Shortcut:
     __slots__ = (
         "check",
         "count",
+        "default_dtype",
         "entry",
         "facts",
         "gradients",
         "guards",
         "key",
+        "precision",
         "ready",
         "spelled",
         "stamp",
-        "surroundings",
     )
 
-    check: Callable[..., bool]
+    check: Callable[[Sequence[object], Shortcut], bool]
     count: Callable[[], int]
     entry: Entry | None
     facts: tuple[object, ...]
     gradients: bool
     guards: Callable[..., bool]
     key: Hashable
+    precision: object
+    default_dtype: torch.dtype
     ready: Ready | None
     spelled: Hashable
     stamp: Stamp | None
-    surroundings: tuple[object, object]
 
     def clear(self) -> None:
         """Lead nowhere from now on, and keep nothing alive."""
         self.stamp = self.entry = self.ready = None
-
-    def holds(self, dependencies: Sequence[object]) -> bool:
-        """Whether everything is as it was; False where there is any doubt."""
-        try:
-            return (
-                not _function_modes()
-                and forward_ad._current_level < 0
-                and (_precision(), _default_dtype()) == self.surroundings
-                and not (self.gradients and torch.is_grad_enabled())
-                and self.check(dependencies, self.facts, self.guards)
-                and (self.ready is None or not torch.cuda.is_current_stream_capturing())
-            )
-        except Exception:  # noqa: BLE001 - other dependencies than before: the long way decides
-            return False
 
 
 def make_shortcut(
@@ -117,7 +103,8 @@ def make_shortcut(
             assert isinstance(item, Tensor)  # noqa: S101 - for the type checker
             pattern += "t"
             tensors.append(item)
-            facts += (id(item), item._version, _address(item), item.data_ptr())
+            address = torch._C._storage_address(item)  # type: ignore[attr-defined]
+            facts += (id(item), item._version, address, item.data_ptr())
         elif item is None:
             pattern += "n"
         elif kind in _SCALARS and (kind is not float or item != 0):  # 0.0 equals -0.0
@@ -127,22 +114,25 @@ def make_shortcut(
             return None
     if not tensors:
         return None
-    try:
-        surroundings = (_precision(), _default_dtype())
-    except RuntimeError:  # the precision was set for each backend by itself
-        return None
     shortcut = Shortcut()
+    try:
+        shortcut.precision = torch._C._get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each backend by itself
+        return None
+    shortcut.default_dtype = torch.get_default_dtype()
     shortcut.check = _checker(pattern)
     shortcut.facts = tuple(facts)
     shortcut.guards = _guards(tensors)
-    shortcut.surroundings = surroundings
     shortcut.gradients = gradients
     return shortcut
 
 
 @functools.cache
-def _checker(pattern: str) -> Callable[..., bool]:
-    """Write the comparison for dependencies of certain kinds out, as one expression."""
+def _checker(pattern: str) -> Callable[[Sequence[object], Shortcut], bool]:
+    """Write the comparison out for dependencies of certain kinds, as one expression.
+
+    It runs at every hit, where each call of a function would cost a twentieth of the whole.
+    """
     names = [f"d{index}" for index in range(len(pattern))]
     facts, nones, tensors = [], [], []
     for name, kind in zip(names, pattern, strict=True):
@@ -153,15 +143,33 @@ def _checker(pattern: str) -> Callable[..., bool]:
             nones.append(f"{name} is None")
         else:
             facts.append(f"type({name}), {name}")
-    terms = [*nones, f"({', '.join(facts)},) == facts", f"guards({', '.join(tensors)})"]
+    terms = [
+        *nones,
+        f"({', '.join(facts)},) == shortcut.facts",
+        f"shortcut.guards({', '.join(tensors)})",
+        "not function_modes()",
+        "forward_ad._current_level < 0",
+        "precision() == shortcut.precision",
+        "default_dtype() is shortcut.default_dtype",
+        "not (shortcut.gradients and grad_enabled())",
+        "(shortcut.ready is None or not capturing())",
+    ]
     source = (
-        f"def check(dependencies, facts, guards):\n"
+        f"def check(dependencies, shortcut):\n"
         f"    {', '.join(names)}, = dependencies\n"
         f"    return {' and '.join(terms)}\n"
     )
-    namespace: dict[str, Any] = {"address": _address}
+    namespace: dict[str, Any] = {
+        "address": torch._C._storage_address,  # type: ignore[attr-defined]
+        "capturing": getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool),
+        "default_dtype": torch.get_default_dtype,
+        "forward_ad": forward_ad,
+        "function_modes": torch._C._len_torch_function_stack,
+        "grad_enabled": torch.is_grad_enabled,
+        "precision": torch._C._get_float32_matmul_precision,
+    }
     exec(source, namespace)  # noqa: S102 - made of the letters above alone
-    check: Callable[..., bool] = namespace["check"]
+    check: Callable[[Sequence[object], Shortcut], bool] = namespace["check"]
     return check
 
 

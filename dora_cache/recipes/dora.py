@@ -22,6 +22,8 @@ from peft.tuners.lora.variants import (
 )
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import reduce_as_plain
@@ -397,7 +399,28 @@ def _embedding(
 
 def _projected(layer: Any, adapter: str, x: Tensor) -> Tensor:
     modules = layer._modules
-    return modules["lora_B"]._modules[adapter](modules["lora_A"]._modules[adapter](x))
+    lora_a, lora_b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    if _is_just_linear(lora_a) and _is_just_linear(lora_b) and not _has_any_global_hook():  # type: ignore[no-untyped-call]
+        # What calling the modules comes to, at half its cost; hooks of theirs are checked before.
+        a, b = lora_a.__dict__["_parameters"], lora_b.__dict__["_parameters"]
+        return linear(linear(x, a["weight"], a["bias"]), b["weight"], b["bias"])
+    return lora_b(lora_a(x))
+
+
+def _is_just_linear(module: Any) -> bool:
+    if type(module) is not nn.Linear or torch.compiler.is_dynamo_compiling():
+        return False
+    state = module.__dict__
+    return "weight" in state["_parameters"] and not (
+        "forward" in state
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or module._compiled_call_impl
+        or nn.Linear.forward is not _linear_forward
+    )
+
+
+_linear_forward = nn.Linear.forward
 
 
 def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:
