@@ -72,10 +72,10 @@ class Contents:
 
 
 @functools.cache
-def _coefficients(device: torch.device) -> Tensor:
+def _coefficients(device: torch.device, words: int) -> Tensor:
     """Random odd 64-bit numbers, shape (2, words); the same ones on every device."""
     generator = torch.Generator().manual_seed(_SEED)
-    numbers = torch.randint(-(1 << 63), (1 << 63) - 1, (2, _WORDS_AT_ONCE), generator=generator)
+    numbers = torch.randint(-(1 << 63), (1 << 63) - 1, (2, words), generator=generator)
     return (numbers | 1).to(device)
 
 
@@ -95,7 +95,7 @@ def _sums(flat: Tensor) -> Tensor:
     if size % 4:
         flat = torch.nn.functional.pad(flat, (0, -size % 4))
     words = flat.view(torch.int32)
-    coefficients = _coefficients(flat.device)
+    coefficients = _coefficients(flat.device, _WORDS_AT_ONCE)
     total = torch.full((2,), size, dtype=torch.int64, device=flat.device)
     for index, block in enumerate(torch.split(words, _WORDS_AT_ONCE)):
         wide = block.to(torch.int64)

@@ -252,3 +252,32 @@ class ContentModelMachine(ModelMachine):
     """With guard="content", writes that PyTorch does not count are found as well."""
 
     guard = "content"
+
+
+class CompiledModelMachine(ModelMachine):
+    """Compiled code, after refresh(), returns what the uncached model does when it is not compiled.
+
+    Without refresh() it may not notice what raises no event, as the documentation says.
+    """
+
+    def attach(self, which):
+        super().attach(which)
+        torch._dynamo.reset()
+        self.compiled = torch.compile(self.cached.tuner.model, backend="eager", dynamic=False)
+
+    @invariant()
+    def fresh(self):
+        type(self).steps += 1
+        with quiet(), torch.no_grad():
+            try:
+                expected = self.plain.tuner.model(self.plain.ids)
+            except Exception:  # noqa: BLE001 - PEFT's: there is nothing to compare with
+                return
+            if self.cache:
+                self.cache.refresh()
+            self.assert_same(self.compiled(self.cached.ids), expected)
+            self.assert_same(self.cached.tuner.model(self.cached.ids), expected)
+
+    def teardown(self):
+        super().teardown()
+        torch._dynamo.reset()

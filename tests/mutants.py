@@ -9,7 +9,7 @@ import torch
 from decorator_machine import DecoratorMachine
 from model_machine import ModelMachine
 
-from dora_cache import attachment, backends
+from dora_cache import attachment, backends, shortcut
 from dora_cache import cache as core
 from dora_cache.backends import lru, storage
 from dora_cache.recipes import dora, hotswap, peft_layers
@@ -99,6 +99,43 @@ def _(patch):
 @mutant("autocast missing from the key", ModelMachine)
 def _(patch):
     patch.setattr(core, "environment", tuple)
+
+
+@mutant("shortcuts without version counters", ModelMachine)
+def _(patch):
+    patch.setattr(core, "make_shortcut", _shortcut_of(id, torch.Tensor.data_ptr))
+
+
+@mutant("shortcuts that outlive their entries", ModelMachine)
+def _(patch):
+    forget = core.AdapterCache._forget
+
+    def keep(self, key):
+        record = self._records.get(key)
+        if record is not None:
+            record.shortcuts.clear()
+        forget(self, key)
+
+    patch.setattr(core.AdapterCache, "_forget", keep)
+
+
+def _shortcut_of(*what):
+    make = shortcut.make_shortcut
+
+    def facts(dependencies):
+        return [
+            tuple(getter(item) for getter in what) if isinstance(item, torch.Tensor) else item
+            for item in dependencies
+        ]
+
+    def make_shortcut(dependencies, **settings):
+        found = make(dependencies, **settings)
+        if found is not None:
+            before = facts(dependencies)
+            found.check = lambda dependencies, _: facts(dependencies) == before
+        return found
+
+    return make_shortcut
 
 
 # Events

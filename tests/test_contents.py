@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from zoo import quiet
 
 from dora_cache.contents import Contents, _sums
 
@@ -70,7 +71,8 @@ def test_on_a_gpu_nothing_waits_until_contents_are_compared():
     changed = tensor.clone()
     changed[-1, -1] += 1
     Contents([tensor])  # the coefficients are there from now on
-    torch.cuda.set_sync_debug_mode("error")
+    with quiet():  # it warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         first, second, third = (Contents([t]) for t in (tensor, tensor.clone(), changed))
     finally:

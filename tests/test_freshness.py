@@ -1,6 +1,8 @@
 """After each operation, on every kind of DoRA layer: the outputs are the uncached model's."""
 
+import functools
 import itertools
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ from dora_cache.freshness import (
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@functools.cache
+def installed():
+    """Whether PyTorch and PEFT are of the versions that the table was made with."""
+    pins = (DOCS.parent / "constraints.txt").read_text()
+    ours = {name: version(name).partition("+")[0] for name in ("torch", "peft")}
+    return all(f"{name}=={number}" in pins.split() for name, number in ours.items())
 
 
 def on(device, operations):
@@ -51,8 +64,12 @@ def test_the_documentation_has_what_happens(operation):
     row = report.Row(
         operation, run_trial(operation, DORA_CACHING), run_trial(operation, attached())
     )
-    table = (Path(__file__).parent.parent / "docs" / "freshness-table.md").read_text()
-    assert report.markdown_line(row) in table.splitlines()
+    line = report.markdown_line(row)
+    table = (DOCS / "freshness-table.md").read_text()
+    if installed():
+        assert line in table.splitlines()
+    else:  # other versions may touch other entries, but the verdicts stay
+        assert line.rsplit("|", 4)[0] in table
 
 
 @CUDA

@@ -4,7 +4,12 @@ import pytest
 from decorator_machine import DecoratorMachine
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from model_machine import ContentModelMachine, FastModelMachine, ModelMachine
+from model_machine import (
+    CompiledModelMachine,
+    ContentModelMachine,
+    FastModelMachine,
+    ModelMachine,
+)
 
 MACHINES = {
     # The decorator's machine is fast, so it may run longer.
@@ -12,6 +17,7 @@ MACHINES = {
     ModelMachine: 1,
     FastModelMachine: 0.25,
     ContentModelMachine: 0.25,
+    CompiledModelMachine: 0.05,  # it compiles again and again
 }
 
 

@@ -1,7 +1,11 @@
-"""Optimizer steps: fused ones change weights without telling their version counters."""
+"""Optimizers and averages: some write weights without telling their version counters.
+
+Fused optimizers do, and so does ``torch._foreach_lerp_`` on CUDA, which averages weights.
+"""
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -11,8 +15,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
@@ -24,15 +31,17 @@ _lock = threading.Lock()
 _followers: weakref.WeakSet[AdapterCache] = weakref.WeakSet()
 _handles: list[RemovableHandle] = []
 _stepping: dict[tuple[int, int], list[Tensor]] = {}
+_update_parameters: Callable[..., Any] = AveragedModel.update_parameters
 
 
 def follow_optimizers(cache: AdapterCache) -> None:
-    """Void values derived from whatever any PyTorch optimizer steps, until the cache detaches."""
+    """Void values derived from whatever PyTorch steps or averages, until the cache detaches."""
     with _lock:
         _followers.add(cache)
         if not _handles:
             _handles.append(register_optimizer_step_pre_hook(_steps))
             _handles.append(register_optimizer_step_post_hook(_stepped))
+            AveragedModel.update_parameters = _averaging  # type: ignore[method-assign]  # no hooks
     reference = weakref.ref(cache)
     cache.on_detach(lambda: _unfollow(reference()))
 
@@ -41,9 +50,10 @@ def _unfollow(cache: AdapterCache | None) -> None:
     with _lock:
         if cache is not None:
             _followers.discard(cache)
-        if not _followers:
+        if not _followers and _handles:
             while _handles:
                 _handles.pop().remove()
+            AveragedModel.update_parameters = _update_parameters  # type: ignore[method-assign]
 
 
 def _steps(optimizer: Optimizer, *_: Any) -> None:
@@ -53,9 +63,20 @@ def _steps(optimizer: Optimizer, *_: Any) -> None:
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
     before = _stepping.pop((threading.get_ident(), id(optimizer)), [])
-    parameters = [*before, *_with_gradients(optimizer)]
+    _touched([*before, *_with_gradients(optimizer)])
+
+
+@functools.wraps(_update_parameters)
+def _averaging(self: AveragedModel, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return _update_parameters(self, *args, **kwargs)
+    finally:
+        _touched([*self.module.parameters(), *self.module.buffers()])
+
+
+def _touched(tensors: list[Tensor]) -> None:
     for cache in list(_followers):
-        cache.touched(parameters)
+        cache.touched(tensors)
 
 
 def _with_gradients(optimizer: Optimizer) -> list[Tensor]:

@@ -430,7 +430,9 @@ def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:
 
 # numerics="fast": s in float32 (float64 for float64 weights), and y = s * (Wx + gBAx) at once
 
-_ROWS_AT_ONCE = 1 << 22  # elements of W, so that deriving takes tens of megabytes at most
+# Elements of W, so that deriving takes 64 MiB at most; on a CPU, what its caches may hold.
+_AT_ONCE = {"cpu": 1 << 20}
+_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 def _fast_depends_on(layer: Any, adapter: str) -> list[object]:
@@ -447,24 +449,20 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     weight = _dense(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     with torch.autocast(weight.device.type, enabled=False):
-        scaling = layer.scaling[adapter]
-        norms = [
-            torch.linalg.vector_norm(rows.to(dtype) + scaling * delta, dim=1)
-            for rows, delta in _rows(layer, adapter, weight, dtype)
-        ]
+        norms = [torch.linalg.vector_norm(rows, dim=1) for rows in _rows(layer, adapter, dtype)]
         magnitude = layer.lora_magnitude_vector[adapter].weight.flatten().to(dtype)
-        scale = magnitude / torch.cat(norms)
+        scale = magnitude / (norms[0] if len(norms) == 1 else torch.cat(norms))
         bias = _bias(base_layer(layer))
         return (scale,) if bias is None else (scale, (1 - scale) * bias.to(dtype))
 
 
-def _rows(
-    layer: Any,
-    adapter: str,
-    weight: Tensor,
-    dtype: torch.dtype,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ``W`` and ``B A`` as matrices with a row for each output, some rows at a time."""
+def _rows(layer: Any, adapter: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield ``W + g B A`` as a matrix with a row for each output, some rows at a time.
+
+    Added up and not as the sum of ``|W|^2`` and what the factors add to it: that would be fewer
+    operations, but where ``g B A`` nearly cancels ``W`` nothing would be left of its precision.
+    """
+    weight = _dense(base_layer(layer))
     if adapter not in layer.lora_A:
         a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         weight, bias = weight.T, None
@@ -474,16 +472,17 @@ def _rows(
         bias = layer.lora_B[adapter].bias if weight.dim() == 2 else None  # noqa: PLR2004
         if getattr(layer, "fan_in_fan_out", False):
             weight = weight.T
-    rank = a.shape[0]
-    a, b = a.reshape(rank, -1).to(dtype), b.reshape(-1, rank).to(dtype)
+    rank, scaling = a.shape[0], layer.scaling[adapter]
+    a, b = a.reshape(rank, -1).to(dtype), b.reshape(-1, rank).to(dtype) * scaling
     if weight.dim() > 2:  # noqa: PLR2004 - a convolution's: small, and grouped ones mix rows
-        yield weight.flatten(1), (b @ a).reshape(weight.shape).flatten(1)
+        yield weight.flatten(1).to(dtype) + (b @ a).reshape(weight.shape).flatten(1)
         return
-    step = max(1, _ROWS_AT_ONCE // max(1, weight.shape[1]))
+    at_once = _AT_ONCE.get(weight.device.type, _AT_ONCE_ELSEWHERE)
+    step = max(1, at_once // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        delta = b[rows] @ a
-        yield weight[rows], delta if bias is None else delta + bias[rows, None].to(dtype)
+        total = weight[rows].to(dtype, copy=True).addmm_(b[rows], a)
+        yield total if bias is None else total.add_(scaling * bias[rows, None].to(dtype))
 
 
 def _combine(

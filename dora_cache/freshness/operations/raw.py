@@ -61,3 +61,10 @@ def _(scene: Scene, pick: Pick) -> list[Tensor]:
     found = [scene.run()]
     vector.mul_(pick.factor)
     return found
+
+
+@operation("raw aliases", "torch._foreach_lerp_, not counted on CUDA", into=RAW, device="cuda")
+def _(scene: Scene, pick: Pick) -> None:
+    weights: list[Tensor] = [*scene.weights(pick)]
+    with torch.no_grad():
+        torch._foreach_lerp_(weights, [weight * pick.factor for weight in weights], 0.5)

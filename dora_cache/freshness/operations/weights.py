@@ -8,6 +8,7 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dora_cache.freshness.operations.registry import operation
 from dora_cache.freshness.scene import quiet
@@ -118,11 +119,23 @@ def _(scene: Scene, pick: Pick) -> None:
         weight.detach().mul_(pick.factor)
 
 
-@operation("weights", "in place by torch._foreach_lerp_, as an EMA")
+@operation("weights", "in place by torch._foreach_mul_")
 def _(scene: Scene, pick: Pick) -> None:
     weights: list[Tensor] = [*scene.weights(pick)]
-    with torch.no_grad():
-        torch._foreach_lerp_(weights, [weight * pick.factor for weight in weights], 0.5)
+    if weights:
+        with torch.no_grad():
+            torch._foreach_mul_(weights, pick.factor)
+
+
+@operation("weights", "an EMA: AveragedModel.update_parameters")
+def _(scene: Scene, pick: Pick) -> None:
+    trained = scene.copied()
+    trained.change(pick)
+    average = get_ema_multi_avg_fn(0.5)
+    averaged = AveragedModel(nn.Linear(1, 1), multi_avg_fn=average)
+    averaged.module = scene.model  # it would be a copy
+    averaged.n_averaged.fill_(1)
+    averaged.update_parameters(trained.model)
 
 
 @operation("weights", "copy_ from an averaged model")
