@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
+DEEP_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -32,7 +33,7 @@ test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-deep: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --hypothesis-profile=deep -m machine
+	$(BIN)/python -m pytest $(DEEP_ARGS) --hypothesis-profile=deep -m machine
 
 lint: $(READY)
 	$(BIN)/ruff check backends dora_cache docs tests

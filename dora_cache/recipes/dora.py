@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, _ConvNd
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -444,7 +444,8 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     """Derive ``s`` and, where the base layer has a bias, ``(1 - s) * bias``.
 
     Returns:
-        One or two tensors of shape (out,), float32, or float64 for a float64 base weight.
+        One or two tensors, float32, or float64 for a float64 base weight; (1, out) for linear
+        layers, (out,) for embeddings, (1, out, 1, ...) for convolutions.
     """
     weight = _dense(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
@@ -453,7 +454,8 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
         magnitude = layer.lora_magnitude_vector[adapter].weight.flatten().to(dtype)
         scale = magnitude / (norms[0] if len(norms) == 1 else torch.cat(norms))
         bias = _bias(base_layer(layer))
-        return (scale,) if bias is None else (scale, (1 - scale) * bias.to(dtype))
+        parts = (scale,) if bias is None else (scale, (1 - scale) * bias.to(dtype))
+        return tuple(part.view(_shape(layer, adapter, weight)) for part in parts)
 
 
 def _rows(layer: Any, adapter: str, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -504,7 +506,6 @@ def _combine(
     else:
         scale, *shift, scaling = buffers
         delta = delta.to(scale.dtype)  # a tensor g, unlike a number, multiplies in delta's dtype
-    scale, *shift = (part.view(_shape(layer, adapter, result)) for part in (scale, *shift))
     if isinstance(scaling, Tensor):
         y = result + delta * scaling
     else:
@@ -514,15 +515,15 @@ def _combine(
     return y + shift[0] if shift else y
 
 
-def _shape(layer: Any, adapter: str, result: Tensor) -> tuple[int, ...]:
+def _shape(layer: Any, adapter: str, weight: Tensor) -> tuple[int, ...]:
     """Return the shape in which numbers, one for each output, multiply a result."""
     if _is_conv(layer):
-        return (1, -1, *[1] * (result.dim() - 2))
+        return (1, -1, *[1] * (weight.dim() - 2))
     return (1, -1) if adapter in layer.lora_A else (-1,)
 
 
 def _is_conv(layer: Any) -> bool:
-    return hasattr(layer, "conv_fn")
+    return isinstance(layer, _ConvNd)
 
 
 def _fast_projected(
