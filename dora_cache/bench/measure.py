@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _WARM_UP_TOKENS = 2
+_TURN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,11 @@ def compare(
     """Measure greedy decoding with a key-value cache, one request at a time.
 
     Every way is warmed up first. Then each round generates from the prompt with one adapter after
-    the other; all ways do so side by side, one token each in turn and every time another one first,
-    so that what slows the machine down for a while slows all of them alike. Switching adapters is
-    not timed by itself, but the first pass after it is. Ways that work in place come last.
+    the other; all ways do so side by side, a few tokens each in turn and every time another one
+    first, so that what slows the machine down for a while slows all of them alike. (With one token
+    each, most of what is timed would be the processor's caches, full of what the others left.)
+    Switching adapters is not timed by itself, but the first pass after it is. Ways that work in
+    place come last.
 
     Args:
         model: in eval mode; its weights are shared with what is measured, and do not change, but
@@ -218,11 +221,12 @@ def _side_by_side(
             for way in ways:
                 running[way.name].select(name)
                 decodings[way.name] = _Decoding(running[way.name].model, input_ids)
-            for token in range(tokens):
-                for way in rotated(ways, turn + token):
+            for block, size in enumerate(_blocks(tokens)):
+                for way in rotated(ways, turn + block):
                     with running[way.name].turn():
-                        decodings[way.name].step()
-                    step(way.label)
+                        for _ in range(size):
+                            decodings[way.name].step()
+                            step(way.label)
             for way in ways:
                 timed[way.name].append(decodings[way.name].so_far())
         for way in ways:
@@ -239,6 +243,12 @@ def _side_by_side(
                 stats=running[way.name].stats(),
                 max_logit_difference=differences.get(way.name),
             )
+
+
+def _blocks(tokens: int) -> list[int]:
+    """Split a generation into turns: the pass over the prompt, then a few tokens each."""
+    rest = tokens - 1
+    return [1, *[_TURN] * (rest // _TURN), *([rest % _TURN] if rest % _TURN else [])]
 
 
 def decode(model: Any, input_ids: Tensor, tokens: int) -> Decoded:

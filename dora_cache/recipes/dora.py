@@ -122,7 +122,7 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
         if torch.compiler.is_compiling():
             if (
                 module.__dict__.get(SLOT) is None  # a copy that shares this variant
-                or torch.compiler.is_exporting()
+                or torch.compiler._is_exporting_flag  # torch 2.11 takes is_exporting() for True
                 or _stands_aside(module, active_adapter)
             ):
                 return plain.forward(
@@ -165,10 +165,8 @@ def _stands_aside(layer: Any, adapter: str) -> bool:
     modules = layer._modules
     for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
         part = modules[name]._modules.get(adapter)
-        if part is not None:
-            state = part.__dict__
-            if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                return True
+        if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+            return True
     return False
 
 
