@@ -812,7 +812,8 @@ class AdapterCache:
         old = binding.shortcuts.get(spelled)
         if old is not None:
             old.clear()
-        record.shortcuts[:] = [shortcut]
+        # One entry may be spelled in several ways, and all must be cleared with it.
+        record.shortcuts[:] = [one for one in record.shortcuts if one is not old] + [shortcut]
         binding.shortcuts[spelled] = shortcut
 
     def passed_by(self) -> None:
