@@ -800,8 +800,8 @@ class AdapterCache:
         )
         autocast = len(environment()) > 2  # noqa: PLR2004 - it is listed third
         shortcut = make_shortcut(call.dependencies, gradients=gradients, autocast=autocast)
-        if shortcut is None:
-            return
+        if shortcut is None or sign(call.dependencies)[0] != call.signature:
+            return  # a write since the call was signed: the facts are not those of the entry
         tally = self._lookups.get(derivation.number)
         if tally is None:
             tally = self._lookups[derivation.number] = _Tally()
