@@ -113,6 +113,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.voiding = 0  # events that are on their way
         self.signed = {}  # by thread: how many events there had been when it signed
         self.deriving = {name: set() for name in NAMES}
+        self.begun = {}  # by thread: the same, of the derivation it is in
         self.cache = dora_cache.attach(self.owner, **which)
 
     def teardown(self):
@@ -130,16 +131,17 @@ class DecoratorMachine(RuleBasedStateMachine):
     def signs(self, name):
         if self.voiding:  # which values hold is not settled: take each as its own
             self.events[name] += 1
-        self.signed.setdefault(threading.get_ident(), self.events[name])
+        self.signed[threading.get_ident()] = self.events[name]  # the last time before it derives
 
     def begins(self, name):
         events = self.signed.get(threading.get_ident())
         if events is not None:  # else it goes past the cache
             assert events not in self.deriving[name], "one value is derived twice"
             self.deriving[name].add(events)
+        self.begun[threading.get_ident()] = events
 
     def ends(self, name):
-        self.deriving[name].discard(self.signed.get(threading.get_ident()))
+        self.deriving[name].discard(self.begun.pop(threading.get_ident(), None))
 
     def fail(self, name):
         self.failing = False
