@@ -753,11 +753,8 @@ class AdapterCache:
         depends_on = derivation.depends_on
         if depends_on is None or (entry is None and self._keeps_everything):
             return None
-        reference = binding._owner
-        if reference is not None:
-            owner = args[0]
-            if reference() is not owner or getattr(owner, "training", False):
-                return None
+        if not binding.serves(args):
+            return None
         try:
             if not shortcut.check(depends_on(*args), shortcut):  # type: ignore[arg-type]
                 return None
@@ -798,17 +795,13 @@ class AdapterCache:
         gradients = not derivation.detach and any(
             tensor.requires_grad for tensor in tensors_in(call.dependencies)
         )
-        autocast = len(environment()) > 2  # noqa: PLR2004 - it is listed third
-        shortcut = make_shortcut(call.dependencies, gradients=gradients, autocast=autocast)
+        shortcut = make_shortcut(call.dependencies, gradients=gradients)
         if shortcut is None or sign(call.dependencies)[0] != call.signature:
             return  # a write since the call was signed: the facts are not those of the entry
-        tally = self._lookups.get(derivation.number)
-        if tally is None:
-            tally = self._lookups[derivation.number] = _Tally()
         shortcut.spelled, shortcut.key, shortcut.stamp = spelled, call.key, record.stamp
         shortcut.entry = entry if self._keeps_everything else None
         shortcut.ready = entry.ready
-        shortcut.count = tally.short.__next__
+        shortcut.count = self._tally_of(derivation).short.__next__
         old = binding.shortcuts.get(spelled)
         if old is not None:
             old.clear()
@@ -897,10 +890,14 @@ class AdapterCache:
         if self._reserved:  # the backend may have made a copy of it on the device
             self._try("get", lambda: self._room(0), None)
         stamp = entry.stamp
+        record = self._records.get(call.key)
         if (
-            type(stamp) is Stamp
+            # Without its record it has been discarded, and the backend failed to delete it; or the
+            # backend has mixed up its keys.
+            record is not None
+            and record.stamp is stamp
+            and type(stamp) is Stamp
             and stamp.signature == call.signature
-            and stamp.key == call.key  # for backends that mix up keys which are almost the same
             and stamp.born > binding.voided(call.adapter)
             and entry.intact
             and all(contents == call.contents for contents in stamp.contents)
@@ -1109,18 +1106,24 @@ class AdapterCache:
         """Do what had to wait until this thread had released the lock."""
         if self._lock._is_owned():
             return
-        with suppress(IndexError):  # another thread took the last one
-            while self._later:
-                self._later.popleft()()
+        while self._later:
+            try:
+                action = self._later.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            action()
         while self._warnings:  # never an error, whatever the filters
             with suppress(IndexError, CacheWarning):
                 warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
 
     def _tally(self, derivation: Derivation, *, hit: bool, count: int = 1) -> None:
+        self._tally_of(derivation).add(hit=hit, count=count)
+
+    def _tally_of(self, derivation: Derivation) -> _Tally:
         tally = self._lookups.get(derivation.number)
         if tally is None:
             tally = self._lookups[derivation.number] = _Tally()
-        tally.add(hit=hit, count=count)
+        return tally
 
     # Failures
 

@@ -82,17 +82,14 @@ class Shortcut:
         self.stamp = self.entry = self.ready = None
 
 
-def make_shortcut(
-    dependencies: Sequence[object], *, gradients: bool, autocast: bool
-) -> Shortcut | None:
-    """Note the facts of now; None where they cannot be told shortly.
+def make_shortcut(dependencies: Sequence[object], *, gradients: bool) -> Shortcut | None:
+    """Note the facts of now; None where they cannot be told shortly, as under autocast.
 
     Args:
         dependencies: tensors, None, and scalars.
         gradients: whether the value must not be used while gradients are enabled.
-        autocast: whether autocast is on, so that what is right depends on its dtype as well.
     """
-    if autocast or not _trusted():
+    if torch._C._is_any_autocast_enabled() or not _trusted():
         return None
     pattern = ""
     facts: list[object] = []
@@ -148,6 +145,7 @@ def _checker(pattern: str) -> Callable[[Sequence[object], Shortcut], bool]:
         f"({', '.join(facts)},) == shortcut.facts",
         f"shortcut.guards({', '.join(tensors)})",
         "not function_modes()",
+        "not any_autocast()",
         "forward_ad._current_level < 0",
         "precision() == shortcut.precision",
         "default_dtype() is shortcut.default_dtype",
@@ -160,6 +158,7 @@ def _checker(pattern: str) -> Callable[[Sequence[object], Shortcut], bool]:
         f"    return {' and '.join(terms)}\n"
     )
     namespace: dict[str, Any] = {
+        "any_autocast": torch._C._is_any_autocast_enabled,
         "address": torch._C._storage_address,  # type: ignore[attr-defined]
         "capturing": getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool),
         "default_dtype": torch.get_default_dtype,

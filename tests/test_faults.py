@@ -182,3 +182,24 @@ def test_a_warning_handler_may_ask_the_cache(monkeypatch):
         monkeypatch.setattr(warnings, "showwarning", lambda *_, **__: seen.append(cache.stats()))
         run(model, sample("linear"))
     assert len(seen) == 1
+
+
+def test_a_backend_that_does_not_delete():
+    """What has been dropped is not used again, even if the backend still has it."""
+    model = dora_model()
+    x = sample("linear")
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    config = dora_cache.CacheConfig(backend="flaky", options={"operations": "delete"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with dora_cache.attach(model, config) as cache:
+            for _ in range(3):
+                for weight in weights:
+                    weight.grad = torch.ones_like(weight)
+                # No version counter shows this step.
+                torch.optim.SGD(weights, lr=0.1, fused=True).step()
+                model.zero_grad()
+                for _ in range(3):
+                    result = run(model, x)
+                    with cache.bypass():
+                        assert torch.equal(result, run(model, x))

@@ -88,7 +88,8 @@ def test_layers_use_them(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", {})
     with dora_cache.attach(model):
         try:
-            assert torch.equal(run(model, x), expected)
+            with pytest.warns(dora_cache.CacheWarning, match="Triton kernel failed"):
+                assert torch.equal(run(model, x), expected)
             assert kernels._broken
         finally:
             kernels._broken = False

@@ -8,10 +8,14 @@ do, so its result is theirs to the bit.
 from __future__ import annotations
 
 import functools
+import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dora_cache.errors import CacheWarning
 
 __all__ = ["combine", "combine_fast", "usable"]
 
@@ -136,8 +140,13 @@ def _launch(
             num_warps=4,
             enable_fp_fusion=False,  # a fused multiply-add rounds once, not twice
         )
-    except Exception:  # noqa: BLE001 - Triton compiles at the first launch, and needs a compiler
+    except Exception as error:  # noqa: BLE001 - it compiles at the first launch, with a compiler
         _broken = True
+        text = (
+            f"a Triton kernel failed, so PyTorch's operations run: {type(error).__name__}: {error}"
+        )
+        with suppress(CacheWarning):  # never an error, whatever the filters
+            warnings.warn(text, CacheWarning, stacklevel=2)
         return None
     if key is not None:
         _compiled[key] = compiled
