@@ -8,17 +8,17 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, Self
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 
 import torch
 from torch import Tensor, nn
 
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
+from dora_cache.binding import ALL_ADAPTERS, Binding, next_token
 from dora_cache.contents import Contents
 from dora_cache.decorator import SLOT
 from dora_cache.errors import (
@@ -41,154 +41,17 @@ from dora_cache.stamps import (
 from dora_cache.stats import CacheStats
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
     from dora_cache.backends import Backend, Value
+    from dora_cache.binding import Buffer
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
 
-__all__ = ["ALL_ADAPTERS", "AdapterCache", "Binding"]
-
-ALL_ADAPTERS = None
-"""In place of an adapter's name: every adapter, and values that belong to none."""
+__all__ = ["AdapterCache"]
 
 _bypassed: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
-_tokens = itertools.count(1)
 _SPELLINGS = 4096  # calls whose keys each binding remembers
-
-
-Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]
-"""Called with an owner and the wanted adapters (None: all); yields an adapter's name, and a
-function that derives its values exactly as the first forward would."""
-
-
-class Buffer(Protocol):
-    """Values of one owner and adapter that compiled code reads in place, past any lookup.
-
-    They are kept outside the backend, and count towards its cap.
-    """
-
-    wanted: bool
-    stale: bool
-    nbytes: int
-    values: tuple[Tensor, ...] | None
-    parameters: tuple[Tensor | None, ...]
-
-    def void(self) -> None:
-        """Keep compiled code from reading it until it is filled; the lock is held."""
-
-    def drop(self) -> None:
-        """Void it for good and free its memory; the lock is held."""
-
-    def derived_from(self, storages: set[int]) -> bool:
-        """Whether one of these storages holds something that it was derived from."""
-
-    def prepare(self) -> None:
-        """Fill it, and have it filled after each event from now on; leave it empty if it cannot."""
-
-    def fill(self) -> bool:
-        """Derive it again if it no longer holds; return whether it was derived. Never raises."""
-
-
-class Binding:
-    """One owner's tie to a cache: the module (or object, or function) whose values it may hold.
-
-    It refers to the owner weakly, and each owner has its own; a copy of the owner that carries it
-    along by accident is recognised and gets no cached values.
-
-    Attributes:
-        cache: the cache.
-        token: a number no other binding has; part of every key.
-        adapter: the adapter of all its values where the derivation names none.
-        buffers: what compiled code reads of it, by adapter.
-        children: bindings that this one's events are passed on to.
-        spellings: frozen arguments and adapters of calls as they were spelled, to save time.
-        shortcuts: short ways to stored values, by the calls' arguments as they were spelled.
-        undo: what to call on detach to give the owner back as it was, last added first.
-        warmers: see :data:`Warmers`.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_owner",
-        "_voided",
-        "_voided_all",
-        "adapter",
-        "buffers",
-        "cache",
-        "children",
-        "keys",
-        "shortcuts",
-        "spellings",
-        "token",
-        "undo",
-        "warmers",
-    )
-
-    def __init__(self, cache: AdapterCache, owner: object | None, adapter: str | None) -> None:
-        self.cache = cache
-        self.token = next(_tokens)
-        self.adapter = adapter
-        self.buffers: dict[str, Buffer] = {}
-        self.children: list[weakref.ref[Binding]] = []
-        self.keys: set[Hashable] = set()
-        self.spellings: dict[Hashable, tuple[Hashable, str | None]] = {}
-        self.shortcuts: dict[Hashable, Shortcut] = {}
-        self.undo = ExitStack()
-        self.warmers: Warmers | None = None
-        self._voided: dict[str | None, int] = {}
-        self._voided_all = 0
-        self._owner: weakref.ref[Any] | None = None
-        if owner is not None:
-            gone, token = weakref.ref(cache), self.token
-
-            def forget(_: object) -> None:
-                living = gone()
-                if living is not None:
-                    living.owner_died(token)
-
-            self._owner = weakref.ref(owner, forget)
-
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        """Copy and pickle as None: a copy of the owner belongs to no cache."""
-        return type(None), ()
-
-    def adopt(self, child: Binding) -> None:
-        """Pass this binding's events on to ``child`` as well."""
-        self.children = [known for known in self.children if known() is not None]
-        self.children.append(weakref.ref(child))
-
-    @property
-    def owner(self) -> Any:
-        """The owner, or None where there is none or it is gone."""
-        return None if self._owner is None else self._owner()
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is of a plain function, which has no owner."""
-        return self._owner is None
-
-    def serves(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call with these arguments is the owner's own, outside training mode."""
-        reference = self._owner
-        if reference is None:
-            return True
-        owner = args[0]
-        return reference() is owner and not getattr(owner, "training", False)
-
-    def voided(self, adapter: str | None) -> int:
-        """Return the time of the last event that voids values of ``adapter``."""
-        if not self._voided:
-            return self._voided_all
-        return max(self._voided_all, self._voided.get(adapter, 0))
-
-    def void(self, adapter: str | None, now: int) -> None:
-        """Void every value of ``adapter`` whose derivation began before ``now``."""
-        if adapter is ALL_ADAPTERS:
-            self._voided_all = now
-            self._voided.clear()
-        else:
-            self._voided[adapter] = now
 
 
 class _Flight:
@@ -287,7 +150,7 @@ class AdapterCache:
 
     def __init__(self, config: CacheConfig, device: torch.device | None = None) -> None:
         self.config = config
-        self.token = next(_tokens)
+        self.token = next_token()
         self._backend: Backend = config.make_backend(device or torch.device("cpu"))
         self._guards_content = config.guard == "content"
         # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.

@@ -16,7 +16,8 @@ from dora_cache.keys import make_binder
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from dora_cache.cache import AdapterCache, Binding
+    from dora_cache.binding import Binding
+    from dora_cache.cache import AdapterCache
 
 __all__ = ["CacheInfo", "CachedFunction", "Derivation", "cached", "derivations_of"]
 

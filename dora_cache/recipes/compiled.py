@@ -31,7 +31,8 @@ from dora_cache.stamps import Stamp, UncheckableError, environment, sign, untrac
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dora_cache.cache import AdapterCache, Binding
+    from dora_cache.binding import Binding
+    from dora_cache.cache import AdapterCache
 
 __all__ = ["Buffer", "prepare"]
 

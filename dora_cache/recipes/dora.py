@@ -34,7 +34,8 @@ from dora_cache.recipes.peft_layers import base_layer, follow_layer, weights_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dora_cache.cache import AdapterCache, Binding
+    from dora_cache.binding import Binding
+    from dora_cache.cache import AdapterCache
 
 Buffers = tuple[Tensor, ...]
 

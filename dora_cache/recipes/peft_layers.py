@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    from dora_cache.cache import AdapterCache, Binding, Warmers
+    from dora_cache.binding import Binding, Warmers
+    from dora_cache.cache import AdapterCache
 
 __all__ = [
     "Recipe",
