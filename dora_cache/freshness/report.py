@@ -115,7 +115,7 @@ def as_markdown(found: Iterable[Row]) -> str:
     titles = ("operation", "DoraCaching", "dora-cache", "entries held", *_derived())
     lines = []
     for group, members in groupby(found, key=lambda row: row.operation.group):
-        lines += ["", f"### {group[0].upper()}{group[1:]}", ""]
+        lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
         lines += [_line(titles), _line("---" for _ in titles)]
         lines += [markdown_line(row) for row in members]
     return "\n".join(lines).strip() + "\n"
