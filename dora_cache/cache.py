@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
-from dora_cache.binding import ALL_ADAPTERS, Binding, next_token
+from dora_cache.binding import ALL_ADAPTERS, Binding, concerns, next_token
 from dora_cache.contents import Contents
 from dora_cache.decorator import SLOT
 from dora_cache.errors import (
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator
 
     from dora_cache.backends import Backend, Value
-    from dora_cache.binding import Buffer
+    from dora_cache.binding import Adapters, Buffer
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
 
@@ -74,7 +74,7 @@ class _Record(NamedTuple):
 
     derivation: Derivation
     binding: weakref.ref[Binding]
-    adapter: str | None
+    adapter: Adapters
     stamp: Stamp
     shortcuts: list[Shortcut]
 
@@ -109,7 +109,7 @@ class _Call(NamedTuple):
     """One call, ready to be looked up."""
 
     key: Hashable
-    adapter: str | None
+    adapter: Adapters
     signature: Signature
     dependencies: list[object]
     contents: Contents | None
@@ -167,6 +167,7 @@ class AdapterCache:
         self._reserved = 0  # bytes that buffers hold
         self._counts: Counter[str] = Counter()
         self._lookups: dict[int, _Tally] = {}
+        self.declined: list[tuple[str, str, str]] = []
         self._warned: set[tuple[str, type]] = set()
         self._warnings: deque[str] = deque()
         self._undo = ExitStack()
@@ -672,6 +673,25 @@ class AdapterCache:
         record.shortcuts[:] = [one for one in record.shortcuts if one is not old] + [shortcut]
         binding.shortcuts[spelled] = shortcut
 
+    @property
+    def bypassing(self) -> bool:
+        """Whether this thread is within :meth:`bypass`."""
+        return self.token in _bypassed.get()
+
+    def decline(self, kind: str, where: str, reason: str) -> None:
+        """Take note, and warn once, of what looks cacheable and is left to PEFT.
+
+        Args:
+            kind: the kind of adapter.
+            where: the class of its layers.
+            reason: why, for people.
+        """
+        row = (kind, where, reason)
+        with self._locked():
+            if row not in self.declined:
+                self.declined.append(row)
+                self._warnings.append(f"{kind} ({where}) is not cached: {reason}")
+
     def passed_by(self) -> None:
         """Count a call that went past the cache without asking it."""
         with self._locked():
@@ -715,7 +735,7 @@ class AdapterCache:
         binding: Binding,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Hashable, str | None, list[object]]:
+    ) -> tuple[Hashable, Adapters, list[object]]:
         """Return a call's frozen arguments, its adapter, and the dependencies among the arguments.
 
         Raises:
@@ -834,8 +854,9 @@ class AdapterCache:
                         self._store(call, entry, derivation, binding)
             finally:
                 flight.done.set()
-        if call.adapter in binding.buffers:  # what made this a miss may concern compiled code
-            binding.buffers[call.adapter].fill()
+        buffer = binding.buffers.get(call.adapter)  # type: ignore[arg-type]
+        if buffer is not None:  # what made this a miss may concern compiled code
+            buffer.fill()
         return value
 
     # Storing and forgetting; the lock is held
@@ -937,7 +958,7 @@ class AdapterCache:
                     buffer.void()
             for key in list(member.keys):
                 record = self._records.get(key)
-                if record is not None and adapter in (ALL_ADAPTERS, record.adapter):
+                if record is not None and concerns(adapter, record.adapter):
                     gone += self._discard(key)
         return gone
 

@@ -135,8 +135,9 @@ def cached(
 
     Args:
         name: what the value is called, in reports.
-        adapter: the name of the parameter that carries the adapter's name; events and
-            ``invalidate(adapter=...)`` go by it.
+        adapter: the name of the parameter that carries the adapter's name, or a tuple of names
+            where several adapters go into one value; events and ``invalidate(adapter=...)`` go by
+            it. It may be the ``*args`` of the function.
         depends_on: called with the same arguments as the function, returns the tensors and plain
             scalars (numbers, strings, dtypes; lists and dicts of them) that the result depends on
             besides the arguments. Without it: the parameters, buffers and attributes of the owner

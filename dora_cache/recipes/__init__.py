@@ -1,14 +1,18 @@
 """What is worth storing, one small module for each family of adapters.
 
-To add an adapter kind, write a module with a ``RECIPE`` (see ``peft_layers.Recipe``; ``loha.py`` is
-the shortest example) and add its row to ``RECIPES``.
+To add an adapter kind, write a module with a ``RECIPE`` (most are a ``hooks.LayerRecipe``;
+``fourierft.py`` is the shortest example) and add its row to ``RECIPES``. From another package, use
+:func:`register_recipe` or an entry point.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from dora_cache.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,20 +20,87 @@ if TYPE_CHECKING:
     from dora_cache.cache import AdapterCache
     from dora_cache.recipes.peft_layers import Recipe
 
-__all__ = ["RECIPES", "apply_recipes"]
+__all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
 
 RECIPES = {
     "DoRA": "dora_cache.recipes.dora",
+    "FourierFT": "dora_cache.recipes.fourierft",
     "LoHa": "dora_cache.recipes.loha",
     "OFT": "dora_cache.recipes.oft",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 
+ENTRY_POINT_GROUP = "dora_cache.recipes"
+"""Installed packages offer recipes under it: a name, and ``package.module:RECIPE``."""
+
+_registered: dict[str, Recipe] = {}
+
+
+def register_recipe(recipe: Recipe) -> Recipe:
+    """Have a recipe applied to every model that is attached from now on.
+
+    It comes before the built-in ones, so it may take layers over from them. A recipe of the same
+    name that was registered before is replaced.
+
+    Args:
+        recipe: see :class:`dora_cache.recipes.peft_layers.Recipe`.
+
+    Returns:
+        The recipe, so that ``RECIPE = register_recipe(...)`` can be written.
+
+    Raises:
+        ConfigError: it lacks a name, a method, or what it relies on.
+    """
+    _check(recipe)
+    _registered[recipe.name] = recipe
+    return recipe
+
+
+def load_recipes(cache: AdapterCache | None = None) -> list[Recipe]:
+    """Return every recipe there is: registered ones, installed ones, built-in ones.
+
+    Args:
+        cache: declines what cannot be loaded, so that attaching goes on; without it, that is an
+            error.
+    """
+    found = dict(_registered)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _load(found, entry.name, entry.load, cache)
+    for name, module in RECIPES.items():
+        _load(found, name, lambda module=module: importlib.import_module(module).RECIPE, cache)  # type: ignore[misc]
+    return list(found.values())
+
+
+def _load(found: dict[str, Recipe], name: str, load: Any, cache: AdapterCache | None) -> None:
+    if name in found:
+        return
+    try:
+        recipe = load()
+        _check(recipe)
+    except Exception as error:  # whatever is wrong with it, models are attached without it
+        if cache is None:
+            raise
+        cache.decline(name, "recipe", f"it cannot be loaded: {type(error).__name__}: {error}")
+        return
+    found[name] = recipe
+
+
+def _check(recipe: Any) -> None:
+    for attribute in ("name", "relies_on", "applies", "apply"):
+        if not hasattr(recipe, attribute):
+            msg = (
+                f"{recipe!r} is no recipe, it has no {attribute!r}: give a "
+                "dora_cache.recipes.hooks.LayerRecipe, or an object with name, relies_on, "
+                "applies(layer) and apply(cache, layer)"
+            )
+            raise ConfigError(msg)
+
 
 def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
     """Cache every PEFT layer in a model that there is a recipe for.
 
-    Adapters and layers that PEFT adds to the model later are cached as well.
+    Adapters and layers that PEFT adds to the model later are cached as well. A recipe that was
+    written for other methods than this PEFT has is declined.
 
     Returns:
         How many layers are cached.
@@ -38,24 +109,33 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
         return 0
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
+    from dora_cache.recipes.fingerprints import changed
     from dora_cache.recipes.hotswap import follow_hotswap
     from dora_cache.recipes.peft_layers import follow_layer, follow_tuner
 
-    recipes: list[Recipe] = [importlib.import_module(name).RECIPE for name in RECIPES.values()]
+    recipes = load_recipes(cache)
+    sound: dict[str, bool] = {}
+
+    def is_sound(recipe: Recipe) -> bool:
+        if recipe.name not in sound:  # looked at when a layer needs it: reading sources takes time
+            other = changed(recipe.relies_on)
+            sound[recipe.name] = not other
+            if other:
+                reason = f"this PEFT has another {', '.join(other)} than the recipe was written for"
+                cache.decline(recipe.name, "recipe", reason)
+        return sound[recipe.name]
+
+    def apply(module: nn.Module) -> bool:
+        fitting = [recipe for recipe in recipes if recipe.applies(module) and is_sound(recipe)]
+        return any([recipe.apply(cache, module) for recipe in fitting])  # noqa: C419 - all of them
 
     def scan() -> int:
-        layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
-        return sum(
-            recipe.apply(cache, layer)
-            for layer in layers
-            for recipe in recipes
-            if recipe.applies(layer)
-        )
+        return sum(apply(module) for module in list(model.modules()))
 
     found = scan()
     if found:
         # Merging writes into base weights past their version counters, and layers may share them.
-        other = _Other(recipes)
+        other = _Other(apply)
         for part in list(model.modules()):
             if isinstance(part, BaseTunerLayer):
                 follow_layer(cache, part, other)
@@ -70,13 +150,14 @@ class _Other:
     """Stands in for a recipe where a layer has nothing to cache, until an adapter is added."""
 
     name = "other"
+    relies_on: dict[str, str] = {}  # noqa: RUF012
 
-    def __init__(self, recipes: list[Recipe]) -> None:
-        self.recipes = recipes
+    def __init__(self, apply: Any) -> None:
+        self._apply = apply
 
-    def applies(self, layer: nn.Module) -> bool:
-        return any(recipe.applies(layer) for recipe in self.recipes)
+    def applies(self, layer: nn.Module) -> bool:  # noqa: ARG002
+        return True
 
-    def apply(self, cache: AdapterCache, layer: nn.Module) -> bool:
-        applied = [recipe.apply(cache, layer) for recipe in self.recipes if recipe.applies(layer)]
-        return any(applied)
+    def apply(self, cache: AdapterCache, layer: nn.Module) -> bool:  # noqa: ARG002
+        applied: bool = self._apply(layer)
+        return applied

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer, _ConvNd
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
@@ -29,6 +30,7 @@ from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import reduce_as_plain
 from dora_cache.recipes import kernels
 from dora_cache.recipes.compiled import Buffer, prepare
+from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d, embedding
 from dora_cache.recipes.peft_layers import base_layer, follow_layer, weights_of
 
 if TYPE_CHECKING:
@@ -42,8 +44,35 @@ Buffers = tuple[Tensor, ...]
 __all__ = ["RECIPE"]
 
 
+def _config(*_: int) -> LoraConfig:
+    return LoraConfig(
+        use_dora=True, r=8, lora_alpha=9, init_lora_weights=False, target_modules=TARGETS
+    )
+
+
 class _Dora:
     name = "DoRA"
+    relies_on = {  # noqa: RUF012
+        "peft.tuners.lora.layer:Linear.forward": "f3f969ac2a1b",
+        "peft.tuners.lora.layer:Embedding.forward": "2188d6137662",
+        "peft.tuners.lora.layer:_ConvNd.forward": "b00b0df02b43",
+        "peft.tuners.lora.variants:DoraLinearVariant.forward": "b265a95426ad",
+        "peft.tuners.lora.variants:DoraEmbeddingVariant.forward": "0eaa6f3ee09d",
+        "peft.tuners.lora.variants:_DoraConvNdVariant.forward": "d5f618c5646e",
+        "peft.tuners.lora.dora:DoraLinearLayer.get_lora_weight": "4b3ce9b3b3f5",
+        "peft.tuners.lora.dora:DoraLinearLayer.get_weight_norm": "5263d6dbbd1d",
+        "peft.tuners.lora.dora:DoraLinearLayer.forward": "e80db4e33df6",
+        "peft.tuners.lora.dora:DoraEmbeddingLayer.get_lora_weight": "f1cfd267af6d",
+        "peft.tuners.lora.dora:DoraEmbeddingLayer.forward": "d984279e3e09",
+        "peft.tuners.lora.dora:_DoraConvNdLayer.get_lora_weight": "7c4e65ce5733",
+        "peft.tuners.lora.dora:_DoraConvNdLayer.get_weight_norm": "954cd87c97e1",
+        "peft.tuners.lora.dora:_DoraConvNdLayer.forward": "916cc471779a",
+    }
+    examples = (
+        Example("DoRA", _config, numerics=BOTH),
+        Example("DoRA, Embedding", _config, embedding, numerics=BOTH),
+        Example("DoRA, Conv2d", _config, conv2d, numerics=BOTH),
+    )
 
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, LoraLayer)
@@ -139,7 +168,7 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
                     buffers = buffer.values
             return forward(module, active_adapter, x, result, buffers)
         binding = module.__dict__.get(SLOT)
-        if binding is None or _stands_aside(module, active_adapter):
+        if binding is None or binding.cache.bypassing or _stands_aside(module, active_adapter):
             if binding is not None:
                 binding.cache.passed_by()
             return plain.forward(
@@ -182,7 +211,10 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter: Any = active if type(active) is str else active[0] if len(active) == 1 else ""
         variant = state["lora_variant"].get(adapter)
         if isinstance(variant, _CachedVariant) and not (
-            state["_disable_adapters"] or state["merged_adapters"] or _stands_aside(self, adapter)
+            state["_disable_adapters"]
+            or state["merged_adapters"]
+            or state[SLOT].cache.bypassing
+            or _stands_aside(self, adapter)
         ):
             modules = state["_modules"]
             result: Tensor = modules["base_layer"](x)

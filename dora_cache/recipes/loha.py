@@ -1,63 +1,114 @@
-"""LoHa (https://arxiv.org/abs/2108.06098): the dense ``(A1 B1) * (A2 B2)`` of each layer."""
+"""LoHa (https://arxiv.org/abs/2108.06098): the dense ``(A1 B1) * (A2 B2)`` of each layer.
+
+Under ``numerics="fast"`` linear layers store its factors instead: an entrywise product of matrices
+of rank r is a matrix of rank r^2, whose factors are the Khatri-Rao products of theirs.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.loha.layer import LoHaLayer
+from peft import LoHaConfig
+from peft.tuners.loha.layer import Conv1d, Conv2d, Linear, LoHaLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from dora_cache.recipes.peft_layers import follow_layer, memoised
+from dora_cache.decorator import cached
+from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
+from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, memo
+from dora_cache.recipes.peft_layers import base_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor, nn
-
-    from dora_cache.cache import AdapterCache
+    from collections.abc import Iterator
 
 __all__ = ["RECIPE"]
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
-class _LoHa:
-    name = "LoHa"
-
-    def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, LoHaLayer)
-
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
-        if not layer.hada_w1_a:
-            return False
-        binding = follow_layer(cache, layer, self, {"get_delta_weight": _get_delta_weight})
-        binding.warmers = _warmers
-        return True
-
-
-RECIPE = _LoHa()
-
-
 def _depends_on(layer: Any, adapter_name: str, **_: object) -> Iterator[object]:
     yield layer.scaling[adapter_name]
+    modules = layer._modules
     for name in _FACTORS:
-        factors = getattr(layer, name)
-        if adapter_name in factors:
-            yield factors[adapter_name]
-    yield layer.get_base_layer().weight.shape
+        yield modules[name]._parameters.get(adapter_name)
+    yield base_layer(layer).weight.shape
 
 
-def _derive(self: Any, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:
-    delta: Tensor = LoHaLayer.get_delta_weight(
-        self, adapter_name, apply_rank_dropout=apply_rank_dropout
-    )
-    return delta
+_delta = memo(
+    LoHaLayer,
+    "get_delta_weight",
+    "LoHa delta",
+    adapter="adapter_name",
+    depends_on=_depends_on,
+    warm=lambda layer, adapter: layer.get_delta_weight(adapter, apply_rank_dropout=False),
+)
 
 
-_get_delta_weight = memoised(_derive, "LoHa delta", adapter="adapter_name", depends_on=_depends_on)
+@cached("LoHa factors", adapter="adapter_name", depends_on=_depends_on)
+def _factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Derive ``R`` and ``L`` with ``L R`` equal to the delta; shapes (r^2, in) and (out, r^2)."""
+    a1, b1, a2, b2 = (getattr(layer, name)[adapter_name] for name in _FACTORS[:4])
+    right = (b1[:, None] * b2[None]).flatten(0, 1)
+    left = (a1[:, :, None] * a2[:, None]).flatten(1)
+    return right, left * layer.scaling[adapter_name]
 
 
-def _warmers(layer: Any, _: object) -> Iterator[tuple[str, Callable[[], object]]]:
-    for adapter in layer.hada_w1_a:
-        # Exactly as forward calls it, for the same key.
-        yield adapter, partial(layer.get_delta_weight, adapter, apply_rank_dropout=False)
+def _forward(layer: Any, x: Tensor) -> Tensor | None:
+    adapters = active_in(layer, "hada_w1_a")
+    if not all(_is_small(layer, adapter) for adapter in adapters):
+        return None
+    result: Tensor = layer.base_layer(x)
+    for adapter in adapters:
+        right, left = _factors(layer, adapter)
+        result = result + linear(linear(layer._cast_input_dtype(x, right.dtype), right), left)
+    return result.to(x.dtype)
+
+
+def _is_small(layer: Any, adapter: str) -> bool:
+    """Whether the factors are smaller than the dense delta."""
+    rank = layer.r[adapter]
+    inputs, outputs = layer.hada_w1_b[adapter].shape[1], layer.hada_w1_a[adapter].shape[0]
+    smaller: bool = rank * rank * (inputs + outputs) < inputs * outputs
+    return smaller and type(base_layer(layer)) is nn.Linear
+
+
+def _warm(layer: Any, adapter: str) -> object:
+    if _is_small(layer, adapter):
+        return _factors(layer, adapter)
+    return layer.get_delta_weight(adapter, apply_rank_dropout=False)
+
+
+_fast = guard(_forward, warm=_warm)
+
+
+def _config(inputs: int, outputs: int, **more: Any) -> LoHaConfig:
+    rank = 8 if min(inputs, outputs) >= 256 else 2  # noqa: PLR2004 - a usual one, or a small one
+    return LoHaConfig(r=rank, alpha=rank + 1, target_modules=TARGETS, init_weights=False, **more)
+
+
+RECIPE = LayerRecipe(
+    name="LoHa",
+    hooks={Linear: [_delta], Conv1d: [_delta], Conv2d: [_delta]},
+    # Where the factors are not used, PEFT's forward runs, and finds the delta stored.
+    fast={Linear: [_fast, replace(_delta, warm=None)]},
+    adapters="hada_w1_a",
+    relies_on={
+        "peft.tuners.loha.layer:LoHaLayer.get_delta_weight": "20577966d980",
+        "peft.tuners.loha.layer:LoHaLayer.forward": "71a4e0c30cc2",
+        "peft.tuners.loha.layer:Linear._get_delta_activations": "49de96ad4999",
+        "peft.tuners.loha.layer:Conv1d._get_delta_activations": "408b92f6f41f",
+        "peft.tuners.loha.layer:Conv2d._get_delta_activations": "3c9d841d65ee",
+        "peft.tuners.loha.layer:make_weight": "e3e86caa540e",
+        "peft.tuners.loha.layer:make_weight_cp": "2e531135d9b7",
+    },
+    examples=[
+        Example("LoHa", _config, numerics=BOTH),
+        Example("LoHa, Conv2d", _config, conv2d),
+        Example(
+            "LoHa, Conv2d, effective",
+            lambda inputs, outputs: _config(inputs, outputs, use_effective_conv2d=True),
+            conv2d,
+        ),
+    ],
+)

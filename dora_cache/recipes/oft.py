@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from peft import OFTConfig
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 
 from dora_cache.decorator import SLOT
+from dora_cache.recipes.examples import TARGETS, Example
 from dora_cache.recipes.peft_layers import follow_layer, follow_part, memoised
 
 if TYPE_CHECKING:
@@ -22,6 +24,21 @@ __all__ = ["RECIPE"]
 
 class _OFT:
     name = "OFT"
+    relies_on = {  # noqa: RUF012
+        "peft.tuners.oft.layer:OFTRotationModule.forward": "e020e4dfcabe",
+        "peft.tuners.oft.layer:OFTRotationModule._cayley_batch": "90c6c9b8ab25",
+    }
+    examples = (
+        Example(
+            "OFT",
+            lambda inputs, _: OFTConfig(
+                r=0,
+                oft_block_size=32 if inputs % 32 == 0 else 4,
+                init_weights=False,
+                target_modules=TARGETS,
+            ),
+        ),
+    )
 
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, OFTLayer)

@@ -11,7 +11,7 @@ from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
@@ -34,6 +34,8 @@ class Recipe(Protocol):
 
     name: str
     """What the adapter is called in the field, e.g. ``"DoRA"``."""
+    relies_on: Mapping[str, str]
+    """The methods of PEFT's that it was written for, and their fingerprints."""
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is of the kind."""

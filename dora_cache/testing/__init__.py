@@ -1,4 +1,4 @@
-"""Tools for the authors of backends: a conformance test to subclass. Needs Hypothesis."""
+"""Tools for the authors of backends and recipes. Needs Hypothesis."""
 
 try:
     import hypothesis as _hypothesis  # noqa: F401 - to say at once what is missing
@@ -7,5 +7,6 @@ except ModuleNotFoundError as error:
     raise ImportError(msg) from error
 
 from dora_cache.testing.conformance import BackendConformance, Spec
+from dora_cache.testing.recipes import check_recipe
 
-__all__ = ["BackendConformance", "Spec"]
+__all__ = ["BackendConformance", "Spec", "check_recipe"]

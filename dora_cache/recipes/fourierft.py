@@ -1,0 +1,51 @@
+"""FourierFT (https://arxiv.org/abs/2405.03003): the dense inverse transform of a few frequencies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft import FourierFTConfig
+from peft.tuners.fourierft.layer import FourierFTLinear
+
+from dora_cache.recipes.examples import TARGETS, Example
+from dora_cache.recipes.hooks import LayerRecipe, memo, parameter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["RECIPE"]
+
+
+def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
+    yield parameter(layer, "fourierft_spectrum", adapter)
+    yield layer.indices[adapter]
+    yield layer.fourierft_scaling[adapter]
+    yield layer.out_features
+    yield layer.in_features
+
+
+_delta = memo(
+    FourierFTLinear,
+    "get_delta_weight",
+    "FourierFT delta",
+    adapter="adapter",
+    depends_on=_depends_on,
+)
+
+RECIPE = LayerRecipe(
+    name="FourierFT",
+    hooks={FourierFTLinear: [_delta]},
+    adapters="fourierft_spectrum",
+    relies_on={
+        "peft.tuners.fourierft.layer:FourierFTLayer.get_delta_weight": "8bb975b5e9e9",
+        "peft.tuners.fourierft.layer:FourierFTLinear.forward": "ea6ca2d1a19c",
+    },
+    examples=[
+        Example(
+            "FourierFT",
+            lambda inputs, outputs: FourierFTConfig(
+                n_frequency=min(1000, inputs * outputs // 4), target_modules=TARGETS
+            ),
+        )
+    ],
+)

@@ -1,0 +1,210 @@
+"""The shapes of hooks that most recipes are made of.
+
+*Memoise a method*: PEFT derives the value in a method of its own (``get_delta_weight``), and the
+recipe stores what that returns; see :func:`memo`.
+
+*Guard a forward*: PEFT derives the value in the middle of ``forward``, or its value is larger than
+needed. The recipe has a forward of its own for the usual case, and leaves every other one to PEFT's;
+see :func:`guard`.
+
+(The third shape, replacing a LoRA variant, has one user: ``dora.py``.)
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_cache.decorator import SLOT, cached
+from dora_cache.lifecycle import plain_class
+from dora_cache.recipes.peft_layers import follow_layer
+from dora_cache.stamps import untraceable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from dora_cache.cache import AdapterCache
+    from dora_cache.recipes.examples import Example
+
+__all__ = ["Hook", "LayerRecipe", "active_in", "guard", "memo", "parameter"]
+
+Warm = "Callable[[Any, str], object]"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A method of a layer's class, what stands in for it, and how to derive ahead of its use.
+
+    Attributes:
+        method: its name.
+        function: what stands in for it.
+        warm: called with a layer and an adapter's name; derives what the first forward with that
+            adapter alone would, by the very same call. None: nothing can be derived ahead.
+    """
+
+    method: str
+    function: Callable[..., Any]
+    warm: Callable[[Any, str], object] | None = None
+
+
+def memo(
+    owner: type,
+    method: str,
+    name: str,
+    *,
+    adapter: str | None,
+    depends_on: Callable[..., Iterable[object]],
+    warm: Callable[[Any, str], object] | None = None,
+) -> Hook:
+    """Return a hook that stores what a method of PEFT's returns.
+
+    Args:
+        owner: a class that has the method.
+        method: its name.
+        name: what the value is called, for people.
+        adapter: the parameter of the method that carries the adapter's name; None if no parameter
+            does.
+        depends_on: called with the same arguments as the method; see :func:`dora_cache.cached`.
+        warm: see :class:`Hook`. It must call the method exactly as PEFT's forward does; by default
+            with the adapter's name alone.
+    """
+
+    @functools.wraps(getattr(owner, method))
+    def derive(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(plain_class(type(self)), method)(self, *args, **kwargs)
+
+    def default(layer: Any, adapter_name: str) -> object:
+        return getattr(layer, method)(adapter_name)
+
+    stored: Any = cached(name, adapter=adapter, depends_on=depends_on)(derive)
+    return Hook(method, stored, warm or default)
+
+
+def guard(
+    forward: Callable[[Any, Any], Tensor | None],
+    *,
+    warm: Callable[[Any, str], object] | None = None,
+) -> Hook:
+    """Return a hook that puts a forward of one's own in front of PEFT's.
+
+    It runs in the usual case: one input and no other arguments, in eval mode, adapters enabled and
+    not merged, no gradients wanted by any parameter of the layer, no tracing, no ``bypass()``.
+    PEFT's own forward runs otherwise.
+
+    Args:
+        forward: called with the layer and its input; returns the layer's output, or None for PEFT's
+            forward to run (before it has called the base layer, whose hooks must run once).
+        warm: see :class:`Hook`.
+    """
+
+    def guarded(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (args or kwargs or torch.compiler.is_dynamo_compiling()):
+            state = self.__dict__
+            binding = state.get(SLOT)
+            if binding is not None:
+                if (
+                    state["training"]
+                    or binding.cache.bypassing
+                    or untraceable()
+                    or wants_gradients(self)
+                ):
+                    binding.cache.passed_by()
+                elif not (state["_disable_adapters"] or state["merged_adapters"]):
+                    result = forward(self, x)
+                    if result is not None:
+                        return result
+        return plain_class(type(self)).forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return Hook("forward", guarded, warm)
+
+
+def wants_gradients(layer: nn.Module) -> bool:
+    """Whether gradients would flow to a parameter of the layer."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+
+
+def active_in(layer: Any, attribute: str) -> Sequence[str]:
+    """Return the active adapters that a layer has, in order; at a fraction of PEFT's cost.
+
+    Args:
+        layer: the layer.
+        attribute: the attribute that has a part or parameter for each adapter.
+    """
+    state = layer.__dict__
+    there = state["_modules"][attribute]
+    names = there._parameters if type(there) is nn.ParameterDict else there._modules
+    active = state["_active_adapter"]
+    if type(active) is str:
+        return (active,) if active in names else ()
+    return tuple([name for name in active if name in names])
+
+
+def parameter(layer: Any, attribute: str, adapter: str) -> Any:
+    """Return ``layer.attribute[adapter]``, of a ParameterDict; at a fraction of its cost."""
+    return layer._modules[attribute]._parameters[adapter]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecipe:
+    """How one kind of PEFT layer is cached: most recipes are one of these.
+
+    Attributes:
+        name: what the adapter is called in the field.
+        hooks: for each class of layers, what stands in for its methods. A layer goes by the first
+            class in the list that it is an instance of.
+        adapters: the layer's attribute that has a part or parameter for each adapter.
+        relies_on: the methods of PEFT's that the recipe was written for: see ``fingerprints.py``.
+        fast: likewise ``hooks``, under ``numerics="fast"``; where a class is not here, ``hooks``
+            holds.
+        examples: models that the recipe is for.
+        declines: called with a layer; returns why it cannot be cached, or nothing.
+    """
+
+    name: str
+    hooks: Mapping[type, Sequence[Hook]]
+    adapters: str
+    relies_on: Mapping[str, str]
+    fast: Mapping[type, Sequence[Hook]] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
+    declines: Callable[[Any], str | None] = lambda _: None
+
+    def applies(self, layer: nn.Module) -> bool:
+        """Whether the layer is of one of the classes."""
+        return isinstance(layer, tuple(self.hooks))
+
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+        """Put the hooks in place, unless the layer's class has other methods than PEFT's."""
+        plain = plain_class(type(layer))
+        known = next(one for one in self.hooks if isinstance(layer, one))
+        hooks = self.hooks[known]
+        if cache.config.numerics == "fast":
+            hooks = self.fast.get(known, hooks)
+        where = f"{plain.__module__}.{plain.__qualname__}"
+        reason = self.declines(layer)
+        for hook in hooks:
+            if getattr(plain, hook.method, None) is not getattr(known, hook.method):
+                reason = f"its {hook.method}() is not that of PEFT's {known.__qualname__}"
+        if reason:
+            cache.decline(self.name, where, reason)
+            return False
+        binding = follow_layer(cache, layer, self, {hook.method: hook.function for hook in hooks})
+        binding.warmers = partial(_warmers, self.adapters, hooks)
+        return bool(_names(layer, self.adapters))
+
+
+def _names(layer: Any, attribute: str) -> list[str]:
+    return list(getattr(layer, attribute).keys())
+
+
+def _warmers(
+    attribute: str, hooks: Sequence[Hook], layer: Any, _: object
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    for adapter in _names(layer, attribute):
+        for hook in hooks:
+            if hook.warm is not None:
+                yield adapter, partial(hook.warm, layer, adapter)
