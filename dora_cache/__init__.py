@@ -22,6 +22,7 @@ from dora_cache.errors import (
     NothingToCacheError,
     UnknownBackendError,
 )
+from dora_cache.recipes import register_recipe
 from dora_cache.stats import CacheStats
 
 try:
@@ -46,4 +47,5 @@ __all__ = [
     "__version__",
     "attach",
     "cached",
+    "register_recipe",
 ]
