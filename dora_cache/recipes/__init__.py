@@ -25,9 +25,12 @@ __all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "reg
 RECIPES = {
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
+    "GLoRA": "dora_cache.recipes.glora",
     "HiRA": "dora_cache.recipes.hira",
     "LoHa": "dora_cache.recipes.loha",
+    "MiSS": "dora_cache.recipes.miss",
     "OFT": "dora_cache.recipes.oft",
+    "OSF": "dora_cache.recipes.osf",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 
