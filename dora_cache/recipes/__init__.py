@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
 
 RECIPES = {
+    "C3A": "dora_cache.recipes.c3a",
+    "DeLoRA": "dora_cache.recipes.delora",
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
     "GLoRA": "dora_cache.recipes.glora",
