@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.recipes.peft_layers import base_layer
 
-__all__ = ["dense_base", "foldable", "replaceable"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["dense_base", "foldable", "replaceable", "when_dense"]
 
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -44,6 +47,15 @@ def replaceable(layer: nn.Module) -> bool:
     )
 
 
+def when_dense(warm: Callable[[Any, str], object]) -> Callable[[Any, str], object]:
+    """Return a hook's ``warm`` that does nothing for layers that have no :func:`dense_base`."""
+
+    def checked(layer: Any, adapter: str) -> object:
+        return None if dense_base(layer) is None else warm(layer, adapter)
+
+    return checked
+
+
 def foldable(layer: nn.Module, x: Tensor | None, *parameters: Tensor) -> bool:
     """Whether what an adapter adds may be kept as one tensor with the base weight.
 
@@ -60,6 +72,8 @@ def foldable(layer: nn.Module, x: Tensor | None, *parameters: Tensor) -> bool:
     dtype = base_layer(layer)._parameters["weight"].dtype  # type: ignore[union-attr]
     if dtype not in {torch.float32, torch.float64}:
         return False
-    if x is not None and (x.dtype != dtype or torch.is_autocast_enabled(x.device.type)):
+    if x is not None and (
+        not isinstance(x, Tensor) or x.dtype != dtype or torch.is_autocast_enabled(x.device.type)
+    ):
         return False
     return all(parameter.dtype == dtype for parameter in parameters)

@@ -70,15 +70,14 @@ def _fast_convolved(layer: Any, adapter: str, x: Tensor) -> Tensor:
 
 
 def _forward(convolve: Callable[[Any, str, Tensor], Tensor]) -> Callable[[Any, Any], Tensor | None]:
-    exact = convolve is _convolved
-
     def forward(layer: Any, x: Any) -> Tensor | None:
-        if exact and torch.is_grad_enabled() and x.requires_grad:
-            return None  # PEFT has a backward of its own
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None  # PEFT has a backward of its own, which is another than autograd's
+        adapters = active_in(layer, "c3a_kernel")
         result: Tensor = layer.base_layer(x)
         dtype = x.dtype
         x = x.to(torch.float32)
-        for adapter in active_in(layer, "c3a_kernel"):
+        for adapter in adapters:
             x = convolve(layer, adapter, x)  # each adapter gets what the one before it returned
             result += x.to(result.dtype)
         return result.to(dtype)

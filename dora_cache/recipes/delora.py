@@ -44,9 +44,10 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     if not layer.__dict__["_active_adapter"]:
         return None
     modules = layer._modules
+    adapters = active_in(layer, "delora_A")
     base_result: Tensor = layer.base_layer(x)
     added = torch.zeros_like(base_result)
-    for adapter in active_in(layer, "delora_A"):
+    for adapter in adapters:
         dropped = modules["delora_dropout"]._modules[adapter](x)
         norms = modules["delora_w_norm"]._buffers[adapter]
         hidden = linear(dropped * norms, parameter(layer, "delora_A", adapter))

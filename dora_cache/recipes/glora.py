@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peft import GloraConfig
-from peft.tuners.glora.layer import GloraLinear
+from peft.tuners.glora.layer import (
+    GloraEmptyPath,
+    GloraLinear,
+    GloraLoraPath,
+    GloraScalarPath,
+    GloraVectorPath,
+)
 from torch import Tensor, matmul, nn
 from torch.nn.functional import linear
 
@@ -21,7 +27,7 @@ from dora_cache.recipes.hooks import LayerRecipe, active_in, guard
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["RECIPE"]
 
@@ -31,7 +37,7 @@ _PATHS = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
 def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
     base, modules = base_layer(layer), layer._modules
     yield from weights_of(base)
-    yield base._parameters.get("bias")
+    yield base.bias
     for name in _PATHS:
         path = modules[name]._modules[adapter]
         yield from path._parameters.values()
@@ -53,17 +59,28 @@ def _weight(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     return total, bias + bias * d + e + matmul(weight, c).squeeze(-1)
 
 
-def _usable(layer: Any) -> bool:
-    base = dense_base(layer)
-    return isinstance(base, nn.Linear) and not hasattr(base, "qweight")
+_KINDS = frozenset({GloraLoraPath, GloraVectorPath, GloraScalarPath, GloraEmptyPath})
+
+
+def _usable(layer: Any, adapters: Sequence[str]) -> bool:
+    """Whether base layer and paths are PEFT's own, without hooks of which the cache knows nothing."""
+    base, modules = dense_base(layer), layer._modules
+    if not isinstance(base, nn.Linear) or hasattr(base, "qweight"):
+        return False
+    for adapter in adapters:
+        for name in _PATHS:
+            path = modules[name]._modules[adapter]
+            if type(path) not in _KINDS or path._forward_hooks or path._forward_pre_hooks:
+                return False
+    return True
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor | None:
-    if not _usable(layer):
+    adapters = active_in(layer, "glora_A")
+    if not _usable(layer, adapters):
         return None
     base_result: Tensor = layer.base_layer(x)
     result = base_result
-    adapters = active_in(layer, "glora_A")
     for adapter in adapters:
         result = result + linear(x, *_weight(layer, adapter))
     if adapters:
@@ -73,9 +90,13 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
 
 def _fast_forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "glora_A")
-    if len(adapters) != 1 or not replaceable(layer) or not _usable(layer):
+    if len(adapters) != 1 or not replaceable(layer) or not _usable(layer, adapters):
         return _forward(layer, x)
     return linear(x, *_weight(layer, adapters[0]))
+
+
+def _warm(layer: Any, adapter: str) -> object:
+    return _weight(layer, adapter) if _usable(layer, (adapter,)) else None
 
 
 def _config(inputs: int, outputs: int, **more: Any) -> GloraConfig:
@@ -97,8 +118,8 @@ _unbiased = Base(
 
 RECIPE = LayerRecipe(
     name="GLoRA",
-    hooks={GloraLinear: [guard(_forward, warm=_weight)]},
-    fast={GloraLinear: [guard(_fast_forward, warm=_weight)]},
+    hooks={GloraLinear: [guard(_forward, warm=_warm)]},
+    fast={GloraLinear: [guard(_fast_forward, warm=_warm)]},
     adapters="glora_A",
     relies_on={
         "peft.tuners.glora.layer:GloraLinear.forward": "225863214502",

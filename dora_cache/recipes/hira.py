@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from dora_cache.decorator import cached
-from dora_cache.recipes.bases import dense_base, foldable
+from dora_cache.recipes.bases import dense_base, foldable, when_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d, embedding
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
@@ -62,9 +62,10 @@ def _linear(layer: Any, x: Tensor) -> Tensor | None:
     # PEFT makes a new parameter of a transposed weight, and so its output requires gradients.
     if dense_base(layer) is None or (layer.fan_in_fan_out and torch.is_grad_enabled()):
         return None
+    adapters = active_in(layer, "hira_A")
     result = layer.base_layer(x)
     dtype = result.dtype
-    for adapter in active_in(layer, "hira_A"):
+    for adapter in adapters:
         weight = _linear_weight(layer, adapter)
         x = layer._cast_input_dtype(x, parameter(layer, "hira_A", adapter).dtype)
         result = result + F.linear(_dropped(layer, adapter, x), weight)
@@ -76,7 +77,7 @@ def _fast_linear(layer: Any, x: Tensor) -> Tensor | None:
     if len(adapters) != 1 or layer.fan_in_fan_out or not _folds(layer, adapters[0], x):
         return _linear(layer, x)
     total = _linear_total(layer, adapters[0])
-    return F.linear(x, total, base_layer(layer)._parameters["bias"])
+    return F.linear(x, total, base_layer(layer).bias)  # type: ignore[arg-type]
 
 
 def _dropped(layer: Any, adapter: str, x: Tensor) -> Tensor:
@@ -137,9 +138,10 @@ def _conv(layer: Any, x: Tensor) -> Tensor | None:
     convolve = next((function for kind, function in _CONVOLUTIONS if isinstance(base, kind)), None)
     if convolve is None:
         return None
+    adapters = active_in(layer, "hira_A")
     result = layer.base_layer(x)
     dtype = result.dtype
-    for adapter in active_in(layer, "hira_A"):
+    for adapter in adapters:
         x = layer._cast_input_dtype(x, parameter(layer, "hira_A", adapter).dtype)
         dropped = _dropped(layer, adapter, x)
         result = result + convolve(
@@ -159,7 +161,7 @@ def _fast_conv(layer: Any, x: Tensor) -> Tensor | None:
     if len(adapters) != 1 or not _folds(layer, adapters[0], x):
         return _conv(layer, x)
     base: Any = base_layer(layer)
-    y: Tensor = base._conv_forward(x, _conv_total(layer, adapters[0]), base._parameters["bias"])
+    y: Tensor = base._conv_forward(x, _conv_total(layer, adapters[0]), base.bias)
     return y
 
 
@@ -188,9 +190,10 @@ def _embedding_weight(layer: Any, adapter: str) -> Tensor:
 def _embedding(layer: Any, x: Tensor) -> Tensor | None:
     if dense_base(layer) is None:
         return None
+    adapters = active_in(layer, "hira_embedding_A")
     result = layer.base_layer(x)
     dtype = result.dtype
-    for adapter in active_in(layer, "hira_embedding_A"):
+    for adapter in adapters:
         result = result + F.embedding(x, _embedding_weight(layer, adapter))
     return result.to(dtype)  # type: ignore[no-any-return]
 
@@ -210,10 +213,11 @@ def _fast_embedding(layer: Any, x: Tensor) -> Tensor | None:
     base = dense_base(layer)
     if base is None:
         return None
+    adapters = active_in(layer, "hira_embedding_A")
     result = layer.base_layer(x)
     dtype = result.dtype
     weight = base._parameters["weight"]
-    for adapter in active_in(layer, "hira_embedding_A"):
+    for adapter in adapters:
         b = parameter(layer, "hira_embedding_B", adapter)
         factor = F.linear(F.embedding(x, _rows(layer, adapter)), b)
         result = result + F.embedding(x, weight) * factor
@@ -236,21 +240,21 @@ _pointwise = Base(
     conv2d.sample,
 )
 
-_conv_hooks = [guard(_conv, warm=_conv_weight)]
-_fast_conv_hooks = [guard(_fast_conv, warm=_warm_conv)]
+_conv_hooks = [guard(_conv, warm=when_dense(_conv_weight))]
+_fast_conv_hooks = [guard(_fast_conv, warm=when_dense(_warm_conv))]
 
 RECIPE = LayerRecipe(
     name="HiRA",
     hooks={
-        Linear: [guard(_linear, warm=_linear_weight)],
-        Embedding: [guard(_embedding, warm=_embedding_weight)],
+        Linear: [guard(_linear, warm=when_dense(_linear_weight))],
+        Embedding: [guard(_embedding, warm=when_dense(_embedding_weight))],
         Conv1d: _conv_hooks,
         Conv2d: _conv_hooks,
         Conv3d: _conv_hooks,
     },
     fast={
-        Linear: [guard(_fast_linear, warm=_warm_linear)],
-        Embedding: [guard(_fast_embedding, warm=_rows)],
+        Linear: [guard(_fast_linear, warm=when_dense(_warm_linear))],
+        Embedding: [guard(_fast_embedding, warm=when_dense(_rows))],
         Conv1d: _fast_conv_hooks,
         Conv2d: _fast_conv_hooks,
         Conv3d: _fast_conv_hooks,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
-from dora_cache.recipes.bases import dense_base
+from dora_cache.recipes.bases import dense_base, when_dense
 from dora_cache.recipes.examples import TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
@@ -88,7 +88,7 @@ class _MiSS(LayerRecipe):
 
 RECIPE = _MiSS(
     name="MiSS",
-    hooks={MissLinear: [guard(_forward, warm=_weight)]},
+    hooks={MissLinear: [guard(_forward, warm=when_dense(_weight))]},
     adapters="miss_block",
     relies_on={
         "peft.tuners.miss.layer:MissLinear.forward": "c44795ea95cd",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import OSFConfig
 from peft.tuners.osf.layer import Linear
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
@@ -62,7 +62,8 @@ def _active(layer: Any) -> str | None:
     active = layer.__dict__["_active_adapter"]
     if type(active) is not str:
         active = active[0] if active else None
-    return active if active in layer._modules["osf_svd_params"]._modules else None
+    trained = layer._modules["osf_svd_params"]._modules.get(active)
+    return active if type(trained) is nn.ParameterDict else None
 
 
 # numerics="fast"
@@ -107,13 +108,15 @@ def _fast_forward(layer: Any, x: Tensor) -> Tensor | None:
     if adapter is None or not _is_dense(layer, adapter):
         return _forward(layer, x)
     if _folds(layer, adapter, x):
-        return linear(x, _total(layer, adapter), base_layer(layer)._parameters["bias"])
+        return linear(x, _total(layer, adapter), base_layer(layer).bias)  # type: ignore[arg-type]
     result: Tensor = layer.base_layer(x)
     delta = _delta(layer, adapter)
     return result + linear(layer._cast_input_dtype(x, delta.dtype), delta).to(x.dtype)
 
 
 def _warm(layer: Any, adapter: str) -> object:
+    if type(layer.osf_svd_params[adapter]) is not nn.ParameterDict:
+        return None
     if not _is_dense(layer, adapter):
         return _factors(layer, adapter)
     fold = _folds(layer, adapter)
