@@ -56,7 +56,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     return (base_result + added.to(base_result.dtype)).to(x.dtype)
 
 
-# numerics="fast"
+# What numerics="fast" stores and does
 
 
 def _scaled_depends_on(layer: Any, adapter: str) -> Iterator[object]:

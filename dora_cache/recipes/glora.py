@@ -63,7 +63,7 @@ _KINDS = frozenset({GloraLoraPath, GloraVectorPath, GloraScalarPath, GloraEmptyP
 
 
 def _usable(layer: Any, adapters: Sequence[str]) -> bool:
-    """Whether base layer and paths are PEFT's own, without hooks of which the cache knows nothing."""
+    """Whether the base layer is dense and the paths are PEFT's own, without hooks."""
     base, modules = dense_base(layer), layer._modules
     if not isinstance(base, nn.Linear) or hasattr(base, "qweight"):
         return False

@@ -43,18 +43,17 @@ def _linear_depends_on(layer: Any, adapter: str) -> Iterator[object]:
 @cached("HiRA weight", adapter="adapter", depends_on=_linear_depends_on)
 def _linear_weight(layer: Any, adapter: str) -> Tensor:
     """Derive what the adapter adds to W; (out, in)."""
-    weight = base_layer(layer).weight
-    if layer.fan_in_fan_out:
-        weight = weight.T  # type: ignore[operator]
+    base: Any = base_layer(layer)
+    weight: Tensor = base.weight.T if layer.fan_in_fan_out else base.weight
     product = torch.mm(layer.hira_A[adapter].T, layer.hira_B[adapter].T)
-    result: Tensor = weight * product.T
-    return result
+    return weight * product.T
 
 
 @cached("HiRA weight, folded", adapter="adapter", depends_on=_depends_on)
 def _linear_total(layer: Any, adapter: str) -> Tensor:
     """Derive W and what the adapter adds to it; (out, in)."""
-    weight: Tensor = base_layer(layer).weight
+    base: Any = base_layer(layer)
+    weight: Tensor = base.weight
     return (layer.hira_B[adapter] @ layer.hira_A[adapter]).add_(1).mul_(weight)
 
 
@@ -69,7 +68,7 @@ def _linear(layer: Any, x: Tensor) -> Tensor | None:
         weight = _linear_weight(layer, adapter)
         x = layer._cast_input_dtype(x, parameter(layer, "hira_A", adapter).dtype)
         result = result + F.linear(_dropped(layer, adapter, x), weight)
-    return result.to(dtype)  # type: ignore[no-any-return]
+    return result.to(dtype)
 
 
 def _fast_linear(layer: Any, x: Tensor) -> Tensor | None:
@@ -112,21 +111,22 @@ def _conv_weight(layer: Any, adapter: str) -> Tensor:
     widened = b.device.type == "cpu" and dtype in {torch.float16, torch.bfloat16}
     if widened:
         a, b = a.float(), b.float()
-    weight = base_layer(layer).weight
-    if weight.size()[2:4] == (1, 1):  # type: ignore[operator, index]
+    base: Any = base_layer(layer)
+    weight: Tensor = base.weight
+    if weight.size()[2:4] == (1, 1):
         product = (b.squeeze(3).squeeze(2) @ a.squeeze(3).squeeze(2)).unsqueeze(2).unsqueeze(3)
     else:
         product = layer.conv_fn(a.transpose(0, 1), b).transpose(0, 1)
     if widened:
         product = product.to(dtype=dtype)
-    result: Tensor = weight * product
-    return result
+    return weight * product
 
 
 @cached("HiRA weight, folded", adapter="adapter", depends_on=_depends_on)
 def _conv_total(layer: Any, adapter: str) -> Tensor:
     """Derive W and what the adapter adds to it; (out, in, ...)."""
-    weight: Tensor = base_layer(layer).weight
+    base: Any = base_layer(layer)
+    weight: Tensor = base.weight
     return weight + _conv_weight.__wrapped__(layer, adapter)
 
 
@@ -153,7 +153,7 @@ def _conv(layer: Any, x: Tensor) -> Tensor | None:
             dilation=base.dilation,
             groups=base.groups,
         )
-    return result.to(dtype)  # type: ignore[no-any-return]
+    return result.to(dtype)
 
 
 def _fast_conv(layer: Any, x: Tensor) -> Tensor | None:
@@ -183,7 +183,8 @@ def _embedding_depends_on(layer: Any, adapter: str) -> Iterator[object]:
 def _embedding_weight(layer: Any, adapter: str) -> Tensor:
     """Derive what the adapter adds to W; (embeddings, features)."""
     product = torch.mm(layer.hira_embedding_B[adapter], layer.hira_embedding_A[adapter])
-    weight: Tensor = base_layer(layer).weight
+    base: Any = base_layer(layer)
+    weight: Tensor = base.weight
     return weight * product.T
 
 
@@ -195,7 +196,7 @@ def _embedding(layer: Any, x: Tensor) -> Tensor | None:
     dtype = result.dtype
     for adapter in adapters:
         result = result + F.embedding(x, _embedding_weight(layer, adapter))
-    return result.to(dtype)  # type: ignore[no-any-return]
+    return result.to(dtype)
 
 
 @cached(
@@ -221,7 +222,7 @@ def _fast_embedding(layer: Any, x: Tensor) -> Tensor | None:
         b = parameter(layer, "hira_embedding_B", adapter)
         factor = F.linear(F.embedding(x, _rows(layer, adapter)), b)
         result = result + F.embedding(x, weight) * factor
-    return result.to(dtype)  # type: ignore[no-any-return]
+    return result.to(dtype)
 
 
 def _config(inputs: int, outputs: int, **more: Any) -> HiraConfig:

@@ -66,7 +66,7 @@ def _active(layer: Any) -> str | None:
     return active if type(trained) is nn.ParameterDict else None
 
 
-# numerics="fast"
+# What numerics="fast" stores and does
 
 
 @cached("OSF delta", adapter="adapter", depends_on=_depends_on)
@@ -87,8 +87,9 @@ def _total_depends_on(layer: Any, adapter: str) -> Iterator[object]:
 def _total(layer: Any, adapter: str) -> Tensor:
     """Derive W and the delta; (out, in)."""
     right, left = _factors.__wrapped__(layer, adapter)
-    weight: Tensor = base_layer(layer).weight
-    return torch.addmm(weight, left, right)
+    base: Any = base_layer(layer)
+    total: Tensor = torch.addmm(base.weight, left, right)
+    return total
 
 
 def _is_dense(layer: Any, adapter: str) -> bool:
