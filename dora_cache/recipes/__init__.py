@@ -23,10 +23,16 @@ if TYPE_CHECKING:
 __all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
 
 RECIPES = {
+    "C3A": "dora_cache.recipes.c3a",
+    "DeLoRA": "dora_cache.recipes.delora",
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
+    "GLoRA": "dora_cache.recipes.glora",
+    "HiRA": "dora_cache.recipes.hira",
     "LoHa": "dora_cache.recipes.loha",
+    "MiSS": "dora_cache.recipes.miss",
     "OFT": "dora_cache.recipes.oft",
+    "OSF": "dora_cache.recipes.osf",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 

@@ -13,6 +13,7 @@ see :func:`guard`.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,13 @@ if TYPE_CHECKING:
     from dora_cache.cache import AdapterCache
     from dora_cache.recipes.examples import Example
 
-__all__ = ["Hook", "LayerRecipe", "active_in", "guard", "memo", "parameter"]
+__all__ = ["Hook", "LayerRecipe", "UnusualError", "active_in", "guard", "memo", "parameter"]
 
 Warm = "Callable[[Any, str], object]"
+
+
+class UnusualError(Exception):
+    """A layer is not as a recipe knows it; PEFT's own forward runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,10 @@ def guard(
                 ):
                     binding.cache.passed_by()
                 elif not (state["_disable_adapters"] or state["merged_adapters"]):
-                    result = forward(self, x)
+                    try:
+                        result = forward(self, x)
+                    except UnusualError:
+                        result = None
                     if result is not None:
                         return result
         return plain_class(type(self)).forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
@@ -134,10 +142,19 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
     Args:
         layer: the layer.
         attribute: the attribute that has a part or parameter for each adapter.
+
+    Raises:
+        UnusualError: the attribute is no ordinary dictionary of modules or parameters, as when
+            ``parametrize`` computes one of them. Under :func:`guard` PEFT's forward runs then: call
+            it before the base layer.
     """
     state = layer.__dict__
     there = state["_modules"][attribute]
-    names = there._parameters if type(there) is nn.ParameterDict else there._modules
+    kind = type(there)
+    if kind is not nn.ParameterDict and kind is not nn.ModuleDict:
+        msg = f"{attribute} is a {kind.__name__}"
+        raise UnusualError(msg)
+    names = there._parameters if kind is nn.ParameterDict else there._modules
     active = state["_active_adapter"]
     if type(active) is str:
         return (active,) if active in names else ()
@@ -145,8 +162,16 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
 
 
 def parameter(layer: Any, attribute: str, adapter: str) -> Any:
-    """Return ``layer.attribute[adapter]``, of a ParameterDict; at a fraction of its cost."""
-    return layer._modules[attribute]._parameters[adapter]
+    """Return ``layer.attribute[adapter]``, of a ParameterDict; at a fraction of its cost.
+
+    Raises:
+        UnusualError: it is no parameter of its own, as when ``parametrize`` computes it.
+    """
+    try:
+        return layer._modules[attribute]._parameters[adapter]
+    except KeyError:
+        msg = f"{attribute}[{adapter!r}] is no parameter"
+        raise UnusualError(msg) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,4 +232,9 @@ def _warmers(
     for adapter in _names(layer, attribute):
         for hook in hooks:
             if hook.warm is not None:
-                yield adapter, partial(hook.warm, layer, adapter)
+                yield adapter, partial(_warm, hook.warm, layer, adapter)
+
+
+def _warm(warm: Callable[[Any, str], object], layer: Any, adapter: str) -> None:
+    with suppress(UnusualError):
+        warm(layer, adapter)

@@ -1,0 +1,79 @@
+"""What a recipe may take for granted about the layer that an adapter is on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from dora_cache.recipes.peft_layers import base_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["dense_base", "foldable", "replaceable", "when_dense"]
+
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+def dense_base(layer: nn.Module) -> Any:
+    """Return the innermost base layer if its weight is an ordinary parameter, else None.
+
+    A weight that is quantized, sharded or computed by a parametrization is left to PEFT.
+    """
+    base = base_layer(layer)
+    return base if type(base._parameters.get("weight")) is nn.Parameter else None
+
+
+def replaceable(layer: nn.Module) -> bool:
+    """Whether the base layer is PyTorch's own and nobody would notice if it did not run."""
+    base: Any = layer._modules.get("base_layer")
+    known = _FORWARDS.get(type(base))
+    if known is None:
+        return False
+    state = base.__dict__
+    return not (
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or base._compiled_call_impl
+        or type(base).forward is not known
+        or state.get("padding_mode", "zeros") != "zeros"
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def when_dense(warm: Callable[[Any, str], object]) -> Callable[[Any, str], object]:
+    """Return a hook's ``warm`` that does nothing for layers that have no :func:`dense_base`."""
+
+    def checked(layer: Any, adapter: str) -> object:
+        return None if dense_base(layer) is None else warm(layer, adapter)
+
+    return checked
+
+
+def foldable(layer: nn.Module, x: Tensor | None, *parameters: Tensor) -> bool:
+    """Whether what an adapter adds may be kept as one tensor with the base weight.
+
+    In less than float32, or in less than what the adapter has, the sum would lose what the adapter
+    adds: PEFT adds it to the output, which is rounded only once.
+
+    Args:
+        layer: the layer.
+        x: its input; None to ask for one of the weight's dtype, without autocast.
+        parameters: what the adapter's part is derived from.
+    """
+    if dense_base(layer) is None or not replaceable(layer):
+        return False
+    dtype = base_layer(layer)._parameters["weight"].dtype  # type: ignore[union-attr]
+    if dtype not in {torch.float32, torch.float64}:
+        return False
+    if x is not None and (
+        not isinstance(x, Tensor) or x.dtype != dtype or torch.is_autocast_enabled(x.device.type)
+    ):
+        return False
+    return all(parameter.dtype == dtype for parameter in parameters)
