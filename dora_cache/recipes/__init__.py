@@ -26,6 +26,7 @@ RECIPES = {
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
     "LoHa": "dora_cache.recipes.loha",
+    "LoKr": "dora_cache.recipes.lokr",
     "OFT": "dora_cache.recipes.oft",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
