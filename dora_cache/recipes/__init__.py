@@ -28,6 +28,7 @@ RECIPES = {
     "LoHa": "dora_cache.recipes.loha",
     "LoKr": "dora_cache.recipes.lokr",
     "OFT": "dora_cache.recipes.oft",
+    "WaveFT": "dora_cache.recipes.waveft",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 

@@ -50,6 +50,7 @@ def fold(
     delta: Callable[[Any, str], Tensor],
     depends_on: Callable[[Any, str], Iterable[object]],
     weights: Callable[[Any, str], Sequence[Tensor]],
+    unless: Callable[[Any, str], bool] = lambda *_: False,
     otherwise: Callable[[Any, Tensor], Tensor | None] = lambda *_: None,
     warm_otherwise: Callable[[Any, str], object] = lambda *_: None,
 ) -> Hook:
@@ -62,6 +63,8 @@ def fold(
             sum of what PEFT's forward adds for it.
         depends_on: called likewise; yields what the delta depends on.
         weights: called likewise; returns the tensors whose dtype and device have to be ``W``'s.
+        unless: called likewise; whether there is a better way for the adapter. The sum is left if
+            there is one for any active adapter.
         otherwise: a forward for where the sum will not do, see :func:`dora_cache.recipes.hooks.guard`.
         warm_otherwise: derives ahead what PEFT's or that forward uses.
     """
@@ -93,6 +96,8 @@ def fold(
         if dtype not in _PRECISE:
             return None
         for one in names:
+            if unless(layer, one):
+                return None
             for tensor in weights(layer, one):
                 if tensor.dtype is not dtype or tensor.device != device:
                     return None
