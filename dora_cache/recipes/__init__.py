@@ -28,6 +28,10 @@ RECIPES = {
     "LoHa": "dora_cache.recipes.loha",
     "LoKr": "dora_cache.recipes.lokr",
     "OFT": "dora_cache.recipes.oft",
+    "PEANuT": "dora_cache.recipes.peanut",
+    "RandLoRA": "dora_cache.recipes.randlora",
+    "UniLoRA": "dora_cache.recipes.unilora",
+    "VB-LoRA": "dora_cache.recipes.vblora",
     "WaveFT": "dora_cache.recipes.waveft",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""

@@ -186,15 +186,21 @@ class LayerRecipe:
             hooks = self.fast.get(known, hooks)
         where = f"{plain.__module__}.{plain.__qualname__}"
         reason = self.declines(layer)
-        for hook in hooks:
-            if getattr(plain, hook.method, None) is not getattr(known, hook.method):
-                reason = f"its {hook.method}() is not that of PEFT's {known.__qualname__}"
+        for method in {hook.method: None for hook in hooks} | self._methods(known):
+            if getattr(plain, method, None) is not getattr(known, method):
+                reason = f"its {method}() is not that of PEFT's {known.__qualname__}"
         if reason:
             cache.decline(self.name, where, reason)
             return False
         binding = follow_layer(cache, layer, self, {hook.method: hook.function for hook in hooks})
         binding.warmers = partial(_warmers, self.adapters, hooks)
         return bool(_names(layer, self.adapters))
+
+    def _methods(self, known: type) -> dict[str, None]:
+        """Name the methods relied on that a class has, or inherits."""
+        classes = {f"{base.__module__}:{base.__qualname__}" for base in known.__mro__}
+        paths = [path.rpartition(".") for path in self.relies_on]
+        return {method: None for where, _, method in paths if where in classes}
 
 
 def _names(layer: Any, attribute: str) -> list[str]:
