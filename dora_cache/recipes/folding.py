@@ -1,9 +1,9 @@
 """One dense weight in place of two: ``W`` and the deltas of the active adapters, added up.
 
-For ``numerics="fast"``, where a delta is as large as the weight whatever one does: the sum takes no
-more memory than the delta, and one product instead of two. It is made in the weight's own dtype, so
-it is for weights of float32 and float64 whose adapters have the same: a sum in less would lose what
-a small delta says.
+For ``numerics="fast"``, where a delta is as large as the weight whatever one does, or both are so
+small that the number of steps is what counts: the sum takes no more memory than the delta, and one
+product instead of two. It is made in the weight's own dtype, so it is for weights of float32 and
+float64 whose adapters have the same: a sum in less would lose what a small delta says.
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ from torch.nn.functional import linear
 from torch.nn.modules import module as torch_module
 
 from dora_cache.decorator import cached
-from dora_cache.recipes.hooks import Hook, active_in, guard
+from dora_cache.recipes.hooks import guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["fold", "plain_linear"]
+    from dora_cache.recipes.hooks import Hook
+
+__all__ = ["fold", "is_large", "plain_linear"]
+
+LARGE = 2**18
+"""Entries of a weight. With fewer, a product takes less time than the calls that a form of more
+steps consists of."""
 
 _PRECISE = (torch.float32, torch.float64)
+
+
+def is_large(layer: Any) -> bool:
+    """Whether a linear layer is worth a form that is smaller and takes more steps."""
+    large: bool = layer.in_features * layer.out_features >= LARGE
+    return large
 
 
 def plain_linear(layer: Any) -> nn.Linear | None:
@@ -46,7 +58,7 @@ def plain_linear(layer: Any) -> nn.Linear | None:
 def fold(
     name: str,
     *,
-    adapters: str,
+    active: Callable[[Any], Sequence[str]],
     delta: Callable[[Any, str], Tensor],
     depends_on: Callable[[Any, str], Iterable[object]],
     weights: Callable[[Any, str], Sequence[Tensor]],
@@ -58,21 +70,29 @@ def fold(
 
     Args:
         name: what the value is called, for people.
-        adapters: the layer's attribute that has a parameter for each adapter.
+        active: called with a layer; returns its active adapters, in order.
         delta: called with a layer and an adapter; returns ``W``'s change, of ``W``'s shape, as the
             sum of what PEFT's forward adds for it.
         depends_on: called likewise; yields what the delta depends on.
         weights: called likewise; returns the tensors whose dtype and device have to be ``W``'s.
         unless: called likewise; whether there is a better way for the adapter. The sum is left if
             there is one for any active adapter.
-        otherwise: a forward for where the sum will not do, see :func:`dora_cache.recipes.hooks.guard`.
+        otherwise: a forward for where the sum will not do, as
+            :func:`dora_cache.recipes.hooks.guard` takes one.
         warm_otherwise: derives ahead what PEFT's or that forward uses.
     """
 
     def dependencies(layer: Any, *names: str) -> Iterator[object]:
-        yield layer._modules["base_layer"]._parameters["weight"]
+        weight = layer._modules["base_layer"]._parameters["weight"]
+        yield weight
+        seen = {id(weight)}  # each tensor once: the short way of looking up takes none twice
         for one in names:
-            yield from depends_on(layer, one)
+            for item in depends_on(layer, one):
+                if isinstance(item, Tensor):
+                    if id(item) in seen:
+                        continue
+                    seen.add(id(item))
+                yield item
 
     @cached(name, adapter="names", depends_on=dependencies)
     def folded(layer: Any, *names: str) -> Tensor:
@@ -104,7 +124,7 @@ def fold(
         return base
 
     def forward(layer: Any, x: Tensor) -> Tensor | None:
-        names = active_in(layer, adapters)
+        names = active(layer)
         base = base_for(layer, names)
         if base is None or x.dtype is not base._parameters["weight"].dtype:  # type: ignore[union-attr]
             return otherwise(layer, x)

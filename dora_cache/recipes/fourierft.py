@@ -1,8 +1,12 @@
-"""FourierFT (https://arxiv.org/abs/2405.03003): the dense inverse transform of a few frequencies."""
+"""FourierFT (https://arxiv.org/abs/2405.03003): the inverse transform of a few frequencies.
+
+Under ``numerics="fast"`` it is added to the weight where that is as exact.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft import FourierFTConfig
@@ -10,7 +14,7 @@ from peft.tuners.fourierft.layer import FourierFTLayer, FourierFTLinear
 
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold
-from dora_cache.recipes.hooks import LayerRecipe, memo, parameter
+from dora_cache.recipes.hooks import LayerRecipe, active_in, memo, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +40,7 @@ _delta = memo(
 
 _folded = fold(
     "FourierFT weight",
-    adapters="fourierft_spectrum",
+    active=partial(active_in, attribute="fourierft_spectrum"),
     delta=FourierFTLayer.get_delta_weight,
     depends_on=_depends_on,
     weights=lambda layer, adapter: (parameter(layer, "fourierft_spectrum", adapter),),

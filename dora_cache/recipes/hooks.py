@@ -4,8 +4,8 @@
 recipe stores what that returns; see :func:`memo`.
 
 *Guard a forward*: PEFT derives the value in the middle of ``forward``, or its value is larger than
-needed. The recipe has a forward of its own for the usual case, and leaves every other one to PEFT's;
-see :func:`guard`.
+needed. The recipe has a forward of its own for the usual case, and leaves every other one to
+PEFT's; see :func:`guard`.
 
 (The third shape, replacing a LoRA variant, has one user: ``dora.py``.)
 """
@@ -133,11 +133,15 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
 
     Args:
         layer: the layer.
-        attribute: the attribute that has a part or parameter for each adapter.
+        attribute: the attribute that has a part, parameter or buffer for each adapter: a
+            ModuleDict, ParameterDict or PEFT's BufferDict.
     """
     state = layer.__dict__
     there = state["_modules"][attribute]
-    names = there._parameters if type(there) is nn.ParameterDict else there._modules
+    if type(there) is nn.ParameterDict:
+        names = there._parameters
+    else:
+        names = there._modules if type(there) is nn.ModuleDict else there._buffers
     active = state["_active_adapter"]
     if type(active) is str:
         return (active,) if active in names else ()

@@ -1,12 +1,14 @@
 """LoHa (https://arxiv.org/abs/2108.06098): the dense ``(A1 B1) * (A2 B2)`` of each layer.
 
 Under ``numerics="fast"`` linear layers store its factors instead: an entrywise product of matrices
-of rank r is a matrix of rank r^2, whose factors are the Khatri-Rao products of theirs.
+of rank r is a matrix of rank r^2, whose factors are the Khatri-Rao products of theirs. Where ranks
+are large, or layers small, they store the sum with the weight instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from peft import LoHaConfig
@@ -16,7 +18,8 @@ from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard
+from dora_cache.recipes.folding import fold, is_large
+from dora_cache.recipes.hooks import LayerRecipe, active_in
 from dora_cache.recipes.lycoris import delta_hook, factors_of
 from dora_cache.recipes.peft_layers import base_layer
 
@@ -61,7 +64,16 @@ def _warm(layer: Any, adapter: str) -> object:
     return layer.get_delta_weight(adapter)
 
 
-_fast = guard(_forward, warm=_warm)
+_folded = fold(
+    "LoHa weight",
+    active=partial(active_in, attribute="hada_w1_a"),
+    delta=LoHaLayer.get_delta_weight,
+    depends_on=_depends_on,
+    weights=lambda layer, adapter: [getattr(layer, name)[adapter] for name in _FACTORS[:4]],
+    unless=lambda layer, adapter: is_large(layer) and _is_small(layer, adapter),
+    otherwise=_forward,
+    warm_otherwise=_warm,
+)
 
 
 def _config(inputs: int, outputs: int, **more: Any) -> LoHaConfig:
@@ -72,8 +84,8 @@ def _config(inputs: int, outputs: int, **more: Any) -> LoHaConfig:
 RECIPE = LayerRecipe(
     name="LoHa",
     hooks={Linear: [_delta], Conv1d: [_delta], Conv2d: [_delta]},
-    # Where the factors are not used, PEFT's forward runs, and finds the delta stored.
-    fast={Linear: [_fast, replace(_delta, warm=None)]},
+    # Where neither sum nor factors are used, PEFT's forward runs, and finds the delta stored.
+    fast={Linear: [_folded, replace(_delta, warm=None)]},
     adapters="hada_w1_a",
     relies_on={
         "peft.tuners.loha.layer:LoHaLayer.get_delta_weight": "20577966d980",

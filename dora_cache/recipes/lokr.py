@@ -1,7 +1,9 @@
 """LoKr (https://arxiv.org/abs/2309.14859): the dense Kronecker product of two small matrices.
 
 Under ``numerics="fast"`` the two matrices are stored and applied one after the other:
-``(w1 ⊗ w2) x = w1 X w2^T``, with ``X`` the input laid out as a matrix.
+``(w1 ⊗ w2) x = w1 X w2^T``, with ``X`` the input laid out as a matrix. For two-dimensional
+convolutions ``w2`` is a kernel, applied to the input's channels in groups that ``w1`` then mixes.
+Small linear layers store the sum with the weight instead.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import torch
 from peft import LoKrConfig
 from peft.tuners.lokr.layer import Conv1d, Conv2d, Linear, LoKrLayer, make_weight_cp
 from torch import Tensor, nn
-from torch.nn.functional import conv1d as convolve1d
-from torch.nn.functional import conv2d as convolve2d
+from torch.nn.functional import conv2d as convolve
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
+from dora_cache.recipes import folding
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d
+from dora_cache.recipes.folding import fold, is_large
 from dora_cache.recipes.hooks import LayerRecipe, guard
 from dora_cache.recipes.lycoris import delta_hook, factors_of
 from dora_cache.recipes.peft_layers import base_layer
@@ -46,7 +49,7 @@ _delta = delta_hook(LoKrLayer, "LoKr delta", _depends_on)
 def _factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Derive ``w1`` (scaled) and ``w2``, whose Kronecker product is the delta.
 
-    For convolutions ``w2`` has two dimensions, or all four.
+    For a convolution ``w2`` has two dimensions, or all four of a kernel.
     """
     w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = _parameters(layer, adapter_name)
     if w1 is None:
@@ -82,14 +85,14 @@ def _is_small(layer: Any, adapter: str) -> bool:
 
 
 def _fits(layer: Any, adapter: str) -> bool:
-    kind = type(base_layer(layer))
-    if kind is nn.Linear:
-        return _is_small(layer, adapter)
-    if kind not in (nn.Conv1d, nn.Conv2d) or base_layer(layer).groups != 1:
+    base: Any = base_layer(layer)
+    if type(base) is not nn.Linear and (
+        type(base) is not nn.Conv2d
+        or base.groups != 1
+        or 4 * base.weight.numel() < folding.LARGE  # each weight is used in many places
+    ):
         return False
-    # PEFT's product of a matrix and a kernel of three dimensions is none of weights.
-    w2 = layer._modules["lokr_w2"]._parameters.get(adapter)
-    return (w2 is None or w2.dim() == 4) and _is_small(layer, adapter)  # noqa: PLR2004
+    return _is_small(layer, adapter)
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor | None:
@@ -106,13 +109,11 @@ def _linear(layer: Any, x: Tensor) -> Tensor | None:
     return result.to(x.dtype)
 
 
-def _convolution(layer: Any, x: Tensor) -> Tensor | None:
+def _conv2d(layer: Any, x: Tensor) -> Tensor | None:
     adapters = _active(layer)
     base: Any = base_layer(layer)
-    size = len(base.kernel_size)
-    if x.dim() != 2 + size or not all([_fits(layer, adapter) for adapter in adapters]):  # noqa: C419
+    if x.dim() != 4 or not all([_fits(layer, adapter) for adapter in adapters]):  # noqa: C419, PLR2004
         return None
-    convolve = convolve1d if size == 1 else convolve2d
     result: Tensor = layer.base_layer(x)
     for adapter in adapters:
         w1, w2 = _factors(layer, adapter)
@@ -132,12 +133,16 @@ def _warm(layer: Any, adapter: str) -> object:
     return layer.get_delta_weight(adapter)
 
 
-_fast = {
-    # Where the factors are not used, PEFT's forward runs, and finds the delta stored.
-    Linear: [guard(_linear, warm=_warm), replace(_delta, warm=None)],
-    Conv1d: [guard(_convolution, warm=_warm), replace(_delta, warm=None)],
-    Conv2d: [guard(_convolution, warm=_warm), replace(_delta, warm=None)],
-}
+_folded = fold(
+    "LoKr weight",
+    active=_active,
+    delta=LoKrLayer.get_delta_weight,
+    depends_on=_depends_on,
+    weights=lambda layer, adapter: [p for p in _parameters(layer, adapter) if p is not None],
+    unless=lambda layer, adapter: is_large(layer) and _fits(layer, adapter),
+    otherwise=_linear,
+    warm_otherwise=_warm,
+)
 
 _conv1d = Base(
     "Conv1d",
@@ -155,7 +160,11 @@ def _config(inputs: int, outputs: int, **more: Any) -> LoKrConfig:
 RECIPE = LayerRecipe(
     name="LoKr",
     hooks={Linear: [_delta], Conv1d: [_delta], Conv2d: [_delta]},
-    fast=_fast,
+    # Where neither sum nor factors are used, PEFT's forward runs, and finds the delta stored.
+    fast={
+        Linear: [_folded, replace(_delta, warm=None)],
+        Conv2d: [guard(_conv2d, warm=_warm), replace(_delta, warm=None)],
+    },
     adapters="scaling",
     relies_on={
         "peft.tuners.lokr.layer:LoKrLayer.get_delta_weight": "a00b8c4d2f44",
@@ -188,7 +197,9 @@ RECIPE = LayerRecipe(
             conv2d,
             numerics=BOTH,
         ),
-        Example("LoKr, Conv1d", _config, _conv1d, numerics=BOTH),
-        Example("LoKr, Conv1d, w2", lambda inputs, outputs: _config(inputs, outputs, r=64), _conv1d),
+        Example("LoKr, Conv1d", _config, _conv1d),
+        Example(
+            "LoKr, Conv1d, w2", lambda inputs, outputs: _config(inputs, outputs, r=64), _conv1d
+        ),
     ],
 )

@@ -30,9 +30,7 @@ def factors_of(attributes: Sequence[str]) -> Callable[[Any, str], Iterator[objec
     return depends_on
 
 
-def delta_hook(
-    owner: type, name: str, factors: Callable[[Any, str], Iterator[object]]
-) -> Hook:
+def delta_hook(owner: type, name: str, factors: Callable[[Any, str], Iterator[object]]) -> Hook:
     """Return a hook for ``get_delta_weight`` that stores the delta.
 
     Args:

@@ -1,12 +1,14 @@
 """PEANuT (https://arxiv.org/abs/2410.01870): a small network of the base weight, as a dense delta.
 
 Its last layer is linear, so under ``numerics="fast"`` what comes before it is stored: a matrix of
-the network's width, which with the last layer makes a pair like LoRA's.
+the network's width, which with the last layer makes a pair like LoRA's. Small layers store the sum
+with the weight instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,8 @@ from transformers.activations import ACT2FN
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, memo
+from dora_cache.recipes.folding import fold, is_large
+from dora_cache.recipes.hooks import LayerRecipe, active_in, memo
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 
 if TYPE_CHECKING:
@@ -44,9 +47,7 @@ def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
     yield from layer._modules["peanut_B"]._modules[adapter]._parameters.values()
 
 
-_delta = memo(
-    Linear, "get_delta_weight", "PEANuT delta", adapter="adapter", depends_on=_depends_on
-)
+_delta = memo(Linear, "get_delta_weight", "PEANuT delta", adapter="adapter", depends_on=_depends_on)
 
 
 @cached("PEANuT hidden", adapter="adapter", depends_on=_hidden_depends_on)
@@ -93,18 +94,31 @@ def _warm(layer: Any, adapter: str) -> object:
     return _hidden(layer, adapter) if _is_small(layer, adapter) else layer.get_delta_weight(adapter)
 
 
+_folded = fold(
+    "PEANuT weight",
+    active=partial(active_in, attribute="peanut_A"),
+    delta=Linear.get_delta_weight,
+    depends_on=_depends_on,
+    weights=lambda layer, adapter: (
+        layer.peanut_A[adapter].weight,
+        layer.peanut_B[adapter].weight,
+    ),
+    unless=lambda layer, adapter: is_large(layer) and _is_small(layer, adapter),
+    otherwise=_forward,
+    warm_otherwise=_warm,
+)
+
+
 def _config(inputs: int, outputs: int, **more: Any) -> PeanutConfig:
     rank = 8 if min(inputs, outputs) >= 256 else 3  # noqa: PLR2004 - a usual one, or a small one
-    return PeanutConfig(
-        r=rank, scaling=1.5, init_weights=False, target_modules=TARGETS, **more
-    )
+    return PeanutConfig(r=rank, scaling=1.5, init_weights=False, target_modules=TARGETS, **more)
 
 
 RECIPE = LayerRecipe(
     name="PEANuT",
     hooks={Linear: [_delta]},
-    # Where the narrow form is not used, PEFT's forward runs, and finds the delta stored.
-    fast={Linear: [guard(_forward, warm=_warm), replace(_delta, warm=None)]},
+    # Where neither the sum nor the pair is used, PEFT's forward runs, and finds the delta stored.
+    fast={Linear: [_folded, replace(_delta, warm=None)]},
     adapters="peanut_A",
     relies_on={
         "peft.tuners.peanut.layer:Linear.get_delta_weight": "63440c8bf7ae",

@@ -10,12 +10,11 @@ where that is as exact.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import RandLoraConfig
 from peft.tuners.randlora.layer import Linear
-from torch import Tensor
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
@@ -27,6 +26,9 @@ from dora_cache.recipes.peft_layers import base_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
+    from torch import Tensor
 
 __all__ = ["RECIPE"]
 
@@ -124,7 +126,7 @@ def _dense(layer: Any, x: Tensor) -> Tensor:
 
 _folded = fold(
     "RandLoRA weight",
-    adapters="randlora_lambda",
+    active=partial(active_in, attribute="randlora_lambda"),
     delta=lambda layer, adapter: _product(layer, adapter, base_layer(layer).weight.device),  # type: ignore[arg-type, union-attr]
     depends_on=_delta_depends_on,
     weights=_weights,

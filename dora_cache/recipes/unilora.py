@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from peft import UniLoraConfig
 from peft.tuners.unilora.layer import Linear
 
+from dora_cache.recipes.banks import bank_hooks
 from dora_cache.recipes.examples import TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, memo, parameter
+from dora_cache.recipes.hooks import LayerRecipe, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,13 +29,18 @@ def _depends_on(layer: Any, adapter: str, cast_to_fp32: bool = False) -> Iterato
         yield modules[name]._buffers[adapter]
 
 
-_matrices = memo(
-    Linear, "_get_lora_matrices", "UniLoRA matrices", adapter="adapter", depends_on=_depends_on
+_hooks = bank_hooks(
+    Linear,
+    "UniLoRA matrices",
+    adapters="unilora_indices_A",
+    bank="unilora_theta_d",
+    dropout="unilora_dropout",
+    depends_on=_depends_on,
 )
 
 RECIPE = LayerRecipe(
     name="UniLoRA",
-    hooks={Linear: [_matrices]},
+    hooks={Linear: _hooks},
     adapters="unilora_indices_A",
     relies_on={
         "peft.tuners.unilora.layer:Linear._get_lora_matrices": "db1d55913abd",

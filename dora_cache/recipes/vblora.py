@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from peft import VBLoRAConfig
 from peft.tuners.vblora.layer import Linear
 
+from dora_cache.recipes.banks import bank_hooks
 from dora_cache.recipes.examples import TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, memo, parameter
+from dora_cache.recipes.hooks import LayerRecipe, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,13 +27,18 @@ def _depends_on(layer: Any, adapter: str, cast_to_fp32: bool = False) -> Iterato
     yield layer.topk[adapter]
 
 
-_matrices = memo(
-    Linear, "_get_lora_matrices", "VB-LoRA matrices", adapter="adapter", depends_on=_depends_on
+_hooks = bank_hooks(
+    Linear,
+    "VB-LoRA matrices",
+    adapters="vblora_logits_A",
+    bank="vblora_vector_bank",
+    dropout="vblora_dropout",
+    depends_on=_depends_on,
 )
 
 RECIPE = LayerRecipe(
     name="VB-LoRA",
-    hooks={Linear: [_matrices]},
+    hooks={Linear: _hooks},
     adapters="vblora_logits_A",
     relies_on={
         "peft.tuners.vblora.layer:Linear._get_lora_matrices": "357510e3043b",

@@ -8,6 +8,7 @@ sparse matrix times a dense one, without a tensor of a sparse layout.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.folding import fold
+from dora_cache.recipes.folding import fold, is_large
 from dora_cache.recipes.hooks import LayerRecipe, active_in, memo, parameter
 from dora_cache.recipes.peft_layers import base_layer
 
@@ -60,7 +61,7 @@ def _entries(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
 def _is_sparse(layer: Any, adapter: str) -> bool:
     """Whether the delta has so few entries that they are smaller and faster than all of it."""
     count: int = parameter(layer, "waveft_spectrum", adapter).numel()
-    few = 20 * count <= layer.out_features * layer.in_features
+    few = 20 * count <= layer.out_features * layer.in_features and is_large(layer)
     return few and not layer.waveft_use_idwt[adapter] and type(base_layer(layer)) is nn.Linear
 
 
@@ -85,12 +86,14 @@ def _sparse(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def _warm(layer: Any, adapter: str) -> object:
-    return _entries(layer, adapter) if _is_sparse(layer, adapter) else layer.get_delta_weight(adapter)
+    return (
+        _entries(layer, adapter) if _is_sparse(layer, adapter) else layer.get_delta_weight(adapter)
+    )
 
 
 _folded = fold(
     "WaveFT weight",
-    adapters="waveft_spectrum",
+    active=partial(active_in, attribute="waveft_spectrum"),
     delta=WaveFTLayer.get_delta_weight,
     depends_on=_depends_on,
     weights=lambda layer, adapter: (parameter(layer, "waveft_spectrum", adapter),),
@@ -102,9 +105,7 @@ _folded = fold(
 
 def _config(inputs: int, outputs: int, **more: Any) -> WaveFTConfig:
     count = min(2592, inputs * outputs // 20)
-    return WaveFTConfig(
-        n_frequency=count, init_weights=False, target_modules=TARGETS, **more
-    )
+    return WaveFTConfig(n_frequency=count, init_weights=False, target_modules=TARGETS, **more)
 
 
 RECIPE = LayerRecipe(
