@@ -138,6 +138,7 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
     """
     state = layer.__dict__
     there = state["_modules"][attribute]
+    names: Mapping[str, object]
     if type(there) is nn.ParameterDict:
         names = there._parameters
     else:

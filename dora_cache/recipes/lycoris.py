@@ -41,7 +41,8 @@ def delta_hook(owner: type, name: str, factors: Callable[[Any, str], Iterator[ob
 
     def depends_on(layer: Any, adapter_name: str) -> Iterator[object]:
         yield from factors(layer, adapter_name)
-        yield from base_layer(layer).weight.shape  # type: ignore[union-attr]
+        base: Any = base_layer(layer)
+        yield from base.weight.shape
 
     # With positional arguments alone, unlike PEFT's method, since those are looked up faster.
     @cached(name, adapter="adapter_name", depends_on=depends_on)

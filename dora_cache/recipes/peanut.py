@@ -55,7 +55,7 @@ def _hidden(layer: Any, adapter: str) -> Tensor:
     """Derive what goes into the last layer, times scaling; shape (width, in)."""
     first: Any = layer.peanut_A[adapter]
     nonlinear = ACT2FN[layer.act_fn[adapter]]
-    weight = base_layer(layer).weight.transpose(0, 1).to(first.weight.dtype)  # type: ignore[operator, union-attr]
+    weight = base_layer(layer).weight.transpose(0, 1).to(first.weight.dtype)  # type: ignore[operator]
     hidden = nonlinear(torch.matmul(weight, first.weight.t()))
     before = []
     count = layer.res_num[adapter]

@@ -66,6 +66,12 @@ def _derive(layer: Any, adapter: str, device: torch.device) -> tuple[Tensor, Ten
     return bases
 
 
+def _device(layer: Any) -> torch.device:
+    base: Any = base_layer(layer)
+    device: torch.device = base.weight.device
+    return device
+
+
 def _is_first(layer: Any) -> bool:
     """Whether the scaled base is the one that the input meets first."""
     smaller: bool = layer.in_features <= layer.out_features
@@ -97,7 +103,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def _warm(layer: Any, adapter: str) -> object:
-    return _scaled(layer, adapter, base_layer(layer).weight.device)  # type: ignore[union-attr]
+    return _scaled(layer, adapter, _device(layer))
 
 
 def _delta_depends_on(layer: Any, adapter: str, *_: object) -> Iterator[object]:
@@ -127,12 +133,12 @@ def _dense(layer: Any, x: Tensor) -> Tensor:
 _folded = fold(
     "RandLoRA weight",
     active=partial(active_in, attribute="randlora_lambda"),
-    delta=lambda layer, adapter: _product(layer, adapter, base_layer(layer).weight.device),  # type: ignore[arg-type, union-attr]
+    delta=lambda layer, adapter: _product(layer, adapter, _device(layer)),
     depends_on=_delta_depends_on,
     weights=_weights,
     unless=lambda layer, adapter: layer.randlora_dropout[adapter].training,
     otherwise=_dense,
-    warm_otherwise=lambda layer, adapter: _delta(layer, adapter, base_layer(layer).weight.device),  # type: ignore[arg-type, union-attr]
+    warm_otherwise=lambda layer, adapter: _delta(layer, adapter, _device(layer)),
 )
 
 
