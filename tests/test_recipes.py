@@ -22,7 +22,9 @@ CASES = [
 @pytest.mark.parametrize(("example", "numerics", "dtype"), CASES)
 def test_recipe(example, numerics, dtype):
     """Equal, fresh, exact after detach, with PEFT's gradients, and nothing leaked."""
-    make = partial(make_model, example, dtype=dtype, adapters=("first", "second"))
+    # Errors are compared on many outputs: on a few, either way of adding up may be the luckier.
+    tokens = 3 if numerics == "peft" else 64
+    make = partial(make_model, example, dtype=dtype, adapters=("first", "second"), tokens=tokens)
     check_recipe(make, numerics=numerics)
 
 

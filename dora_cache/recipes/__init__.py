@@ -30,9 +30,15 @@ RECIPES = {
     "GLoRA": "dora_cache.recipes.glora",
     "HiRA": "dora_cache.recipes.hira",
     "LoHa": "dora_cache.recipes.loha",
+    "LoKr": "dora_cache.recipes.lokr",
     "MiSS": "dora_cache.recipes.miss",
     "OFT": "dora_cache.recipes.oft",
     "OSF": "dora_cache.recipes.osf",
+    "PEANuT": "dora_cache.recipes.peanut",
+    "RandLoRA": "dora_cache.recipes.randlora",
+    "UniLoRA": "dora_cache.recipes.unilora",
+    "VB-LoRA": "dora_cache.recipes.vblora",
+    "WaveFT": "dora_cache.recipes.waveft",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 

@@ -1,14 +1,20 @@
-"""FourierFT (https://arxiv.org/abs/2405.03003): the dense inverse transform of a few frequencies."""
+"""FourierFT (https://arxiv.org/abs/2405.03003): the inverse transform of a few frequencies.
+
+Under ``numerics="fast"`` it is added to the weight where that is as exact.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft import FourierFTConfig
-from peft.tuners.fourierft.layer import FourierFTLinear
+from peft.tuners.fourierft.layer import FourierFTLayer, FourierFTLinear
 
-from dora_cache.recipes.examples import TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, memo, parameter
+from dora_cache.recipes.examples import BOTH, TARGETS, Example
+from dora_cache.recipes.folding import fold
+from dora_cache.recipes.hooks import LayerRecipe, active_in, memo, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,9 +38,20 @@ _delta = memo(
     depends_on=_depends_on,
 )
 
+_folded = fold(
+    "FourierFT weight",
+    active=partial(active_in, attribute="fourierft_spectrum"),
+    delta=FourierFTLayer.get_delta_weight,
+    depends_on=_depends_on,
+    weights=lambda layer, adapter: (parameter(layer, "fourierft_spectrum", adapter),),
+    warm_otherwise=lambda layer, adapter: layer.get_delta_weight(adapter),
+)
+
 RECIPE = LayerRecipe(
     name="FourierFT",
     hooks={FourierFTLinear: [_delta]},
+    # Where the sum will not do, PEFT's forward runs, and finds the delta stored.
+    fast={FourierFTLinear: [_folded, replace(_delta, warm=None)]},
     adapters="fourierft_spectrum",
     relies_on={
         "peft.tuners.fourierft.layer:FourierFTLayer.get_delta_weight": "8bb975b5e9e9",
@@ -46,6 +63,7 @@ RECIPE = LayerRecipe(
             lambda inputs, outputs: FourierFTConfig(
                 n_frequency=min(1000, inputs * outputs // 4), target_modules=TARGETS
             ),
+            numerics=BOTH,
         )
     ],
 )

@@ -4,8 +4,8 @@
 recipe stores what that returns; see :func:`memo`.
 
 *Guard a forward*: PEFT derives the value in the middle of ``forward``, or its value is larger than
-needed. The recipe has a forward of its own for the usual case, and leaves every other one to PEFT's;
-see :func:`guard`.
+needed. The recipe has a forward of its own for the usual case, and leaves every other one to
+PEFT's; see :func:`guard`.
 
 (The third shape, replacing a LoRA variant, has one user: ``dora.py``.)
 """
@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
@@ -141,20 +142,26 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
 
     Args:
         layer: the layer.
-        attribute: the attribute that has a part or parameter for each adapter.
+        attribute: the attribute that has a part, parameter or buffer for each adapter: a
+            ModuleDict, ParameterDict or PEFT's BufferDict.
 
     Raises:
-        UnusualError: the attribute is no ordinary dictionary of modules or parameters, as when
-            ``parametrize`` computes one of them. Under :func:`guard` PEFT's forward runs then: call
-            it before the base layer.
+        UnusualError: the attribute is none of these, as when ``parametrize`` computes one of its
+            members. Under :func:`guard` PEFT's forward runs then: call it before the base layer.
     """
     state = layer.__dict__
     there = state["_modules"][attribute]
     kind = type(there)
-    if kind is not nn.ParameterDict and kind is not nn.ModuleDict:
+    names: Mapping[str, object]
+    if kind is nn.ParameterDict:
+        names = there._parameters
+    elif kind is nn.ModuleDict:
+        names = there._modules
+    elif kind is BufferDict:
+        names = there._buffers
+    else:
         msg = f"{attribute} is a {kind.__name__}"
         raise UnusualError(msg)
-    names = there._parameters if kind is nn.ParameterDict else there._modules
     active = state["_active_adapter"]
     if type(active) is str:
         return (active,) if active in names else ()
@@ -211,15 +218,21 @@ class LayerRecipe:
             hooks = self.fast.get(known, hooks)
         where = f"{plain.__module__}.{plain.__qualname__}"
         reason = self.declines(layer)
-        for hook in hooks:
-            if getattr(plain, hook.method, None) is not getattr(known, hook.method):
-                reason = f"its {hook.method}() is not that of PEFT's {known.__qualname__}"
+        for method in {hook.method: None for hook in hooks} | self._methods(known):
+            if getattr(plain, method, None) is not getattr(known, method):
+                reason = f"its {method}() is not that of PEFT's {known.__qualname__}"
         if reason:
             cache.decline(self.name, where, reason)
             return False
         binding = follow_layer(cache, layer, self, {hook.method: hook.function for hook in hooks})
         binding.warmers = partial(_warmers, self.adapters, hooks)
         return bool(_names(layer, self.adapters))
+
+    def _methods(self, known: type) -> dict[str, None]:
+        """Name the methods relied on that a class has, or inherits."""
+        classes = {f"{base.__module__}:{base.__qualname__}" for base in known.__mro__}
+        paths = [path.rpartition(".") for path in self.relies_on]
+        return {method: None for where, _, method in paths if where in classes}
 
 
 def _names(layer: Any, attribute: str) -> list[str]:

@@ -1,13 +1,15 @@
 """LoHa (https://arxiv.org/abs/2108.06098): the dense ``(A1 B1) * (A2 B2)`` of each layer.
 
 Under ``numerics="fast"`` linear layers store its factors instead: an entrywise product of matrices
-of rank r is a matrix of rank r^2, whose factors are the Khatri-Rao products of theirs.
+of rank r is a matrix of rank r^2, whose factors are the Khatri-Rao products of theirs. Where ranks
+are large, or layers small, they store the sum with the weight instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from peft import LoHaConfig
 from peft.tuners.loha.layer import Conv1d, Conv2d, Linear, LoHaLayer
@@ -16,33 +18,16 @@ from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, memo
+from dora_cache.recipes.folding import fold, is_large
+from dora_cache.recipes.hooks import LayerRecipe, active_in
+from dora_cache.recipes.lycoris import delta_hook, factors_of
 from dora_cache.recipes.peft_layers import base_layer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["RECIPE"]
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-
-
-def _depends_on(layer: Any, adapter_name: str, **_: object) -> Iterator[object]:
-    yield layer.scaling[adapter_name]
-    modules = layer._modules
-    for name in _FACTORS:
-        yield modules[name]._parameters.get(adapter_name)
-    yield base_layer(layer).weight.shape
-
-
-_delta = memo(
-    LoHaLayer,
-    "get_delta_weight",
-    "LoHa delta",
-    adapter="adapter_name",
-    depends_on=_depends_on,
-    warm=lambda layer, adapter: layer.get_delta_weight(adapter, apply_rank_dropout=False),
-)
+_depends_on = factors_of(_FACTORS)
+_delta = delta_hook(LoHaLayer, "LoHa delta", _depends_on)
 
 
 @cached("LoHa factors", adapter="adapter_name", depends_on=_depends_on)
@@ -76,10 +61,19 @@ def _is_small(layer: Any, adapter: str) -> bool:
 def _warm(layer: Any, adapter: str) -> object:
     if _is_small(layer, adapter):
         return _factors(layer, adapter)
-    return layer.get_delta_weight(adapter, apply_rank_dropout=False)
+    return layer.get_delta_weight(adapter)
 
 
-_fast = guard(_forward, warm=_warm)
+_folded = fold(
+    "LoHa weight",
+    active=partial(active_in, attribute="hada_w1_a"),
+    delta=LoHaLayer.get_delta_weight,
+    depends_on=_depends_on,
+    weights=lambda layer, adapter: [getattr(layer, name)[adapter] for name in _FACTORS[:4]],
+    unless=lambda layer, adapter: is_large(layer) and _is_small(layer, adapter),
+    otherwise=_forward,
+    warm_otherwise=_warm,
+)
 
 
 def _config(inputs: int, outputs: int, **more: Any) -> LoHaConfig:
@@ -90,8 +84,8 @@ def _config(inputs: int, outputs: int, **more: Any) -> LoHaConfig:
 RECIPE = LayerRecipe(
     name="LoHa",
     hooks={Linear: [_delta], Conv1d: [_delta], Conv2d: [_delta]},
-    # Where the factors are not used, PEFT's forward runs, and finds the delta stored.
-    fast={Linear: [_fast, replace(_delta, warm=None)]},
+    # Where neither sum nor factors are used, PEFT's forward runs, and finds the delta stored.
+    fast={Linear: [_folded, replace(_delta, warm=None)]},
     adapters="hada_w1_a",
     relies_on={
         "peft.tuners.loha.layer:LoHaLayer.get_delta_weight": "20577966d980",

@@ -1,0 +1,64 @@
+"""What LoHa and LoKr share: PEFT derives the dense delta in ``get_delta_weight``."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from dora_cache.decorator import cached
+from dora_cache.lifecycle import plain_class
+from dora_cache.recipes.hooks import Hook
+from dora_cache.recipes.peft_layers import base_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+__all__ = ["delta_hook", "factors_of"]
+
+
+def factors_of(attributes: Sequence[str]) -> Callable[[Any, str], Iterator[object]]:
+    """Return a ``depends_on``: an adapter's scaling, and its parameters in these attributes."""
+
+    def depends_on(layer: Any, adapter_name: str) -> Iterator[object]:
+        yield layer.scaling[adapter_name]
+        modules = layer._modules
+        for attribute in attributes:
+            yield modules[attribute]._parameters.get(adapter_name)
+
+    return depends_on
+
+
+def delta_hook(owner: type, name: str, factors: Callable[[Any, str], Iterator[object]]) -> Hook:
+    """Return a hook for ``get_delta_weight`` that stores the delta.
+
+    Args:
+        owner: the class that has the method.
+        name: what the value is called, for people.
+        factors: see :func:`factors_of`.
+    """
+
+    def depends_on(layer: Any, adapter_name: str) -> Iterator[object]:
+        yield from factors(layer, adapter_name)
+        base: Any = base_layer(layer)
+        yield from base.weight.shape
+
+    # With positional arguments alone, unlike PEFT's method, since those are looked up faster.
+    @cached(name, adapter="adapter_name", depends_on=depends_on)
+    def stored(layer: Any, adapter_name: str) -> Tensor:
+        delta: Tensor = plain_class(type(layer)).get_delta_weight(layer, adapter_name)  # type: ignore[attr-defined]
+        return delta
+
+    @functools.wraps(owner.get_delta_weight)  # type: ignore[attr-defined]
+    def get_delta_weight(
+        self: Any, adapter_name: str, *, apply_rank_dropout: bool = False
+    ) -> Tensor:
+        if apply_rank_dropout:  # a random value
+            delta: Tensor = plain_class(type(self)).get_delta_weight(  # type: ignore[attr-defined]
+                self, adapter_name, apply_rank_dropout=True
+            )
+            return delta
+        return stored(self, adapter_name)
+
+    return Hook("get_delta_weight", get_delta_weight, stored)
