@@ -27,6 +27,7 @@ RECIPES = {
     "FourierFT": "dora_cache.recipes.fourierft",
     "LoHa": "dora_cache.recipes.loha",
     "OFT": "dora_cache.recipes.oft",
+    "SHiRA": "dora_cache.recipes.shira",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 

@@ -114,7 +114,7 @@ def guard(
                     or wants_gradients(self)
                 ):
                     binding.cache.passed_by()
-                elif not (state["_disable_adapters"] or state["merged_adapters"]):
+                elif not (self._disable_adapters or self.merged_adapters):  # some have the class's
                     result = forward(self, x)
                     if result is not None:
                         return result
