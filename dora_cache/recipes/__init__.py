@@ -28,6 +28,7 @@ RECIPES = {
     "LoHa": "dora_cache.recipes.loha",
     "OFT": "dora_cache.recipes.oft",
     "SHiRA": "dora_cache.recipes.shira",
+    "Super-Tuning": "dora_cache.recipes.supertuning",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from peft import ShiraConfig
 from peft.tuners.shira import layer as peft_shira
 from peft.tuners.shira.layer import Linear
-from torch import Tensor
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
-from dora_cache.recipes.sparse import compress, fits, multiply
+from dora_cache.recipes.sparse import compress, fits, multiply, warn_of_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+    from torch import Tensor
 
 __all__ = ["RECIPE"]
 
@@ -65,7 +65,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "shira_weight")
     if not adapters:
         return None
-    _heed_hooks(layer)
+    warn_of_hooks(layer, peft_shira)
     return linear(x, _weight(layer, *adapters), layer.base_layer.bias)
 
 
@@ -78,7 +78,7 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
     base = base_layer(layer)
     if not 0 < x.numel() <= _TOKENS * base.weight.shape[1]:
         return None
-    _heed_hooks(layer)
+    warn_of_hooks(layer, peft_shira)
     result = linear(x, base.weight, base.bias)
     for adapter in adapters:
         result = result + multiply(x, *_delta(layer, adapter, x.dtype)).to(result.dtype)
@@ -88,18 +88,6 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
 def _is_small(layer: Any, adapters: Any) -> bool:
     entries = sum(parameter(layer, "shira_weight", adapter).numel() for adapter in adapters)
     return fits(base_layer(layer), entries)
-
-
-def _heed_hooks(layer: Any) -> None:
-    """Warn as PEFT does that hooks of the base layer do not run."""
-    base = base_layer(layer)
-    if (
-        base._forward_hooks
-        or base._forward_pre_hooks
-        or base._backward_hooks
-        or base._backward_pre_hooks
-    ):
-        peft_shira._warn_once_about_module_hooks(layer)
 
 
 def _warm_fast(layer: Any, adapter: str) -> object:

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, bincount, nn
 from torch.nn.functional import embedding_bag
 
-__all__ = ["compress", "fits", "multiply"]
+from dora_cache.recipes.peft_layers import base_layer
+
+__all__ = ["compress", "fits", "multiply", "warn_of_hooks"]
 
 Sparse = tuple[Tensor, Tensor, Tensor]
 
@@ -58,3 +60,22 @@ def fits(base: Any, entries: int) -> bool:
     At an eighth of the weight's entries it takes three eighths of its bytes in float32.
     """
     return type(base) is nn.Linear and 8 * entries <= base.weight.numel()
+
+
+def warn_of_hooks(layer: Any, module: Any) -> None:
+    """Warn as PEFT does if the base layer has hooks: they do not run, as its forward does not.
+
+    PEFT's warning keeps the layer alive for good, so it is not given where there is no need.
+
+    Args:
+        layer: the tuner layer.
+        module: the module of PEFT's that has its class.
+    """
+    base = base_layer(layer)
+    if (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+    ):
+        module._warn_once_about_module_hooks(layer)

@@ -270,6 +270,8 @@ def check_adapters(pair: _Pair) -> None:
                 config = pair.plain.peft_config[pair.adapters[0]]
                 added = pair.do("adding", lambda m: m.add_adapter("new", copy.deepcopy(config)))
                 if added and pair.activate("new"):
+                    if _random(pair.plain, pair.x):  # its dropout is in training mode
+                        pair.do("eval", lambda model: model.eval())
                     pair.compare("adding an adapter")
 
 
