@@ -25,6 +25,7 @@ __all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "reg
 RECIPES = {
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
+    "FRoD": "dora_cache.recipes.frod",
     "LoHa": "dora_cache.recipes.loha",
     "OFT": "dora_cache.recipes.oft",
     "SHiRA": "dora_cache.recipes.shira",
