@@ -30,6 +30,7 @@ RECIPES = {
     "OFT": "dora_cache.recipes.oft",
     "SHiRA": "dora_cache.recipes.shira",
     "Super-Tuning": "dora_cache.recipes.supertuning",
+    "TrainableTokens": "dora_cache.recipes.trainable_tokens",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 
