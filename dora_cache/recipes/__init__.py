@@ -28,6 +28,7 @@ RECIPES = {
     "FRoD": "dora_cache.recipes.frod",
     "LoHa": "dora_cache.recipes.loha",
     "OFT": "dora_cache.recipes.oft",
+    "Poly": "dora_cache.recipes.poly",
     "SHiRA": "dora_cache.recipes.shira",
     "Super-Tuning": "dora_cache.recipes.supertuning",
     "TrainableTokens": "dora_cache.recipes.trainable_tokens",
