@@ -38,7 +38,7 @@ def _depends_on(layer: Any, adapter: str, *_: object) -> Iterator[object]:
     yield state["frod_V"]._buffers[adapter].shape[1]
 
 
-def _bases_depend_on(layer: Any, adapter: str, *_: object) -> Iterator[object]:
+def _bases_depend_on(layer: Any, adapter: str, *_: object) -> Iterator[Tensor]:
     yield layer._modules["frod_U"]._buffers[adapter]
     yield layer.__dict__["frod_V"]._buffers[adapter]
 
@@ -91,12 +91,12 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "frod_lambda_s_values")
     if not adapters or not _plain(layer, adapters, x):
         return None
-    parts = [_outputs(layer, adapter, x) for adapter in adapters]
+    parts: list[Any] = [_outputs(layer, adapter, x) for adapter in adapters]
     if any(part is None for part in parts):
         return None
-    bias = base_layer(layer).bias
+    bias: Tensor | None = base_layer(layer).bias  # type: ignore[assignment]
     if len(parts) == 1:
-        result: Any = parts[0] if bias is None else parts[0] + bias
+        result: Tensor = parts[0] if bias is None else parts[0] + bias
         return result.to(x.dtype)
     result = layer.base_layer(x)
     base = result if bias is None else result - bias
@@ -137,7 +137,7 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
     if not _plain(layer, adapters, x):
         return None
     result = linear(x, _weight(layer, adapters[0], x.device, x.dtype))
-    bias = base_layer(layer).bias
+    bias: Tensor | None = base_layer(layer).bias  # type: ignore[assignment]
     return (result if bias is None else result + bias).to(x.dtype)
 
 
@@ -156,14 +156,14 @@ def _plain(layer: Any, adapters: Any, x: Tensor) -> bool:
 
 
 def _warm(layer: Any, adapter: str) -> object:
-    weight = base_layer(layer).weight
+    weight: Any = base_layer(layer).weight
     if weight.dtype in _SIXTEEN_BITS:
         return _dense(layer, adapter, weight.device, weight.dtype)
     return _entries(layer, adapter, weight.device, weight.dtype)
 
 
 def _warm_fast(layer: Any, adapter: str) -> object:
-    weight = base_layer(layer).weight
+    weight: Any = base_layer(layer).weight
     return _weight(layer, adapter, weight.device, weight.dtype)
 
 

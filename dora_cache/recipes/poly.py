@@ -66,7 +66,7 @@ def _mixture(layer: Any, adapter: str, task: str, batch: str) -> tuple[Tensor, T
 @cached("Poly mixture", adapter="adapter", depends_on=_depends_on)
 def _task(layer: Any, adapter: str, task: str) -> tuple[Tensor, Tensor]:
     """Derive a task's A and ``B / r``, of shapes (1, in, r) and (1, r, out)."""
-    left, right = _mixture.__wrapped__(layer, adapter, task, "1")  # type: ignore[attr-defined]
+    left, right = _mixture.__wrapped__(layer, adapter, task, "1")
     return left, right / layer.r[adapter]
 
 

@@ -57,7 +57,8 @@ def _delta(layer: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor
     """Derive the delta's entries row by row, in the dtype given; see ``sparse.compress``."""
     values = layer.shira_weight[adapter] * layer.scaling[adapter]
     rows, columns = layer.shira_indices[adapter].to(values.device).long()
-    outputs, inputs = base_layer(layer).weight.shape
+    base: Any = base_layer(layer)
+    outputs, inputs = base.weight.shape
     return compress(rows * inputs + columns, values.to(dtype), outputs, inputs)
 
 
@@ -75,7 +76,7 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if not _is_small(layer, adapters):
         return _forward(layer, x)
-    base = base_layer(layer)
+    base: Any = base_layer(layer)
     if not 0 < x.numel() <= _TOKENS * base.weight.shape[1]:
         return None
     warn_of_hooks(layer, peft_shira)
@@ -92,7 +93,8 @@ def _is_small(layer: Any, adapters: Any) -> bool:
 
 def _warm_fast(layer: Any, adapter: str) -> object:
     if _is_small(layer, [adapter]):
-        return _delta(layer, adapter, base_layer(layer).weight.dtype)
+        base: Any = base_layer(layer)
+        return _delta(layer, adapter, base.weight.dtype)
     return _weight(layer, adapter)
 
 

@@ -44,8 +44,9 @@ def _values_depend_on(layer: Any, adapter: str, *_: object) -> Iterator[object]:
 @cached("Super-Tuning weight", adapter="adapters", depends_on=_depends_on)
 def _weight(layer: Any, *adapters: str) -> Tensor:
     """Derive the weight with every adapter's values; shape (out, in)."""
-    weight = base_layer(layer).weight
-    flat: Tensor = weight.reshape(-1)
+    base: Any = base_layer(layer)
+    weight: Tensor = base.weight
+    flat = weight.reshape(-1)
     for adapter in adapters:
         places = layer.supertuning_indices[adapter].long()
         values = layer.supertuning_values[adapter].to(weight.dtype)
@@ -56,7 +57,8 @@ def _weight(layer: Any, *adapters: str) -> Tensor:
 @cached("Super-Tuning values", adapter="adapter", depends_on=_values_depend_on)
 def _values(layer: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Derive the values row by row, in the dtype given; see ``sparse.compress``."""
-    outputs, inputs = base_layer(layer).weight.shape
+    base: Any = base_layer(layer)
+    outputs, inputs = base.weight.shape
     values = layer.supertuning_values[adapter].to(dtype)
     return compress(layer.supertuning_indices[adapter], values, outputs, inputs)
 
@@ -66,7 +68,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     if not adapters:
         return None
     warn_of_hooks(layer, peft_supertuning)
-    result = linear(x, _weight(layer, *adapters), base_layer(layer).bias)  # type: ignore[arg-type]
+    base: Any = base_layer(layer)
+    result = linear(x, _weight(layer, *adapters), base.bias)
     return _with_lora(layer, x, result, adapters)
 
 
@@ -106,7 +109,8 @@ def _is_small(layer: Any, adapters: Sequence[str]) -> bool:
 
 def _warm_fast(layer: Any, adapter: str) -> object:
     if _is_small(layer, [adapter]):
-        return _values(layer, adapter, base_layer(layer).weight.dtype)  # type: ignore[arg-type]
+        base: Any = base_layer(layer)
+        return _values(layer, adapter, base.weight.dtype)
     return _weight(layer, adapter)
 
 

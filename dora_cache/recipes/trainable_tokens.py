@@ -61,7 +61,7 @@ def _slots(layer: Any, *adapters: str) -> tuple[Tensor, Tensor] | None:
 
     Their shapes are (all tokens,) and (n, inputs).
     """
-    found = _rows.__wrapped__(layer, *adapters)  # type: ignore[attr-defined]
+    found = _rows.__wrapped__(layer, *adapters)
     if found is None:
         return None
     tokens, rows = found
