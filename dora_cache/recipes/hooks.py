@@ -92,9 +92,10 @@ def memo(
 
 
 def guard(
-    forward: Callable[[Any, Any], Tensor | None],
+    forward: Callable[..., Tensor | None],
     *,
     warm: Callable[[Any, str], object] | None = None,
+    keyword: str | None = None,
 ) -> Hook:
     """Return a hook that puts a forward of one's own in front of PEFT's.
 
@@ -106,10 +107,14 @@ def guard(
         forward: called with the layer and its input; returns the layer's output, or None for PEFT's
             forward to run (before it has called the base layer, whose hooks must run once).
         warm: see :class:`Hook`.
+        keyword: a keyword argument that may come with the input, and is passed on.
     """
+    allowed = {keyword}
 
     def guarded(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (args or kwargs or torch.compiler.is_dynamo_compiling()):
+        if not (
+            args or (kwargs and kwargs.keys() != allowed) or torch.compiler.is_dynamo_compiling()
+        ):
             state = self.__dict__
             binding = state.get(SLOT)
             if binding is not None:
@@ -120,9 +125,9 @@ def guard(
                     or wants_gradients(self)
                 ):
                     binding.cache.passed_by()
-                elif not (state["_disable_adapters"] or state["merged_adapters"]):
+                elif not (self._disable_adapters or self.merged_adapters):  # some have the class's
                     try:
-                        result = forward(self, x)
+                        result = forward(self, x, **kwargs)
                     except UnusualError:
                         result = None
                     if result is not None:
