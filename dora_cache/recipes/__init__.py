@@ -26,6 +26,7 @@ RECIPES = {
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
     "LoHa": "dora_cache.recipes.loha",
+    "LoRA on parameters": "dora_cache.recipes.lora_parameters",
     "OFT": "dora_cache.recipes.oft",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
