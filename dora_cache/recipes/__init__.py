@@ -26,6 +26,7 @@ RECIPES = {
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
     "LoHa": "dora_cache.recipes.loha",
+    "LoRA on attention": "dora_cache.recipes.lora_attention",
     "LoRA on parameters": "dora_cache.recipes.lora_parameters",
     "OFT": "dora_cache.recipes.oft",
 }
