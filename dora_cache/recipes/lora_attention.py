@@ -4,9 +4,12 @@ PEFT merges the adapters into the weights before each forward and takes them out
 (It adds the output projection's delta twice: once by itself, once by the ``merge`` of the layer
 there. So do the stored weights.)
 
-Adding and subtracting a delta rounds, so PEFT's own forward may move the weights a little. It has to
-run as long as it does. As a rule the first forward moves them to where the next ones leave them; from
-there on the merged weights are the same at each forward, and those are stored.
+Adding and subtracting a delta rounds, so PEFT's own forward may move the weights a little. For equal
+bits it has to run as long as it does. With one active adapter, the first forward or two move the
+weights to where the next ones leave them; from there on the merged weights are the same at each
+forward, and those are stored. With several, the weights keep moving, and nothing is.
+
+(``numerics="fast"`` changes none of this: weights that PEFT would move are part of the model.)
 """
 
 from __future__ import annotations
@@ -43,53 +46,44 @@ __all__ = ["RECIPE"]
 
 
 def _parts(layer: Any) -> tuple[Any, Any, Any]:
-    """Return the attention module, the tuner layer on its output projection, and what that wraps."""
+    """Return the attention module, the layer on its output projection, and what that wraps."""
     base = layer._modules["base_layer"]
     out = base._modules["out_proj"]
     return base, out, out._modules["base_layer"]
 
 
-def _depends_on(layer: Any, *adapters: str) -> Iterator[object]:
+def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
     base, out, projection = _parts(layer)
     yield base._parameters["in_proj_weight"]
     yield projection._parameters["weight"]
     yield out.fan_in_fan_out
     for part in (layer, out):
         modules = part._modules
-        for adapter in adapters:
-            yield part.scaling[adapter]
-            yield modules["lora_A"]._modules[adapter]._parameters["weight"]
-            yield modules["lora_B"]._modules[adapter]._parameters["weight"]
+        yield part.scaling[adapter]
+        yield modules["lora_A"]._modules[adapter]._parameters["weight"]
+        yield modules["lora_B"]._modules[adapter]._parameters["weight"]
 
 
-@cached("LoRA attention", adapter="adapters", depends_on=_depends_on)
-def _merged(layer: Any, *adapters: str) -> tuple[Tensor, Tensor] | None:
+@cached("LoRA attention", adapter="adapter", depends_on=_depends_on)
+def _merged(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
     """Derive the merged weights of the input and output projections.
 
     None if PEFT's forward would not leave the unmerged weights exactly as they are.
     """
     base, out, projection = _parts(layer)
-    in_weight, out_weight = base._parameters["in_proj_weight"], projection._parameters["weight"]
+    in_weight, out_weight = base.in_proj_weight, projection.weight
     dtype = out_weight.dtype
-    in_merged, out_merged = in_weight.detach(), out_weight.detach()
-    ours = {adapter: _delta(layer, adapter).to(dtype) for adapter in adapters}
-    theirs = {
-        adapter: _delta(out, adapter, fan_in_fan_out=out.fan_in_fan_out) for adapter in adapters
-    }
-    for adapter in adapters:
-        in_merged = in_merged + ours[adapter]
-        out_merged = out_merged + theirs[adapter].to(dtype)
-        out_merged += theirs[adapter]  # in place: a sum in the wider dtype, rounded once
-    in_left, out_left = in_merged, out_merged
-    for _ in range(2):
-        for adapter in reversed(adapters):
-            out_left = out_left - theirs[adapter].to(dtype)
-    for adapter in reversed(adapters):
-        in_left = in_left - ours[adapter]
-    if in_left.dtype is not in_weight.dtype or out_left.dtype is not dtype:
-        return None
-    settled = torch.equal(in_left, in_weight) and torch.equal(out_left, out_weight)
-    return (in_merged, out_merged) if settled else None
+    ours = _delta(layer, adapter).to(dtype)
+    theirs = _delta(out, adapter, fan_in_fan_out=out.fan_in_fan_out)
+    in_merged = in_weight.detach() + ours
+    out_merged = out_weight.detach() + theirs.to(dtype)
+    out_merged += theirs  # in place: a sum in the wider dtype, rounded once
+    in_left = in_merged - ours
+    out_left = out_merged - theirs.to(dtype) - theirs.to(dtype)
+    for left, weight in ((in_left, in_weight), (out_left, out_weight)):
+        if left.dtype is not weight.dtype or not torch.equal(left, weight):
+            return None
+    return in_merged, out_merged
 
 
 def _delta(layer: Any, adapter: str, *, fan_in_fan_out: bool = False) -> Tensor:
@@ -103,17 +97,19 @@ def _delta(layer: Any, adapter: str, *, fan_in_fan_out: bool = False) -> Tensor:
     return delta.to(dtype) if wider else delta
 
 
-def _adapters(layer: Any) -> tuple[str, ...] | None:
-    """Return the active adapters, in order; None if something about them is unusual."""
+def _adapter(layer: Any) -> str | None:
+    """Return the active adapter; None if it is not a single one, or something is unusual."""
     base, out, projection = _parts(layer)
-    adapters = tuple(active_in(layer, "lora_A"))
+    adapters = active_in(layer, "lora_A")
+    if len(adapters) != 1 or out.active_adapters != layer.active_adapters:
+        return None
+    adapter: str = adapters[0]
     if (
-        out.active_adapters != layer.active_adapters
-        or layer.merged_adapters
+        layer.merged_adapters
         or out.merged_adapters
-        or any(adapter in out.lora_variant for adapter in adapters)
-        or any(out.lora_bias.get(adapter) for adapter in adapters)
-        or not all(adapter in out._modules["lora_A"]._modules for adapter in adapters)
+        or adapter in out.lora_variant
+        or out.lora_bias.get(adapter)
+        or adapter not in out._modules["lora_A"]._modules
     ):
         return None
     for module, name in ((base, "in_proj_weight"), (projection, "weight")):
@@ -121,16 +117,15 @@ def _adapters(layer: Any) -> tuple[str, ...] | None:
         # After its forward, PEFT's weights do not require gradients.
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.is_meta:
             return None
-    return adapters
+    return adapter
 
 
-def _wants_gradients(layer: Any, adapters: tuple[str, ...]) -> bool:
+def _wants_gradients(layer: Any, adapter: str) -> bool:
     # Not layer.parameters(), with which PEFT makes new parameters of the old ones.
     return torch.is_grad_enabled() and any(
         part._modules[name]._modules[adapter]._parameters["weight"].requires_grad
         for part in (layer, _parts(layer)[1])
         for name in ("lora_A", "lora_B")
-        for adapter in adapters
     )
 
 
@@ -140,10 +135,10 @@ def _plan(layer: Any, kwargs: dict[str, Any]) -> Plan | None:
         return plan
     if layer._disable_adapters or "adapter_names" in kwargs or stands_aside(layer):
         return None
-    adapters = _adapters(layer)
-    if not adapters or _wants_gradients(layer, adapters):
+    adapter = _adapter(layer)
+    if adapter is None or _wants_gradients(layer, adapter):
         return None
-    merged = _merged(layer, *adapters)
+    merged = _merged(layer, adapter)
     if merged is None:
         return None
     base, _, projection = _parts(layer)
@@ -158,11 +153,14 @@ def _covered(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tens
     return output.to(dtype), None if weights is None else weights.to(dtype)
 
 
-def _as_is(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Run PEFT's own forward; if it moved the weights, see whether they are settled now."""
+def _moving(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run PEFT's own forward, and see whether it has left the weights settled."""
     result = plain_class(type(layer)).forward(layer, query, *args, **kwargs)  # type: ignore[attr-defined]
     _plan(layer, kwargs)
     return result
+
+
+_forward = substituting(_plan, _covered, _moving)
 
 
 def _restore_weights(self: Any) -> None:
@@ -219,9 +217,6 @@ class _LoraAttention:
         gate.substitute(base, "in_proj_weight")
         gate.substitute(projection, "weight")
         return True
-
-
-_forward = substituting(_plan, _covered, _as_is)
 
 
 def _reason(layer: Any) -> str | None:

@@ -69,7 +69,7 @@ def _weight(layer: Any, *adapters: str) -> Tensor | None:
 
 
 def _plan(outermost: Any, kwargs: dict[str, Any]) -> Plan | None:
-    if "adapter_names" in kwargs:
+    if "adapter_names" in kwargs or wants_gradients(outermost):
         return None
     base = base_layer(outermost)
     state = base.__dict__

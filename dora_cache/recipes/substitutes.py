@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -24,6 +24,7 @@ from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
     from torch import Tensor, nn
 
     from dora_cache.cache import AdapterCache
@@ -184,7 +185,7 @@ class _Passage:
         self.entered = False
         self.plan: Plan | None = None
 
-    def __enter__(self) -> _Passage:
+    def __enter__(self) -> Self:
         if self.gate not in _here.gates and self.gate.enter(alone=self.alone):
             _here.gates[self.gate] = None
             self.entered = True
