@@ -4,9 +4,9 @@ PEFT merges the adapters into the weights before each forward and takes them out
 (It adds the output projection's delta twice: once by itself, once by the ``merge`` of the layer
 there. So do the stored weights.)
 
-Adding and subtracting a delta rounds, so PEFT's own forward may move the weights a little. For equal
-bits it has to run as long as it does. With one active adapter, the first forward or two move the
-weights to where the next ones leave them; from there on the merged weights are the same at each
+Adding and subtracting a delta rounds, so PEFT's own forward may move the weights a little. For
+equal bits it has to run as long as it does. With one active adapter, the first forward or two move
+the weights to where the next ones leave them; from there on the merged weights are the same at each
 forward, and those are stored. With several, the weights keep moving, and nothing is.
 
 (``numerics="fast"`` changes none of this: weights that PEFT would move are part of the model.)

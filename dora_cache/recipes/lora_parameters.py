@@ -53,7 +53,7 @@ def _depends_on(layer: Any, *adapters: str) -> Iterator[object]:
 @cached("LoRA parameter", adapter="adapters", depends_on=_depends_on)
 def _weight(layer: Any, *adapters: str) -> Tensor | None:
     """Derive the parameter with the deltas of these adapters; None if PEFT would refuse to."""
-    weight = base_layer(layer)._parameters[layer.parameter_name]
+    weight: Any = base_layer(layer)._parameters[layer.parameter_name]
     proxy: nn.Module
     if len(adapters) == 1 and layer.num_experts > 1:
         proxy = _LoraFactorsProxy(*layer.get_delta_factors(adapters[0]))
