@@ -126,7 +126,6 @@ def test_nobody_else_sees_a_substitute():
 
 def test_a_parametrization_of_ones_own_is_heeded():
     """A parametrization registered after attaching goes into the output; removed, it is gone."""
-
     model, x = _make(PARAMETERS)
     plain, _ = _make(PARAMETERS)
     with dora_cache.attach(model):
@@ -162,10 +161,9 @@ def test_a_parametrized_parameter_is_declined():
     inner = model.base_model.model
     parametrize.register_parametrization(inner.layer.base_layer, "weight", Double())
     expected = _run(model, x)
-    with (
-        pytest.warns(dora_cache.CacheWarning, match="no plain parameter"),
-        dora_cache.attach(model) as cache,
-    ):
+    with pytest.warns(dora_cache.CacheWarning, match="no plain parameter"):
+        cache = dora_cache.attach(model)
+    with cache:
         for _ in range(2):
             assert torch.equal(_run(model, x), expected)
         assert cache.stats().entries == 1  # the other layer's

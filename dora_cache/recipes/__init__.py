@@ -29,6 +29,7 @@ RECIPES = {
     "LoRA on attention": "dora_cache.recipes.lora_attention",
     "LoRA on parameters": "dora_cache.recipes.lora_parameters",
     "OFT": "dora_cache.recipes.oft",
+    "prompt encoders": "dora_cache.recipes.prompts",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 

@@ -107,11 +107,20 @@ class _Pair:
         """
         for index in range(times):
             expected, found = _outcome(self.plain, self.x), _outcome(self.model, self.same_x)
-            where = f"after {after}, forward {index + 1}"
-            if isinstance(expected, Exception) or isinstance(found, Exception):
-                assert type(found) is type(expected), f"{where}: {found!r}, not {expected!r}"
-            else:
-                self.same(found, expected, where)
+            self.alike(found, expected, f"after {after}, forward {index + 1}")
+
+    def alike(
+        self,
+        found: Tensor | Exception,
+        expected: Tensor | Exception,
+        where: str,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        """Compare two outcomes of a forward."""
+        if isinstance(expected, Exception) or isinstance(found, Exception):
+            assert type(found) is type(expected), f"{where}: {found!r}, not {expected!r}"
+        else:
+            self.same(found, expected, where, precision)
 
     def run(self) -> None:
         """Run both models, whatever comes out."""
@@ -157,12 +166,22 @@ class _Pair:
 
 def _run(model: Any, x: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(x)
-    return found
+        return _output(model, x)
+
+
+def _output(model: Any, x: Any) -> Tensor:
+    """Return what a model puts out; the first of several tensors, as language models' logits."""
+    found: Any = model(x)
+    output: Tensor = found if isinstance(found, Tensor) else found[0]
+    return output
 
 
 def _activate(model: Any, names: Sequence[str]) -> None:
-    model.base_model.set_adapter(list(names) if len(names) > 1 else names[0])
+    from peft.tuners.tuners_utils import BaseTuner
+
+    # A model that has prompts only is its own tuner, and takes one name.
+    tuner = model.base_model if isinstance(model.base_model, BaseTuner) else model
+    tuner.set_adapter(list(names) if len(names) > 1 else names[0])
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -187,12 +206,12 @@ def check_equality(pair: _Pair) -> None:
         cache.warm()
         pair.compare("warm()")
         with torch.inference_mode():
-            found, expected = pair.model(pair.same_x), pair.plain(pair.x)
+            found, expected = _output(pair.model, pair.same_x), _output(pair.plain, pair.x)
         pair.same(found, expected, "under inference_mode")
         with torch.autocast("cpu", torch.bfloat16):
             for where in ("under autocast", "under autocast, again"):
-                found, expected = _run(pair.model, pair.same_x), _run(pair.plain, pair.x)
-                pair.same(found, expected, where, precision=torch.bfloat16)
+                found, expected = _outcome(pair.model, pair.same_x), _outcome(pair.plain, pair.x)
+                pair.alike(found, expected, where, precision=torch.bfloat16)
         pair.compare("autocast")
         with cache.bypass():
             found = _run(pair.model, pair.same_x)
@@ -285,7 +304,7 @@ def check_training(pair: _Pair) -> None:
                     model.train(mode)
                     torch.manual_seed(1)
                     weights = [p for p in model.parameters() if p.requires_grad]
-                    model(pair.x).float().square().sum().backward()
+                    _output(model, pair.x).float().square().sum().backward()
                     torch.optim.SGD(weights, lr=0.01, fused=fused).step()
                     model.zero_grad()
                     model.eval()
@@ -566,7 +585,7 @@ def _outcome(model: Any, x: Any) -> Tensor | Exception:
 def _gradients(model: Any, x: Tensor) -> dict[str, Tensor] | Exception:
     model.zero_grad(set_to_none=True)
     try:
-        output = model(x)
+        output = _output(model, x)
         if output.requires_grad:
             output.float().square().sum().backward()
     except Exception as error:  # noqa: BLE001 - compared by the caller
