@@ -25,11 +25,13 @@ class Base:
         name: e.g. ``"Linear"``.
         make: called with the numbers of inputs and outputs; returns the layer.
         sample: called with the number of inputs and of tokens; returns an input of one sequence.
+        whole: whether it is a model by itself.
     """
 
     name: str
     make: Callable[[int, int], nn.Module]
     sample: Callable[[int, int], Tensor]
+    whole: bool = False
 
 
 linear = Base("Linear", nn.Linear, lambda inputs, tokens: torch.randn(1, tokens, inputs))
@@ -112,7 +114,11 @@ def make_model(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        net = _Net(example.base, inputs, outputs, min(layers, example.layers)).to(dtype)
+        if example.base.whole:
+            net = example.base.make(inputs, outputs)
+        else:
+            net = _Net(example.base, inputs, outputs, min(layers, example.layers))
+        net.to(dtype)
         # PEFT's models keep the config that they are given.
         model: Any = get_peft_model(net, example.config(inputs, outputs), adapter_name=adapters[0])
         for name in adapters[1:]:

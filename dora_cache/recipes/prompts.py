@@ -1,0 +1,251 @@
+"""P-tuning and projected prefix tuning: what the prompt encoder makes of the virtual tokens.
+
+With ``inference_mode=False`` in its config, PEFT runs the encoder (an LSTM or MLP, or the prefix's
+projection) on the same virtual tokens at each call of ``PeftModel.get_prompt``. The encoder's
+output is stored. The ``Cache`` of keys and values that PEFT makes of a prefix is not: models write
+into it.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig
+from peft.tuners.p_tuning.model import PromptEncoder
+from peft.tuners.prefix_tuning.model import PrefixEncoder
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from dora_cache.decorator import SLOT, cached
+from dora_cache.keys import own_state
+from dora_cache.lifecycle import Observer, observe, plain_class
+from dora_cache.recipes.examples import Base, Example
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dora_cache.binding import Binding
+    from dora_cache.cache import AdapterCache
+
+__all__ = ["RECIPE"]
+
+_UNSIGNABLE = object()
+
+
+class _Here(threading.local):
+    """The virtual tokens of the ``get_prompt`` that this thread is in, and whose encoder's."""
+
+    encoder: nn.Module | None = None
+    tokens: Tensor | None = None
+
+
+_here = _Here()
+
+
+def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original = plain_class(type(self)).get_prompt  # type: ignore[attr-defined]
+    if torch.compiler.is_dynamo_compiling():
+        return original(self, *args, **kwargs)
+    before = _here.encoder, _here.tokens
+    adapter = self.active_adapter
+    # Both are looked up as PEFT's method does; what is missing, it will say.
+    _here.encoder = self.prompt_encoder._modules.get(adapter)
+    _here.tokens = self.prompt_tokens.get(adapter)
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        _here.encoder, _here.tokens = before
+
+
+def _depends_on(encoder: Any, *_: object) -> Iterator[object]:
+    if _has_any_global_hook():  # they would see the encoder's layers run
+        yield _UNSIGNABLE
+    for module in encoder.modules():
+        if module is encoder:
+            yield from module._parameters.values()
+            yield encoder.__dict__.get("encoder_type")
+            yield encoder.__dict__.get("prefix_projection")
+        elif isinstance(module, nn.LSTM):  # it has attributes that cannot be compared
+            yield from module._parameters.values()
+            yield list(module._flat_weights)  # those that it reads
+            yield module.num_layers
+            yield module.bidirectional
+            yield module.batch_first
+            yield module.proj_size
+        elif not module._modules:
+            yield from own_state(module)
+        if module is not encoder and (
+            module.training or module._forward_hooks or module._forward_pre_hooks
+        ):
+            yield _UNSIGNABLE
+
+
+@cached("prompt", depends_on=_depends_on)
+def _encoded(encoder: Any, tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Derive the output for some rows of the first virtual tokens.
+
+    Returns:
+        A tensor of shape (rows, columns, features); of shape (1, columns, features) if all rows
+        come out alike. As a rule they do, and they need not be those of a single row computed by
+        itself: a matrix product of another size may be rounded otherwise.
+    """
+    indices = tokens[:columns].unsqueeze(0).expand(rows, -1)
+    found: Tensor = plain_class(type(encoder)).forward(  # type: ignore[attr-defined]
+        encoder, indices.to(encoder.embedding.weight.device)
+    )
+    return found[:1] if bool((found == found[:1]).all()) else found
+
+
+def _forward(self: Any, indices: Tensor) -> Any:
+    original = plain_class(type(self)).forward  # type: ignore[attr-defined]
+    if torch.compiler.is_dynamo_compiling():
+        return original(self, indices)
+    binding, tokens = self.__dict__.get(SLOT), _here.tokens
+    if (
+        binding is None
+        or torch.is_grad_enabled()  # LSTMs then compute in another way, to other bits
+        or tokens is None
+        or _here.encoder is not self
+        or indices.dim() != 2  # noqa: PLR2004 - (rows, columns)
+        or tokens.dim() != 1
+        or indices.shape[1] > len(tokens)
+    ):
+        return original(self, indices)
+    rows, columns = indices.shape
+    fast = binding.cache.config.numerics == "fast"
+    found = _encoded(self, tokens, 1 if fast else rows, columns)
+    return found if len(found) == rows else found.repeat(rows, 1, 1)
+
+
+class _Prompts:
+    name = "prompt encoders"
+    relies_on = {  # noqa: RUF012
+        "peft.peft_model:PeftModel.get_prompt": "04459b34261b",
+        "peft.tuners.p_tuning.model:PromptEncoder.forward": "6431457d41eb",
+        "peft.tuners.prefix_tuning.model:PrefixEncoder.forward": "a3a40f37c509",
+    }
+
+    def __init__(self) -> None:
+        self.examples = _EXAMPLES
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, PeftModel) and "prompt_encoder" in layer._modules
+
+    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+        encoders = [
+            (adapter, encoder)
+            for adapter, encoder in layer.prompt_encoder.items()
+            if _recomputes(plain_class(type(encoder)), encoder)
+        ]
+        if not encoders:
+            return False
+        plain = plain_class(type(layer))
+        if plain.get_prompt is not PeftModel.get_prompt:  # type: ignore[attr-defined]
+            where = f"{plain.__module__}.{plain.__qualname__}"
+            cache.decline(self.name, where, "its get_prompt() is not that of PEFT's PeftModel")
+            return False
+        binding = layer.__dict__.get(SLOT)
+        if binding is None:
+            binding = cache.bind(layer)
+
+            def added(model: Any, *_: object, **__: object) -> None:
+                self.apply(cache, model)
+
+            def deleted(_: Any, adapter_name: str) -> None:
+                cache.event(binding, adapter_name)
+
+            observer = Observer(
+                calls={"add_adapter": added, "load_adapter": added, "delete_adapter": deleted}
+            )
+            binding.undo.callback(observe(layer, observer, {"get_prompt": _get_prompt}))
+        for adapter, encoder in encoders:
+            if encoder.__dict__.get(SLOT) is None:
+                part = cache.bind(encoder, adapter=adapter)
+                part.warmers = partial(_warmers, layer.prompt_tokens)
+                binding.adopt(part)
+                observer = Observer(
+                    mode_switched=partial(_void, cache, part),
+                    moved=partial(_revalidate, cache, part),
+                )
+                part.undo.callback(observe(encoder, observer, {"forward": _forward}))
+        return True
+
+
+def _void(cache: AdapterCache, binding: Binding, _: object) -> None:
+    cache.event(binding)
+
+
+def _revalidate(cache: AdapterCache, binding: Binding, _: object) -> None:
+    cache.revalidate(binding)
+
+
+def _warmers(
+    tokens: dict[str, Tensor], encoder: Any, _: object
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    adapter = encoder.__dict__[SLOT].adapter
+    if adapter in tokens:  # for the first forward of a single sequence
+        columns = encoder.embedding.num_embeddings
+        yield adapter, partial(_encoded, encoder, tokens[adapter], 1, columns)
+
+
+def _recomputes(plain: Any, encoder: Any) -> bool:
+    """Whether an encoder does more than to look embeddings up."""
+    if plain.forward is PromptEncoder.forward:
+        return "mlp_head" in encoder._modules
+    return plain.forward is PrefixEncoder.forward and "transform" in encoder._modules
+
+
+# Examples
+
+
+def _llama(inputs: int, _: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=inputs,
+        intermediate_size=2 * inputs,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+_LLAMA = Base(
+    "causal language model",
+    _llama,
+    lambda _, tokens: torch.randint(0, 64, (1, tokens)),
+    whole=True,
+)
+
+
+def _p_tuning(kind: str) -> Callable[[int, int], PromptEncoderConfig]:
+    return lambda inputs, _: PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=20,
+        encoder_reparameterization_type=kind,
+        encoder_num_layers=1 if kind == "LSTM" else 2,
+        encoder_hidden_size=inputs,
+    )
+
+
+_EXAMPLES = (
+    Example("p-tuning, LSTM", _p_tuning("LSTM"), _LLAMA),
+    Example("p-tuning, MLP", _p_tuning("MLP"), _LLAMA, (torch.float32,)),
+    Example(
+        "prefix tuning, projected",
+        lambda inputs, _: PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=20,
+            prefix_projection=True,
+            encoder_hidden_size=inputs,
+        ),
+        _LLAMA,
+    ),
+)
+
+RECIPE = _Prompts()
