@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
 
 RECIPES = {
+    "BOFT": "dora_cache.recipes.boft",
     "DoRA": "dora_cache.recipes.dora",
     "FourierFT": "dora_cache.recipes.fourierft",
+    "HRA": "dora_cache.recipes.hra",
     "LoHa": "dora_cache.recipes.loha",
     "OFT": "dora_cache.recipes.oft",
 }
