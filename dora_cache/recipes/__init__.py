@@ -29,6 +29,7 @@ RECIPES = {
     "HRA": "dora_cache.recipes.hra",
     "LoHa": "dora_cache.recipes.loha",
     "OFT": "dora_cache.recipes.oft",
+    "PSOFT": "dora_cache.recipes.psoft",
 }
 """Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
 

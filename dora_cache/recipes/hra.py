@@ -145,7 +145,7 @@ def _fast_linear(layer: Any, x: Tensor) -> Tensor | None:
         inputs = inputs.to(right.dtype)
         inputs = inputs + linear(linear(inputs, right), left)
     base = layer.base_layer
-    return linear(inputs.to(x.dtype), base.weight, base.bias)
+    return linear(inputs.to(x.dtype), base.weight, base.bias).to(x.dtype)
 
 
 def _is_narrow(layer: Any, dtype: torch.dtype, adapters: Sequence[str]) -> bool:
@@ -183,7 +183,6 @@ RECIPE = LayerRecipe(
     fast={HRALinear: [guard(_fast_linear, warm=_reflections)]},
     adapters="hra_u",
     relies_on={
-        "peft.tuners.hra.layer:HRALayer.get_delta_weight": "gone",
         "peft.tuners.hra.layer:HRALinear.get_delta_weight": "a11737a25704",
         "peft.tuners.hra.layer:HRAConv2d.get_delta_weight": "a11737a25704",
         "peft.tuners.hra.layer:HRALinear.forward": "48e6807a5b41",
