@@ -1,8 +1,8 @@
 """BOFT (https://arxiv.org/abs/2311.06243): each layer's rotation, by butterflies of blocks.
 
 PEFT makes of it a dense matrix of the inputs' size. Under ``numerics="fast"`` linear layers store
-its blocks instead, where it is block-diagonal: that is whenever there is one factor, as there always
-is without PEFT's CUDA extension. Convolutions store the rotated weight.
+its blocks instead, where it is block-diagonal: that is with one factor, which is all there is
+without PEFT's CUDA extension. Convolutions store the rotated weight.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _matrix(layer: Any, adapter: str, dtype: torch.dtype, device: torch.device) 
     if layer.fbd_cuda_available:
         diagonal = FastBlockDiag.apply(blocks)
     else:
-        diagonal = torch.block_diag(*torch.unbind(blocks.squeeze(0))).unsqueeze(0)
+        parts = torch.unbind(blocks.squeeze(0))
+        diagonal = torch.block_diag(*parts).unsqueeze(0)  # type: ignore[no-untyped-call]
     permutation = layer.boft_P.to(device, dtype)
     products = torch.bmm(diagonal.to(device, dtype), permutation.permute(0, 2, 1))
     products = torch.bmm(permutation, products)
@@ -120,8 +121,8 @@ def _weight_depends_on(
 @cached("BOFT weight", adapter="adapters", depends_on=_weight_depends_on)
 def _weight(layer: Any, dtype: torch.dtype, device: torch.device, *adapters: str) -> Tensor:
     """Derive a convolution's rotated and scaled weight, of the base weight's shape."""
-    base = base_layer(layer)
-    size = base.kernel_size[0]
+    base = layer.base_layer
+    size: int = base.kernel_size[0]
     flat = layer.in_features * size * size
     rotation = _product(layer, flat, dtype, device, adapters)
     weight = base.weight.data.view(layer.out_features, flat)

@@ -1,8 +1,8 @@
 """HRA (https://arxiv.org/abs/2405.17484): the base weight times a product of reflections.
 
-PEFT makes a dense weight of them. Under ``numerics="fast"`` linear layers reflect the input instead:
-a product of r reflections is ``I - U T U^T``, with the unit vectors as the columns of U and a
-triangular T (the compact WY form, https://doi.org/10.1137/0910005).
+PEFT makes a dense weight of them. Under ``numerics="fast"`` linear layers reflect the input
+instead: a product of r reflections is ``I - U T U^T``, with the unit vectors as the columns of U
+and a triangular T (the compact WY form, https://doi.org/10.1137/0910005).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _conv(layer: Any, x: Tensor) -> Tensor | None:
     return result.to(x.dtype)
 
 
-# numerics="fast"
+# numerics="fast": the reflections alone
 
 
 @cached("HRA reflections", adapter="adapter", depends_on=_vectors)
