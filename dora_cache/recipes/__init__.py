@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
 
 RECIPES = {
+    "BOFT": "dora_cache.recipes.boft",
     "C3A": "dora_cache.recipes.c3a",
     "DeLoRA": "dora_cache.recipes.delora",
     "DoRA": "dora_cache.recipes.dora",
@@ -30,6 +31,7 @@ RECIPES = {
     "FRoD": "dora_cache.recipes.frod",
     "GLoRA": "dora_cache.recipes.glora",
     "HiRA": "dora_cache.recipes.hira",
+    "HRA": "dora_cache.recipes.hra",
     "LoHa": "dora_cache.recipes.loha",
     "LoKr": "dora_cache.recipes.lokr",
     "LoRA on attention": "dora_cache.recipes.lora_attention",
@@ -40,6 +42,7 @@ RECIPES = {
     "PEANuT": "dora_cache.recipes.peanut",
     "Poly": "dora_cache.recipes.poly",
     "prompt encoders": "dora_cache.recipes.prompts",
+    "PSOFT": "dora_cache.recipes.psoft",
     "RandLoRA": "dora_cache.recipes.randlora",
     "SHiRA": "dora_cache.recipes.shira",
     "Super-Tuning": "dora_cache.recipes.supertuning",

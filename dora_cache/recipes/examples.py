@@ -60,6 +60,7 @@ class Example:
         layers: how many layers the model has, at most (the second maps back to the inputs).
         second: likewise the config of a second adapter, if it has to differ from the first's.
         prepare: called with the model, to finish what the config cannot say.
+        settle: likewise, when its weights have got the values that they start with.
         numerics: those between which the recipe makes a difference: ``BOTH`` if it has a form of
             its own for ``"fast"``.
     """
@@ -71,6 +72,7 @@ class Example:
     layers: int = 2
     second: Callable[[int, int], PeftConfig] | None = None
     prepare: Callable[[Any], object] = field(default=lambda _: None)
+    settle: Callable[[Any], object] = field(default=lambda _: None)
     numerics: tuple[str, ...] = ("peft",)
 
 
@@ -129,5 +131,6 @@ def make_model(
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape)
                 parameter.copy_((parameter * (1 + 0.1 * noise) + 0.05 * noise).to(parameter))
+            example.settle(model)
         x = example.base.sample(inputs, tokens)
     return model.eval(), x.to(dtype) if x.is_floating_point() else x

@@ -1,25 +1,143 @@
-"""OFT (https://arxiv.org/abs/2306.07280): the orthogonal blocks of each layer's rotation."""
+"""OFT (https://arxiv.org/abs/2306.07280): the orthogonal blocks of each layer's rotation.
+
+They are few numbers (block size times inputs), so ``numerics="fast"`` has no smaller form.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import OFTConfig
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
+from torch import Tensor
 
-from dora_cache.decorator import SLOT
-from dora_cache.recipes.examples import TARGETS, Example
-from dora_cache.recipes.peft_layers import follow_layer, follow_part, memoised
+from dora_cache.decorator import SLOT, cached
+from dora_cache.lifecycle import plain_class
+from dora_cache.recipes.blocks import rotate
+from dora_cache.recipes.examples import TARGETS, Example, conv2d, embedding
+from dora_cache.recipes.peft_layers import follow_layer, follow_part
+from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from dora_cache.cache import AdapterCache
 
 __all__ = ["RECIPE"]
+
+
+def _depends_on(rotation: Any) -> list[object]:
+    state = rotation.__dict__
+    buffers = state["_buffers"]
+    return [
+        state["_parameters"]["weight"],
+        buffers["rows"],
+        buffers["cols"],
+        state["block_size"],
+        state["use_cayley_neumann"],
+        state["num_cayley_neumann_terms"],
+        state["coft"],
+        state["eps"],
+    ]
+
+
+@cached("OFT rotation", depends_on=_depends_on)
+def _blocks(rotation: Any) -> Tensor | None:
+    """Derive the blocks of a rotation; shape (blocks, size, size), of the weight's dtype.
+
+    Constrained OFT projects its weight in place in every forward. That ends after a few of them,
+    when the weight is its own projection to the bit; until then there is nothing to keep.
+
+    Returns:
+        The blocks, one if they are shared; None for a weight that forward would change.
+    """
+    weight = rotation.weight
+    if rotation.coft:
+        with torch.no_grad():
+            if not torch.equal(rotation._project_batch(weight, eps=rotation.eps), weight):
+                return None
+    blocks: Tensor = rotation._cayley_batch(
+        weight,
+        rotation.block_size,
+        rotation.use_cayley_neumann,
+        rotation.num_cayley_neumann_terms,
+    )
+    return blocks
+
+
+def _forward(self: Any, x: Any) -> Any:
+    """Rotate an input as PEFT does, by stored blocks."""
+    if not torch.compiler.is_dynamo_compiling():
+        binding = self.__dict__.get(SLOT)
+        if binding is not None:
+            if (
+                self.training
+                or binding.cache.bypassing
+                or untraceable()
+                or (torch.is_grad_enabled() and self.weight.requires_grad)
+            ):
+                binding.cache.passed_by()
+            else:
+                result = _rotated(self, x)
+                if result is not None:
+                    return result
+    return plain_class(type(self)).forward(self, x)  # type: ignore[attr-defined]
+
+
+def _rotated(rotation: Any, x: Tensor) -> Tensor | None:
+    blocks = _blocks(rotation)
+    if blocks is None:
+        return None
+    size: int = rotation.block_size
+    count = rotation.in_features // size if rotation.block_share else rotation.r
+    parts, images = x.to(blocks.dtype), x.dim() == 4  # noqa: PLR2004 - of a convolution
+    if images:
+        parts = rotation._unfold(parts)
+    rotated = rotate(parts, blocks, count)
+    if rotated is None:
+        return None
+    if images:
+        rotated = rotation._fold(rotated, x.shape)
+    return rotated.to(x.dtype)
+
+
+def _warmers(rotation: Any, _: object) -> Iterator[tuple[str | None, Callable[[], object]]]:
+    yield rotation.__dict__[SLOT].adapter, partial(_blocks, rotation)
+
+
+def _is_known(rotation: Any) -> bool:
+    return plain_class(type(rotation)) is OFTRotationModule
+
+
+def _config(size: int, **more: Any) -> OFTConfig:
+    settings = {
+        "r": 0,
+        "oft_block_size": 32 if size % 32 == 0 else 4,
+        "init_weights": False,
+        "target_modules": TARGETS,
+    }
+    return OFTConfig(**(settings | more))
+
+
+# Rotating needs whole patches of the kernel's size.
+_images = replace(
+    conv2d, sample=lambda inputs, tokens: torch.randn(1, inputs, 4, max(3, tokens // 4))
+)
+
+
+def _settle(model: Any) -> None:
+    """Project constrained weights until they stay as they are, as forward does."""
+    for module in model.modules():
+        while isinstance(module, OFTRotationModule):
+            projected = module._project_batch(module.weight, eps=module.eps)
+            if torch.equal(projected, module.weight):
+                break
+            module.weight.data.copy_(projected)
 
 
 class _OFT:
@@ -27,17 +145,23 @@ class _OFT:
     relies_on = {  # noqa: RUF012
         "peft.tuners.oft.layer:OFTRotationModule.forward": "e020e4dfcabe",
         "peft.tuners.oft.layer:OFTRotationModule._cayley_batch": "90c6c9b8ab25",
+        "peft.tuners.oft.layer:OFTRotationModule._project_batch": "843c16135148",
+        "peft.tuners.oft.layer:OFTRotationModule._pytorch_skew_symmetric": "8d68b04ab51f",
+        "peft.tuners.oft.layer:OFTRotationModule._pytorch_skew_symmetric_inv": "fe74f04e1cfd",
+        "peft.tuners.oft.layer:OFTRotationModule._unfold": "5ceed5c73ce3",
+        "peft.tuners.oft.layer:OFTRotationModule._fold": "f315065c8187",
     }
     examples = (
+        Example("OFT", lambda inputs, _: _config(inputs)),
+        Example("OFT, solve", lambda inputs, _: _config(inputs, use_cayley_neumann=False)),
         Example(
-            "OFT",
-            lambda inputs, _: OFTConfig(
-                r=0,
-                oft_block_size=32 if inputs % 32 == 0 else 4,
-                init_weights=False,
-                target_modules=TARGETS,
-            ),
+            "OFT, coft",
+            lambda inputs, _: _config(inputs, coft=True, eps=0.05),
+            settle=_settle,
         ),
+        Example("OFT, block_share", lambda inputs, _: _config(inputs, block_share=True)),
+        Example("OFT, Embedding", lambda _, outputs: _config(outputs), embedding),
+        Example("OFT, Conv2d", lambda inputs, _: _config(inputs), _images),
     )
 
     def applies(self, layer: nn.Module) -> bool:
@@ -48,52 +172,17 @@ class _OFT:
             (adapter, rotation)
             for attribute in layer.adapter_layer_names
             for adapter, rotation in getattr(layer, attribute, {}).items()
-            # Constrained OFT writes its weight in every forward, so nothing derived from it lasts.
-            if isinstance(rotation, OFTRotationModule) and not rotation.coft
         ]
-        if not rotations:
+        known = [(adapter, rotation) for adapter, rotation in rotations if _is_known(rotation)]
+        if len(known) < len(rotations):
+            where = f"{plain_class(type(layer)).__module__}.{plain_class(type(layer)).__qualname__}"
+            cache.decline(self.name, where, "its rotations are not PEFT's OFTRotationModule")
+        if not known:
             return False
         binding = follow_layer(cache, layer, self)
-        for adapter, rotation in rotations:
-            follow_part(
-                cache, binding, rotation, adapter, {"_cayley_batch": _cayley_batch}, _warmers
-            )
+        for adapter, rotation in known:
+            follow_part(cache, binding, rotation, adapter, {"forward": _forward}, _warmers)
         return True
 
 
 RECIPE = _OFT()
-
-
-def _depends_on(rotation: Any, *_: object, **__: object) -> Iterator[object]:
-    yield rotation.rows
-    yield rotation.cols
-
-
-def _derive(
-    self: Any,
-    Q: Tensor,  # noqa: N803 - PEFT's name, by which it may be passed
-    block_size: int,
-    use_cayley_neumann: bool = True,  # noqa: FBT001, FBT002 - PEFT's signature
-    num_neumann_terms: int = 5,
-) -> Tensor:
-    blocks: Tensor = OFTRotationModule._cayley_batch(
-        self, Q, block_size, use_cayley_neumann, num_neumann_terms
-    )
-    return blocks
-
-
-_cayley_batch = memoised(_derive, "OFT rotation", depends_on=_depends_on)
-
-
-def _warmers(rotation: Any, _: object) -> Iterator[tuple[str | None, Callable[[], object]]]:
-    # Exactly as forward calls it, for the same key.
-    yield (
-        rotation.__dict__[SLOT].adapter,
-        partial(
-            rotation._cayley_batch,
-            rotation.weight,
-            rotation.block_size,
-            rotation.use_cayley_neumann,
-            rotation.num_cayley_neumann_terms,
-        ),
-    )
