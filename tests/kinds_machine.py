@@ -116,7 +116,9 @@ EXAMPLES = [
     if _fits(example)
 ]
 MIXABLE = [
-    example for example in EXAMPLES if example.config(SIZE, SIZE).peft_type in {"LORA", "LOHA", "LOKR", "OFT"}
+    example
+    for example in EXAMPLES
+    if example.config(SIZE, SIZE).peft_type in {"LORA", "LOHA", "LOKR", "OFT"}
 ]
 
 
@@ -238,7 +240,9 @@ class KindsMachine(RuleBasedStateMachine):
     @rule(assign=st.booleans())
     def to_double_and_back(self, assign):
         if assign:
-            self.both(lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True) and None)
+            self.both(
+                lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True) and None
+            )
         else:
             self.both(lambda m: m.double() and m.float() and None)
 

@@ -48,8 +48,9 @@ def test_a_method_that_peft_changes_declines_the_recipe(monkeypatch):
     monkeypatch.setattr(LoHaLayer, "factor", 2.0, raising=False)
     model, x = make_model(loha_example())
     expected = run(model, x)
-    with pytest.warns(dora_cache.CacheWarning, match="LoHa .*get_delta_weight"), pytest.raises(
-        dora_cache.NothingToCacheError
+    with (
+        pytest.warns(dora_cache.CacheWarning, match="LoHa .*get_delta_weight"),
+        pytest.raises(dora_cache.NothingToCacheError),
     ):
         dora_cache.attach(model)
     assert torch.equal(run(model, x), expected)
@@ -190,7 +191,7 @@ def test_a_registered_recipe_comes_before_the_built_in_one():
 @pytest.mark.usefixtures("registered")
 def test_what_is_no_recipe_is_refused():
     """The error says what a recipe is."""
-    with pytest.raises(dora_cache.ConfigError, match="it has no 'relies_on'.*LayerRecipe"):
+    with pytest.raises(dora_cache.ConfigError, match=r"it has no 'relies_on'.*LayerRecipe"):
         dora_cache.register_recipe(types.SimpleNamespace(name="mine"))
 
 
@@ -232,7 +233,9 @@ def test_a_built_in_recipe_that_cannot_be_imported_is_declined(monkeypatch):
 def test_every_kind_of_adapter_has_a_recipe_or_a_reason():
     """So that nobody wonders; by PEFT's own list of kinds."""
     covered = {
-        example.config(16, 24).peft_type for recipe in BY_NAME.values() for example in recipe.examples
+        example.config(16, 24).peft_type
+        for recipe in BY_NAME.values()
+        for example in recipe.examples
     }
     names = {kind.value for kind in PeftType}
     assert {kind.value for kind in covered} | set(NOTHING_TO_CACHE) >= names

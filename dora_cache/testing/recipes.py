@@ -550,7 +550,7 @@ _WAYS = {"in place": _in_place, ".data = new": _data, "another tensor": _anew}
 
 
 def _numbers(model: Any) -> list[tuple[str, str, Any]]:
-    """Name every number that a layer keeps for an adapter, in a dictionary by the adapter's name."""
+    """Name every number that a layer keeps in a dictionary by the adapter's name."""
     found = []
     for name, layer in _layers(model):
         for attribute, values in vars(layer).items():
@@ -605,7 +605,9 @@ def _gradients(model: Any, x: Tensor) -> dict[str, Tensor] | Exception:
     return found
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor | Exception, other: Tensor | Exception) -> bool:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
     return one.dtype is other.dtype and torch.equal(one, other)
 
 
