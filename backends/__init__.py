@@ -9,7 +9,7 @@ from dora_cache.backends.cpu import CPUBackend
 from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
 from dora_cache.backends.null import NullBackend
-from dora_cache.backends.protocol import Backend, Entry, Value
+from dora_cache.backends.protocol import Backend, Entry, Pinning, Resizable, Value
 from dora_cache.backends.registry import (
     ENTRY_POINT_GROUP,
     BackendInfo,
@@ -31,7 +31,9 @@ __all__ = [
     "LRUBackend",
     "Ledger",
     "NullBackend",
+    "Pinning",
     "Ready",
+    "Resizable",
     "Value",
     "available",
     "check_options",

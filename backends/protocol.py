@@ -12,7 +12,7 @@ from dora_cache.backends.storage import Ready, storage_bytes
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable
 
-__all__ = ["Backend", "Entry", "Value"]
+__all__ = ["Backend", "Entry", "Pinning", "Resizable", "Value"]
 
 Value = Tensor | tuple[Tensor, ...]
 """A derived value: one tensor or a tuple of tensors."""
@@ -105,3 +105,25 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Drop every entry and free what else the backend owns; called once, at the end."""
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """A backend whose cap can be changed while it is in use."""
+
+    def resize(self, max_bytes: int) -> None:
+        """Hold at most ``max_bytes`` from now on; what does not fit any more is evicted at once."""
+
+
+@runtime_checkable
+class Pinning(Protocol):
+    """A backend that can be told what to keep.
+
+    Pins are of keys, whether an entry is held under them or not, and survive the entry.
+    """
+
+    def pin(self, key: Hashable) -> None:
+        """Never evict the entry under ``key``; :meth:`Backend.put` evicts others to make room."""
+
+    def unpin(self, key: Hashable) -> None:
+        """Treat the entry under ``key`` as any other again; a key that is not pinned is fine."""
