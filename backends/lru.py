@@ -77,7 +77,11 @@ class LRUBackend:
     def put(self, key: Hashable, entry: Entry) -> bool:
         """Store ``entry`` as the most recently used, unless it is larger than the cap."""
         self.delete(key)
-        pinned = sum(self._entries._Cache__data[one].nbytes for one in self._entries.pinned if one in self._entries)
+        pinned = sum(
+            self._entries._Cache__data[one].nbytes
+            for one in self._entries.pinned
+            if one in self._entries
+        )
         if entry.nbytes + pinned > self._max_bytes:
             return False
         self._entries[key] = entry

@@ -20,6 +20,7 @@ from dora_cache.errors import (
     DetachedError,
     DoraCacheError,
     NothingToCacheError,
+    PinError,
     UnknownBackendError,
 )
 from dora_cache.stats import CacheStats
@@ -42,6 +43,7 @@ __all__ = [
     "DetachedError",
     "DoraCacheError",
     "NothingToCacheError",
+    "PinError",
     "UnknownBackendError",
     "__version__",
     "attach",
