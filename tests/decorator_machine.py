@@ -4,6 +4,7 @@ A weight holds the number of the last write to it, so every value says what it w
 A call must see every write that was over, and noticed, before the call began.
 """
 
+import contextlib
 import itertools
 import threading
 
@@ -114,6 +115,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.signed = {}  # by thread: how many events there had been when it signed
         self.deriving = {name: set() for name in NAMES}
         self.begun = {}  # by thread: the same, of the derivation it is in
+        self.capped = "max_bytes" in which
         self.cache = dora_cache.attach(self.owner, **which)
 
     def teardown(self):
@@ -276,6 +278,27 @@ class DecoratorMachine(RuleBasedStateMachine):
                     self.failed_in.discard(threading.get_ident())
                     return
                 assert set(found.tolist()) <= set(self.history[name][wanted:])
+
+        self.begin(run, far)
+
+    @rule(name=names, far=far)
+    def pins(self, name, far):
+        def run():
+            with contextlib.suppress(dora_cache.ConfigError):  # it does not fit
+                self.cache.pin(name)
+
+        self.begin(run, far)
+
+    @rule(name=names, far=far)
+    def unpins(self, name, far):
+        self.begin(lambda: self.cache.unpin(name), far)
+
+    @precondition(lambda self: self.capped)
+    @rule(size=st.sampled_from([0, BYTES - 1, BYTES, 2 * BYTES, 4 * BYTES]), far=far)
+    def resizes(self, size, far):
+        def run():
+            with contextlib.suppress(dora_cache.PinError):
+                self.cache.resize(size)
 
         self.begin(run, far)
 

@@ -192,6 +192,27 @@ class ModelMachine(RuleBasedStateMachine):
         with contextlib.suppress(ValueError):  # in training mode
             self.cache.warm()
 
+    @precondition(lambda self: self.cache)
+    @rule(name=some_name)
+    def pin(self, name):
+        # Not all backends can, not every adapter is there, and not all fit.
+        with contextlib.suppress(dora_cache.ConfigError, dora_cache.AdapterNotFoundError):
+            self.cache.pin(name)
+            assert name in self.cache.pins
+
+    @precondition(lambda self: self.cache and self.cache.pins)
+    @rule(name=some_name)
+    def unpin(self, name):
+        self.cache.unpin(name)
+        assert name not in self.cache.pins
+
+    @precondition(lambda self: self.cache and self.cache.stats().max_bytes)
+    @rule(size=st.sampled_from([0, 35, 80, 150, 300]))
+    def resize(self, size):
+        with contextlib.suppress(dora_cache.ConfigError):
+            self.cache.resize(size)
+            assert self.cache.stats().nbytes <= self.cache.stats().max_bytes == size
+
     @rule(which=st.sampled_from(SETTINGS))
     def reattach(self, which):
         if self.cache:
