@@ -183,6 +183,10 @@ class CacheConfig(BaseSettings):
         """Return the device whose memory ``max_bytes`` is of, for a model on ``device``."""
         return torch.device("cpu") if "max_bytes" in backends.host_sizes(self.backend) else device
 
+    def make_cap(self, memory: torch.device) -> int | None:
+        """Return ``max_bytes`` in bytes; a share is of what is free on a device now."""
+        return resolve_size(self.max_bytes, memory)
+
     def make_backend(
         self, device: torch.device, *, max_bytes: int | None = None
     ) -> backends.Backend:

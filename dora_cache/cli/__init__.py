@@ -9,6 +9,7 @@ from dora_cache.cli.bench import bench
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
+from dora_cache.cli.plan import plan
 
 __all__ = ["app", "main"]
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(bench)
+app.command()(plan)
 app.command()(generate)
 app.command()(freshness)
 app.command()(backends)
