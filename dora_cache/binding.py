@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from dora_cache.cache import AdapterCache
     from dora_cache.shortcut import Shortcut
 
-__all__ = ["ALL_ADAPTERS", "Binding", "Buffer", "Warmers", "next_token"]
+__all__ = ["ALL_ADAPTERS", "Adapters", "Binding", "Buffer", "Warmers", "concerns", "next_token"]
 
 ALL_ADAPTERS = None
 """In place of an adapter's name: every adapter, and values that belong to none."""
+
+Adapters = str | tuple[str, ...] | None
+"""Whose a value is: one adapter's, that of several together, or no adapter's."""
 
 _tokens = itertools.count(1)
 
@@ -27,6 +30,13 @@ _tokens = itertools.count(1)
 def next_token() -> int:
     """Return a number that no other binding or cache has."""
     return next(_tokens)
+
+
+def concerns(adapter: str | None, owners: Adapters) -> bool:
+    """Whether an event for ``adapter`` concerns a value that belongs to ``owners``."""
+    if adapter is ALL_ADAPTERS or adapter == owners:
+        return True
+    return type(owners) is tuple and adapter in owners
 
 
 Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]

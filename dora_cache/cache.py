@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
-from dora_cache.binding import ALL_ADAPTERS, Binding, next_token
+from dora_cache.binding import ALL_ADAPTERS, Binding, concerns, next_token
 from dora_cache.contents import Contents
 from dora_cache.decorator import SLOT
 from dora_cache.errors import (
@@ -28,7 +28,7 @@ from dora_cache.errors import (
     DetachedError,
 )
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
-from dora_cache.memory import Memory, concerns
+from dora_cache.memory import Memory
 from dora_cache.report import CacheReport, Declined, rows_of, seen_of
 from dora_cache.shortcut import Shortcut, make_shortcut
 from dora_cache.stamps import (
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 
     from dora_cache.backends import Backend, Value
-    from dora_cache.binding import Buffer
+    from dora_cache.binding import Adapters, Buffer
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
 
@@ -326,7 +326,7 @@ class AdapterCache:
         known, _, _ = self._jobs([adapter])
         with self._ours():
             usages = self._usages.items()
-            seen = any(concerns(usage.adapter, adapter) for _, usage in usages)
+            seen = any(concerns(adapter, usage.adapter) for _, usage in usages)
             if known and adapter not in known and not seen:
                 raise AdapterNotFoundError(_unknown(adapter, known))
             return self._memory.pin(adapter, usages, set(self._backend.keys()))
@@ -999,7 +999,7 @@ class AdapterCache:
             for buffer in self._memory.buffers_on(devices):
                 self._drop_buffer(buffer)
 
-    def _keep(self, key: Hashable, entry: Entry, adapter: str | None) -> bool:
+    def _keep(self, key: Hashable, entry: Entry, adapter: Adapters) -> bool:
         """Give an entry to the backend; once more after evicting others if memory runs out."""
         with suppress(torch.OutOfMemoryError):
             return self._memory.put(key, entry, adapter)
@@ -1041,7 +1041,7 @@ class AdapterCache:
         for key in [key for key in self._records if key not in held]:
             self._forget(key)
 
-    def _adapter_of(self, key: Hashable) -> str | None:
+    def _adapter_of(self, key: Hashable) -> Adapters:
         record = self._records.get(key)
         return None if record is None else record.adapter
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dora_cache.backends import Pinning, Resizable
 from dora_cache.backends.per_device import PerDeviceBackend
+from dora_cache.binding import concerns
 from dora_cache.config import parse_size, resolve_size
 from dora_cache.errors import ConfigError, PinError
 from dora_cache.units import format_bytes
@@ -16,16 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     from dora_cache.backends import Backend, Entry
-    from dora_cache.binding import Buffer
+    from dora_cache.binding import Adapters, Buffer
     from dora_cache.config import CacheConfig
     from dora_cache.usage import Usage
 
-__all__ = ["Memory", "Part", "concerns"]
-
-
-def concerns(adapter: Any, name: str) -> bool:
-    """Whether a value of ``adapter``, a name or several in a tuple, is one of adapter ``name``."""
-    return adapter == name or (isinstance(adapter, tuple) and name in adapter)
+__all__ = ["Memory", "Part"]
 
 
 class Part:
@@ -213,7 +209,7 @@ class Memory:
 
     # Entries
 
-    def put(self, key: Hashable, entry: Entry, adapter: str | None) -> bool:
+    def put(self, key: Hashable, entry: Entry, adapter: Adapters) -> bool:
         """Store an entry under the cap of its device; say whether it was kept."""
         part = self.part(entry.tensors[0].device)
         if isinstance(self.backend, PerDeviceBackend):
@@ -303,11 +299,13 @@ class Memory:
 
     # Pins
 
-    def pins_hold(self, adapter: Any) -> bool:
+    def pins_hold(self, adapter: Adapters) -> bool:
         """Whether values of an adapter are to be kept."""
-        return bool(self.pins) and any(concerns(adapter, name) for name in self.pins)
+        return bool(self.pins) and any(concerns(name, adapter) for name in self.pins)
 
-    def pin(self, adapter: str, usages: Iterable[tuple[Hashable, Usage]], held: Any) -> int:
+    def pin(
+        self, adapter: str, usages: Iterable[tuple[Hashable, Usage]], held: Container[Hashable]
+    ) -> int:
         """Pin an adapter, as ``AdapterCache.pin``.
 
         Args:
@@ -334,7 +332,7 @@ class Memory:
         self.pins.add(adapter)
         found = 0
         for key, usage in usages:
-            if key in held and concerns(usage.adapter, adapter):
+            if key in held and concerns(adapter, usage.adapter):
                 found += 1
                 part = self.part(usage.device)
                 if isinstance(part.backend, Pinning):
@@ -347,12 +345,12 @@ class Memory:
         needs: dict[Part, int] = {}
         if names:
             for usage in usages:
-                if usage.current and any(concerns(usage.adapter, name) for name in names):
+                if usage.current and any(concerns(name, usage.adapter) for name in names):
                     part = self.part(usage.device)
                     needs[part] = needs.get(part, 0) + usage.nbytes
         return needs
 
-    def unpin(self, adapter: str, adapter_of: Callable[[Hashable], Any]) -> None:
+    def unpin(self, adapter: str, adapter_of: Callable[[Hashable], Adapters]) -> None:
         """Take a pin away.
 
         Args:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from dora_cache.binding import Adapters
     from dora_cache.cache import AdapterCache
 
 __all__ = ["Plan", "PlannedRow", "PlannedValue", "plan", "with_adapters", "without_weights"]
@@ -44,12 +45,12 @@ class PlannedValue:
 
     Attributes:
         kind: name of what is derived, e.g. ``"DoRA scale"``.
-        adapter: the adapter's name; None for values that belong to none.
+        adapter: the adapter's name, or several; None for values that belong to none.
         nbytes: its size.
     """
 
     kind: str
-    adapter: str | None
+    adapter: Adapters
     nbytes: int
 
 
@@ -59,13 +60,13 @@ class PlannedRow:
 
     Attributes:
         kind: name of what is derived.
-        adapter: the adapter's name; None for values that belong to none.
+        adapter: the adapter's name, or several; None for values that belong to none.
         entries: how many values.
         nbytes: their bytes.
     """
 
     kind: str
-    adapter: str | None
+    adapter: Adapters
     entries: int
     nbytes: int
 
@@ -91,12 +92,12 @@ class Plan:
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that values are of, in the order they come."""
         names = dict.fromkeys(value.adapter for value in self.values)
-        return tuple(name for name in names if name is not None)
+        return tuple(name for name in names if isinstance(name, str))
 
     @property
     def rows(self) -> tuple[PlannedRow, ...]:
         """The values by kind and adapter."""
-        found: dict[tuple[str, str | None], list[int]] = {}
+        found: dict[tuple[str, Adapters], list[int]] = {}
         for value in self.values:
             found.setdefault((value.kind, value.adapter), []).append(value.nbytes)
         return tuple(
@@ -239,12 +240,7 @@ def with_adapters(model: nn.Module, adapters: Mapping[str, Any]) -> Any:
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = False  # others may compute with weights, or look for data
         if wrapped is None:
-            wrapped = get_peft_model(
-                model,  # type: ignore[arg-type]
-                config,
-                adapter_name=name,
-                low_cpu_mem_usage=True,
-            )
+            wrapped = get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=True)
         else:
             wrapped.add_adapter(name, config, low_cpu_mem_usage=True)
     return wrapped.eval()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
+    from dora_cache.binding import Adapters
     from dora_cache.stats import CacheStats
     from dora_cache.usage import Usage, Usages
 
@@ -75,7 +76,7 @@ class ReportRow:
 
     Attributes:
         kind: name of what is derived, e.g. ``"DoRA scale"``.
-        adapter: the adapter's name; None for values that belong to none.
+        adapter: the adapter's name, or several; None for values that belong to none.
         pinned: whether the adapter is pinned.
         entries: entries held now.
         nbytes: their bytes.
@@ -88,7 +89,7 @@ class ReportRow:
     """
 
     kind: str
-    adapter: str | None
+    adapter: Adapters
     pinned: bool
     entries: int
     nbytes: int
@@ -233,7 +234,7 @@ class CacheReport:
         for name in ("entries", "bytes", "hits", "misses", "hit rate", "time saved", "deriving"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
-            name = "" if row.adapter is None else str(row.adapter)
+            name = ", ".join(row.adapter) if isinstance(row.adapter, tuple) else row.adapter or ""
             lookups = row.hits + row.misses
             table.add_row(
                 row.kind,
@@ -272,7 +273,7 @@ class CacheReport:
 
 
 def rows_of(
-    usages: Usages, held: Container[Hashable], pinned: Iterable[str | None]
+    usages: Usages, held: Container[Hashable], pinned: Iterable[Adapters]
 ) -> tuple[ReportRow, ...]:
     """Sum up usages by kind and adapter.
 
@@ -281,8 +282,8 @@ def rows_of(
         held: keys of the entries held.
         pinned: of the adapters among them, those that are pinned.
     """
-    totals: defaultdict[tuple[str, str | None], Totals] = defaultdict(Totals)
-    entries: defaultdict[tuple[str, str | None], list[int]] = defaultdict(list)
+    totals: defaultdict[tuple[str, Adapters], Totals] = defaultdict(Totals)
+    entries: defaultdict[tuple[str, Adapters], list[int]] = defaultdict(list)
     for (_, kind, adapter), old in usages.retired():
         total = totals[kind, adapter]
         total.hits += old.hits

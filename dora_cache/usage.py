@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from dora_cache.binding import Adapters
     from dora_cache.decorator import Derivation
 
 __all__ = ["Totals", "Usage", "Usages"]
@@ -24,7 +25,7 @@ class Usage:
     Attributes:
         derivation: number of the derivation.
         kind: the derivation's name.
-        adapter: the adapter that the value belongs to.
+        adapter: the adapter, or several, that the value belongs to.
         short: counts hits without the lock; made of an iterator, whose next() is atomic.
         misses: lookups that derived.
         derived: derivations that came to a value.
@@ -48,7 +49,7 @@ class Usage:
         "short",
     )
 
-    def __init__(self, derivation: Derivation, adapter: str | None) -> None:
+    def __init__(self, derivation: Derivation, adapter: Adapters) -> None:
         self.derivation = derivation.number
         self.kind = derivation.name
         self.adapter = adapter
@@ -107,14 +108,14 @@ class Usages:
 
     def __init__(self) -> None:
         self._by_key: dict[Hashable, Usage] = {}
-        self._retired: defaultdict[tuple[int, str, str | None], Totals] = defaultdict(Totals)
+        self._retired: defaultdict[tuple[int, str, Adapters], Totals] = defaultdict(Totals)
         self._limit = _REMEMBERED
 
     def of(
         self,
         key: Hashable,
         derivation: Derivation,
-        adapter: str | None,
+        adapter: Adapters,
         held: Container[Hashable],
     ) -> Usage:
         """Return the usage of a key, a new one if need be; those of ``held`` keys are kept."""
@@ -137,7 +138,7 @@ class Usages:
         """Return the usages, oldest first."""
         return list(self._by_key.values())
 
-    def retired(self) -> list[tuple[tuple[int, str, str | None], Totals]]:
+    def retired(self) -> list[tuple[tuple[int, str, Adapters], Totals]]:
         """Return the sums of what is not remembered by key: (derivation, kind, adapter), sums."""
         return list(self._retired.items())
 

@@ -83,8 +83,9 @@ def plan(
         settings = given(max_bytes=least, numerics=numerics)
         config = CacheConfig(backend=backend or "lru", **settings)
         with spinner("planning"), quiet():
+            base, dtype = _config(model, shape, layers)
             configs = read_adapters(paths) if paths else _random(rank)
-            found = planning.plan(_model(model, shape, layers, configs), numerics=config.numerics)
+            found = planning.plan(_adapted(base, dtype, configs), numerics=config.numerics)
         cap = None
         if max_bytes is not None:
             cap = config.make_cap(config.memory(parse_device(device)))
@@ -106,10 +107,10 @@ def plan(
         shares = _SHARES if cap is None else ()
         caps = [cap] if cap is not None else [found.working_set * share // 100 for share in shares]
         console.print(_rates(found, policies, caps, shares, tokens, pin or ()))
+        turns = f", and all in turn with {tokens} forwards each" if len(found.adapters) > 1 else ""
         console.print(
-            f"Expected hits per lookup once traffic has settled: one adapter alone, and all in "
-            f"turn with {tokens} forwards each. Costs are not known before a run; budget is "
-            "simulated with the same cost per byte for all values.",
+            f"Expected hits per lookup once traffic has settled: one adapter alone{turns}. Costs "
+            "are not known before a run: budget is simulated with the same for every byte.",
             markup=False,
         )
 
@@ -132,21 +133,22 @@ def _check(model: Path | None, shape: str | None, layers: int | None, *, adapter
         raise CliError("no adapter given: write --adapter name=PATH")
 
 
-def _model(
-    model: Path | None, shape: str | None, layers: int | None, configs: dict[str, Any]
-) -> Any:
-    dtype = None
+def _config(
+    model: Path | None, shape: str | None, layers: int | None
+) -> tuple[Any, torch.dtype | None]:
+    """Return the model's configuration, and the dtype of its weights where that does not say."""
     if model is not None:
-        config = read_model(model)
-    else:
-        dtype = torch.bfloat16
-        try:
-            config = shape_config(shape or "", layers=layers)
-        except ValueError as error:
-            raise CliError(f"--layers {layers}: {error}") from None
+        return read_model(model), None
+    try:
+        return shape_config(shape or "", layers=layers), torch.bfloat16
+    except ValueError as error:
+        raise CliError(f"--layers {layers}: {error}") from None
+
+
+def _adapted(config: Any, dtype: torch.dtype | None, adapters: dict[str, Any]) -> Any:
     base = planning.without_weights(config, dtype=dtype)
     try:
-        return planning.with_adapters(base, configs)
+        return planning.with_adapters(base, adapters)
     except Exception as error:  # noqa: BLE001 - PEFT has many ways to refuse an adapter
         text = " ".join(str(error).split()) or type(error).__name__
         msg = f"the adapters do not fit this model, give some that were trained on it: {text}"
@@ -165,7 +167,9 @@ def _random(rank: int) -> dict[str, Any]:
 def _show(console: Console, found: planning.Plan) -> None:
     table = _table(("kind", "adapter"), ("values", "bytes"))
     for row in found.rows:
-        table.add_row(row.kind, row.adapter or "", f"{row.entries:,}", format_bytes(row.nbytes))
+        table.add_row(
+            row.kind, str(row.adapter or ""), f"{row.entries:,}", format_bytes(row.nbytes)
+        )
     table.add_section()
     table.add_row("working set", "", f"{len(found.values):,}", format_bytes(found.working_set))
     console.print(table)
