@@ -108,18 +108,6 @@ class CPUBackend:
         if self._device is not None:
             self._device.clear()
 
-    def resize(self, max_bytes: int) -> None:
-        """Hold at most ``max_bytes`` on the host from now on."""
-        self._host.resize(max_bytes)
-
-    def pin(self, key: Hashable) -> None:
-        """Never evict the entry under ``key``."""
-        self._host.pin(key)
-
-    def unpin(self, key: Hashable) -> None:
-        """Treat the entry under ``key`` as any other again."""
-        self._host.unpin(key)
-
     def keys(self) -> Collection[Hashable]:
         """Return the keys held now."""
         return self._host.keys()

@@ -23,17 +23,6 @@ class _Entries(LRUCache[Any, Any]):
     def __init__(self, max_bytes: int, removed: Callable[[Hashable, Entry], None]) -> None:
         super().__init__(maxsize=max_bytes, getsizeof=lambda entry: entry.nbytes)
         self._removed = removed
-        self.pinned: set[Hashable] = set()
-
-    def popitem(self) -> tuple[Any, Any]:
-        order = self._LRUCache__order  # type: ignore[attr-defined]
-        key = next((key for key in order if key not in self.pinned), None)
-        return super().popitem() if key is None else (key, self.pop(key))
-
-    def resize(self, max_bytes: int) -> None:
-        self._Cache__maxsize = max_bytes
-        while self.currsize > max_bytes:
-            self.popitem()
 
     def __delitem__(self, key: Hashable) -> None:
         entry = Cache.__getitem__(self, key)
@@ -77,12 +66,7 @@ class LRUBackend:
     def put(self, key: Hashable, entry: Entry) -> bool:
         """Store ``entry`` as the most recently used, unless it is larger than the cap."""
         self.delete(key)
-        pinned = sum(
-            self._entries._Cache__data[one].nbytes
-            for one in self._entries.pinned
-            if one in self._entries
-        )
-        if entry.nbytes + pinned > self._max_bytes:
+        if entry.nbytes > self._max_bytes:
             return False
         self._entries[key] = entry
         self._ledger.add(entry.tensors)
@@ -111,19 +95,6 @@ class LRUBackend:
     def close(self) -> None:
         """Drop every entry."""
         self.clear()
-
-    def resize(self, max_bytes: int) -> None:
-        """Hold at most ``max_bytes`` from now on."""
-        self._max_bytes = max_bytes
-        self._entries.resize(max_bytes)
-
-    def pin(self, key: Hashable) -> None:
-        """Never evict the entry under ``key``."""
-        self._entries.pinned.add(key)
-
-    def unpin(self, key: Hashable) -> None:
-        """Treat the entry under ``key`` as any other again."""
-        self._entries.pinned.discard(key)
 
     def removed(self, key: Hashable, entry: Entry) -> None:  # noqa: ARG002
         """Take note that an entry has left, for whatever reason; subclasses may do more."""
