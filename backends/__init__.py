@@ -5,6 +5,7 @@ its row to the table in ``registry.py``; from another package, use :func:`regist
 point.
 """
 
+from dora_cache.backends.budget import BudgetBackend
 from dora_cache.backends.cpu import CPUBackend
 from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
@@ -25,6 +26,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "Backend",
     "BackendInfo",
+    "BudgetBackend",
     "CPUBackend",
     "DictBackend",
     "Entry",

@@ -109,21 +109,32 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Resizable(Protocol):
-    """A backend whose cap can be changed while it is in use."""
+    """A backend whose cap can be changed while it holds entries; not every backend is one."""
 
     def resize(self, max_bytes: int) -> None:
-        """Hold at most ``max_bytes`` from now on; what does not fit any more is evicted at once."""
+        """Change the cap that the setting ``max_bytes`` gave, and evict at once what is above it.
+
+        The same holds afterwards as if the backend had been made with this cap.
+
+        Raises:
+            ConfigError: the cap is negative; nothing has changed.
+        """
 
 
 @runtime_checkable
 class Pinning(Protocol):
-    """A backend that can be told what to keep.
+    """A backend that can be told to keep what is under some keys; not every backend is one.
 
-    Pins are of keys, whether an entry is held under them or not, and survive the entry.
+    Pins are of keys. They last until :meth:`unpin` or ``close()``, whatever becomes of the entries
+    meanwhile.
     """
 
     def pin(self, key: Hashable) -> None:
-        """Never evict the entry under ``key``; :meth:`Backend.put` evicts others to make room."""
+        """Do not evict the entry under ``key``, be it held already or put later.
+
+        ``put`` for a pinned key evicts others, and is refused only if the entry does not fit beside
+        the other pinned ones. Only a cap that no longer holds all the pinned entries evicts any.
+        """
 
     def unpin(self, key: Hashable) -> None:
-        """Treat the entry under ``key`` as any other again; a key that is not pinned is fine."""
+        """Let the entry under ``key`` be evicted like others again, now the latest used."""

@@ -278,12 +278,14 @@ class Memory:
         for part in self._parts.values():
             cap = resolve_size(size, part.device)
             assert cap is not None  # noqa: S101 - for the type checker
-            if part.cap is None or not isinstance(part.backend, Resizable):
+            if not isinstance(part.backend, Resizable):
                 msg = (
                     f"backend {self._config.backend!r} has no cap that can be changed: attach with "
                     f'one that has, as backend="budget", max_bytes="{format_bytes(cap)}"'
                 )
                 raise ConfigError(msg)
+            if self.pins and not isinstance(part.backend, Pinning):
+                raise ConfigError(self._cannot_pin())
             if needs.get(part, 0) > cap:
                 raise PinError(_too_many(self.pins, needs[part], cap))
             wanted.append((part, cap))
@@ -321,11 +323,7 @@ class Memory:
             if limit is None:
                 continue  # then nothing is ever evicted
             if not isinstance(part.backend, Pinning):
-                msg = (
-                    f"backend {self._config.backend!r} cannot be told what to keep: attach with "
-                    'backend="budget" or "lru", which can'
-                )
-                raise ConfigError(msg)
+                raise ConfigError(self._cannot_pin())
             left = limit - part.reserved
             if needs.get(part, 0) > left:
                 raise PinError(_too_many(names, needs[part], left))
@@ -339,6 +337,12 @@ class Memory:
                     part.backend.pin(key)
                     part.pinned[key] = usage.nbytes
         return found
+
+    def _cannot_pin(self) -> str:
+        return (
+            f"backend {self._config.backend!r} cannot be told what to keep under a cap: attach "
+            'with backend="budget" or "lru", which can'
+        )
 
     def _needs(self, names: Collection[str], usages: Iterable[Usage]) -> dict[Part, int]:
         """Return how many bytes the values seen of some adapters take in each part."""

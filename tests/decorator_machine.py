@@ -26,6 +26,7 @@ SETTINGS = [
     {"backend": "paused-lru", "max_bytes": BYTES - 1},
     {"backend": "paused-lru", "max_bytes": BYTES},
     {"backend": "paused-lru", "max_bytes": 3 * BYTES},
+    {"backend": "paused-budget", "max_bytes": 2 * BYTES},
 ]
 names = st.sampled_from(["a", "a", "b"])
 far = st.sampled_from([100, 100, 100, 0, 1, 2, 3, 4, 5, 8])  # how often a task goes on at once
@@ -87,6 +88,7 @@ def paused(kind):
 
 backends.register("paused-dict", paused(backends.DictBackend))
 backends.register("paused-lru", paused(backends.LRUBackend))
+backends.register("paused-budget", paused(backends.BudgetBackend))
 
 
 class DecoratorMachine(RuleBasedStateMachine):
@@ -329,11 +331,21 @@ class DecoratorMachine(RuleBasedStateMachine):
 
     def check_bytes(self):
         backend = self.cache._backend
-        entries = list(dict.values(getattr(backend._entries, "_Cache__data", backend._entries)))
+        entries = self.entries(backend)
         assert backend.max_bytes is None or self.held(entries) <= backend.max_bytes
         for entry in entries:
             assert not entry.value.requires_grad
             assert not entry.value.is_inference()
+
+    @staticmethod
+    def entries(backend):
+        """The entries in a backend, without a use of any."""
+        if isinstance(backend, backends.BudgetBackend):
+            return [known.entry for known in backend._held.values()]
+        parts = [backend._entries]
+        if isinstance(backend, backends.LRUBackend):
+            parts = [backend._entries._Cache__data, backend._pinned._Cache__data]
+        return [entry for part in parts for entry in part.values()]
 
     @staticmethod
     def held(entries):

@@ -19,6 +19,7 @@ SETTINGS = [
     {},
     {"backend": "lru", "max_bytes": 100},
     {"backend": "lru", "max_bytes": 40},
+    {"backend": "budget", "max_bytes": 100},
     {"backend": "cpu", "max_bytes": 150},
     {"backend": "cpu", "device_bytes": 60},
     {"backend": "null"},

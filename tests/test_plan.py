@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from zoo import quiet
 
 import dora_cache
-from dora_cache import backends, cached, planning
+from dora_cache import cached, planning
 from dora_cache.cli import app
 
-POLICIES = [name for name in ("lru", "budget") if name in backends.available()]
+POLICIES = ["lru", "budget"]
 SHARED = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TUNERS = {
     "DoRA": lambda: LoraConfig(r=4, use_dora=True, **SHARED),
@@ -155,7 +155,6 @@ def test_the_traffic_model_at_its_ends(folder):
     assert found.hit_rate("lru", 0, ["other"]) == 1.0
 
 
-@pytest.mark.skipif("budget" not in POLICIES, reason="there is no budget backend")
 def test_budget_keeps_its_share_of_a_cycle(folder):
     """Where a forward does not fit, budget hits about as often as the cap is large."""
     found = planned(folder, ["LoHa"])

@@ -102,8 +102,7 @@ def plan(
         if not takes_cap:
             console.print(f"{backend} has no cap.")
             return
-        known = backends.available()
-        policies = [backend] if backend else [name for name in _POLICIES if name in known]
+        policies = [backend] if backend else _POLICIES
         shares = _SHARES if cap is None else ()
         caps = [cap] if cap is not None else [found.working_set * share // 100 for share in shares]
         console.print(_rates(found, policies, caps, shares, tokens, pin or ()))
