@@ -6,11 +6,12 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
-from zoo import activate, dora_model, run, sample
+from zoo import activate, dora_model, loha_config, quiet, run, sample
 
 import dora_cache
 from dora_cache import attachment, backends, cached
 from dora_cache.backends.per_device import PerDeviceBackend
+from dora_cache.testing import BackendConformance
 
 SIZE = 16  # bytes of one value
 CAPPED = ["lru", "budget"]
@@ -498,6 +499,44 @@ def test_out_of_memory_while_taking_a_view_apart(monkeypatch):
         assert sums(cache).entries == 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_is_too_small():
+    """An unbounded cache fills the memory there is: right outputs, one warning, and it goes on."""
+    from peft import get_peft_model
+
+    names = [f"n{index}" for index in range(8)]
+    layers = [str(index) for index in range(4)]
+    with quiet():
+        model = nn.Sequential(*[nn.Linear(2048, 2048) for _ in layers])
+        model = get_peft_model(model, loha_config(targets=layers), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, loha_config(targets=layers))
+    model = model.cuda().eval()
+    x = torch.randn(4, 2048, device="cuda")
+    expected = {}
+    for name in names:
+        activate(model, name)
+        expected[name] = run(model, x)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    # Every value has 16 MiB, and deriving one takes a few times that; all together have 512 MiB.
+    room = torch.cuda.memory_reserved() + 160 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with dora_cache.attach(model) as cache:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for name in names * 2:
+                    activate(model, name)
+                    for _ in range(2):
+                        assert torch.equal(run(model, x), expected[name])
+            assert len([w for w in caught if w.category is dora_cache.CacheWarning]) == 1
+            assert sums(cache).evictions > 0
+            assert cache.stats().hits > 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 # A cap for each device
 
 
@@ -607,3 +646,21 @@ def test_a_key_moves_between_devices():
     assert router.delete("key")
     assert not router.delete("key")
     assert router.nbytes == 0
+
+
+class PerDeviceMachine(BackendConformance):
+    """All entries of the machine are on one device, whose backend decides."""
+
+    def make_backend(self):
+        caps = {"cpu": 4096, "meta": 100}
+        devices = [torch.device("meta"), torch.device("cpu")]
+        return PerDeviceBackend(lambda one: backends.LRUBackend(caps[one.type]), devices)
+
+
+class UnboundedPerDeviceMachine(BackendConformance):
+    def make_backend(self):
+        return PerDeviceBackend(lambda _: backends.DictBackend(), [torch.device("meta")])
+
+
+TestPerDevice = pytest.mark.machine(PerDeviceMachine.TestCase)
+TestUnboundedPerDevice = pytest.mark.machine(UnboundedPerDeviceMachine.TestCase)
