@@ -20,6 +20,7 @@ from dora_cache.errors import (
     DetachedError,
     DoraCacheError,
     NothingToCacheError,
+    PinError,
     UnknownBackendError,
 )
 from dora_cache.recipes import register_recipe
@@ -43,6 +44,7 @@ __all__ = [
     "DetachedError",
     "DoraCacheError",
     "NothingToCacheError",
+    "PinError",
     "UnknownBackendError",
     "__version__",
     "attach",

@@ -60,7 +60,7 @@ def attach(
             'CacheConfig.from_file("cache.toml"), or backend="lru", max_bytes="256MiB"'
         )
         raise ConfigError(msg)
-    cache = AdapterCache(config or CacheConfig(**settings), _device(target))
+    cache = AdapterCache(config or CacheConfig(**settings), _devices(target))
     try:
         if not _attach(cache, target):
             raise NothingToCacheError(_nothing(target))
@@ -135,12 +135,15 @@ def _derive(owner: object, derivation: Derivation, arguments: dict[str, Any]) ->
         raise AdapterNotFoundError(msg) from error
 
 
-def _device(target: object) -> torch.device:
-    """Return the device of the target's first parameter."""
-    if isinstance(target, nn.Module):
-        for parameter in target.parameters():
-            return parameter.device
-    return torch.device("cpu")
+def _devices(target: object) -> list[torch.device]:
+    """Return the devices of the target's weights, the first parameter's first.
+
+    Weights on no device at all (meta tensors) count if there are no others: they are offloaded.
+    """
+    if not isinstance(target, nn.Module):
+        return []
+    found = dict.fromkeys(tensor.device for tensor in (*target.parameters(), *target.buffers()))
+    return [device for device in found if device.type != "meta"] or list(found)
 
 
 def _nothing(target: object) -> str:

@@ -28,6 +28,8 @@ from dora_cache.errors import (
     DetachedError,
 )
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
+from dora_cache.memory import Memory
+from dora_cache.report import CacheReport, Declined, rows_of, seen_of
 from dora_cache.shortcut import Shortcut, make_shortcut
 from dora_cache.stamps import (
     Signature,
@@ -39,9 +41,10 @@ from dora_cache.stamps import (
     untraceable,
 )
 from dora_cache.stats import CacheStats
+from dora_cache.usage import Usage, Usages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 
     from dora_cache.backends import Backend, Value
     from dora_cache.binding import Adapters, Buffer
@@ -76,33 +79,8 @@ class _Record(NamedTuple):
     binding: weakref.ref[Binding]
     adapter: Adapters
     stamp: Stamp
+    usage: Usage
     shortcuts: list[Shortcut]
-
-
-class _Tally:
-    """Hits and misses of one derivation.
-
-    Attributes:
-        short: counts hits without the lock; made of an iterator, whose next() is atomic.
-    """
-
-    __slots__ = ("_long", "misses", "short")
-
-    def __init__(self) -> None:
-        self.short = itertools.count()
-        self._long = 0
-        self.misses = 0
-
-    @property
-    def hits(self) -> int:
-        return self._long + int(repr(self.short)[len("count(") : -1])
-
-    def add(self, *, hit: bool, count: int) -> None:
-        """Count one lookup, or take one back; the lock is held."""
-        if hit:
-            self._long += count
-        else:
-            self.misses += count
 
 
 class _Call(NamedTuple):
@@ -145,13 +123,15 @@ class AdapterCache:
 
     Args:
         config: the settings.
-        device: the device whose free memory a share like ``"10%"`` means.
+        devices: where the model is; each has a cap of its own, and its free memory is what a share
+            like ``"10%"`` means.
     """
 
-    def __init__(self, config: CacheConfig, device: torch.device | None = None) -> None:
+    def __init__(self, config: CacheConfig, devices: Sequence[torch.device] = ()) -> None:
         self.config = config
         self.token = next_token()
-        self._backend: Backend = config.make_backend(device or torch.device("cpu"))
+        self._memory = Memory(config, devices or [torch.device("cpu")], self._forget)
+        self._backend: Backend = self._memory.backend
         self._guards_content = config.guard == "content"
         # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.
         self._keeps_everything = getattr(self._backend, "keeps_everything", False) is True
@@ -164,11 +144,10 @@ class AdapterCache:
         self._flights: dict[Hashable, _Flight] = {}
         self._records: dict[Hashable, _Record] = {}
         self._by_storage: dict[int, set[Hashable]] = {}
-        self._reserved = 0  # bytes that buffers hold
         self._counts: Counter[str] = Counter()
-        self._lookups: dict[int, _Tally] = {}
-        self.declined: list[tuple[str, str, str]] = []
-        self._warned: set[tuple[str, type]] = set()
+        self._usages = Usages()
+        self._declined: dict[Declined, None] = {}
+        self._warned: set[Hashable] = set()
         self._warnings: deque[str] = deque()
         self._undo = ExitStack()
         self._closed = False
@@ -180,22 +159,24 @@ class AdapterCache:
         with self._locked():
             entries = self._try("len", lambda: len(self._backend), len(self._records))
             nbytes = self._try("nbytes", lambda: self._backend.nbytes, 0)
-            max_bytes = self._try("max_bytes", lambda: self._backend.max_bytes, None)
-            counts = self._counts
-            tallies = list(self._lookups.values())
+            max_bytes = self._try("max_bytes", lambda: self._memory.max_bytes, None)
+            counts = dict(self._counts)
+            usages = self._usages.values()
+            reserved = self._memory.reserved
             # A backend need not say when it evicts: what is stored and has not gone otherwise is
             # either there or evicted.
-            gone = counts["invalidations"] + counts["replacements"]
-            evictions = counts["stores"] - gone - entries
-            return CacheStats(
-                hits=sum(tally.hits for tally in tallies),
-                misses=sum(tally.misses for tally in tallies),
-                evictions=evictions,
-                entries=entries,
-                nbytes=nbytes + self._reserved,
-                max_bytes=max_bytes,
-                **counts,
-            )
+            gone = self._counts["invalidations"] + self._counts["replacements"]
+            evictions = self._counts["stores"] - gone - entries
+        hits, misses = self._usages.count(usages)
+        return CacheStats(
+            hits=hits,
+            misses=misses,
+            evictions=evictions,
+            entries=entries,
+            nbytes=nbytes + reserved,
+            max_bytes=max_bytes,
+            **counts,
+        )
 
     @_exclusive
     def invalidate(self, adapter: str | None = None, *, module: nn.Module | None = None) -> int:
@@ -269,6 +250,25 @@ class AdapterCache:
         if isinstance(adapters, str):
             adapters = [adapters]
         wanted = None if adapters is None else list(dict.fromkeys(adapters))
+        known, jobs, training = self._jobs(wanted)
+        missing = [name for name in wanted or () if name not in known]
+        if missing:
+            raise AdapterNotFoundError(_unknown(missing[0], known))
+        if training:
+            msg = "nothing is cached in training mode: call model.eval() before warm()"
+            raise ValueError(msg)
+        before = self.stats().misses
+        with torch.no_grad():
+            for job in jobs:
+                job()
+        return self.stats().misses - before
+
+    def _jobs(self, wanted: list[str] | None) -> tuple[set[str], list[Callable[[], object]], bool]:
+        """Return the adapters there are, what derives the wanted ones' values, and if any trains.
+
+        Args:
+            wanted: names of adapters; None for all.
+        """
         known: set[str] = set()
         jobs: list[Callable[[], object]] = []
         training = False
@@ -282,19 +282,94 @@ class AdapterCache:
                 if wanted is None or adapter is None or adapter in wanted:
                     jobs.append(job)
                     training = training or getattr(owner, "training", False)
-        missing = [name for name in wanted or () if name not in known]
-        if missing:
-            names = ", ".join(map(repr, sorted(known))) or "none"
-            msg = f"no cached layer has an adapter {missing[0]!r}; adapters are: {names}"
-            raise AdapterNotFoundError(msg)
-        if training:
-            msg = "nothing is cached in training mode: call model.eval() before warm()"
-            raise ValueError(msg)
-        before = self.stats().misses
-        with torch.no_grad():
-            for job in jobs:
-                job()
-        return self.stats().misses - before
+        return known, jobs, training
+
+    def resize(self, max_bytes: int | str) -> None:
+        """Change the cap; what does not fit any more is evicted at once.
+
+        What compiled code reads counts towards the cap. It is dropped where even that does not
+        fit, and the code is then compiled again at its next use and derives the values itself.
+
+        Args:
+            max_bytes: bytes like 268435456, or ``"256MiB"``, ``"1.5GB"``, ``"10%"`` (of the memory
+                that is free now). Each device of a model that spans several gets such a cap.
+
+        Raises:
+            ConfigError: not a size, or the backend has no cap that can be changed.
+            PinError: the pinned adapters' values seen so far take more; nothing is changed.
+            DetachedError: the cache is detached.
+        """
+        with self._ours():
+            buffers = [pair for one in self._bindings.values() for pair in one.buffers.items()]
+            self._memory.resize(max_bytes, buffers, self._drop_buffer, self._usages.values())
+            self._sweep()
+
+    def pin(self, adapter: str) -> int:
+        """Keep an adapter's values: they are not evicted, and new ones find room.
+
+        Those held are pinned now, those derived later as they come. Events still drop what no
+        longer holds; the pin stays, for what is derived after that. A value that does not fit
+        beside what else is pinned is derived at every use, as any that does not fit.
+
+        Args:
+            adapter: its name.
+
+        Returns:
+            How many entries are held and pinned; :meth:`warm` derives those that are missing.
+
+        Raises:
+            AdapterNotFoundError: no cached layer has such an adapter.
+            ConfigError: the backend cannot pin.
+            PinError: the pinned adapters' values seen so far, held or not, take more than the cap.
+            DetachedError: the cache is detached.
+        """
+        known, _, _ = self._jobs([adapter])
+        with self._ours():
+            usages = self._usages.items()
+            seen = any(concerns(adapter, usage.adapter) for _, usage in usages)
+            if known and adapter not in known and not seen:
+                raise AdapterNotFoundError(_unknown(adapter, known))
+            return self._memory.pin(adapter, usages, set(self._backend.keys()))
+
+    def unpin(self, adapter: str) -> None:
+        """Let an adapter's entries be evicted again; one that is not pinned is fine.
+
+        Raises:
+            DetachedError: the cache is detached.
+        """
+        with self._ours():
+            self._memory.unpin(adapter, self._adapter_of)
+
+    @property
+    def pins(self) -> tuple[str, ...]:
+        """Names of the pinned adapters, sorted."""
+        return tuple(sorted(self._memory.pins))
+
+    def report(self) -> CacheReport:
+        """Say what is held, by kind and adapter, and what it has saved."""
+        stats = self.stats()
+        with self._locked():
+            held = set(self._try("keys", self._backend.keys, ())) & self._records.keys()
+            adapters = {usage.adapter for usage in self._usages.values()}
+            pinned = [adapter for adapter in adapters if self._memory.pins_hold(adapter)]
+            seen = seen_of(self._usages.values())
+            caps = self._try("nbytes", self._memory.caps, ())
+            return CacheReport(
+                backend=self.config.backend,
+                rows=rows_of(self._usages, held, pinned),
+                stats=stats,
+                working_set=sum(one.nbytes for one in seen),
+                buffers=self._memory.reserved,
+                caps=caps,
+                pins=self.pins,
+                declined=tuple(self._declined),
+                seen=seen,
+            )
+
+    @property
+    def declined(self) -> list[Declined]:
+        """What could have been cached and is not: kind, adapter or None, where, and why."""
+        return list(self._declined)
 
     def detach(self) -> None:
         """Free every entry and give the model back as it was; a second call does nothing."""
@@ -373,6 +448,20 @@ class AdapterCache:
     def on_detach(self, undo: Callable[[], object]) -> None:
         """Call ``undo`` on detach, last added first."""
         self._undo.callback(undo)
+
+    def decline(self, kind: str, where: str, reason: str, *, adapter: str | None = None) -> None:
+        """Note that something is not cached, and warn, once per kind and reason.
+
+        Args:
+            kind: the adapter kind, e.g. ``"OFT"``.
+            where: the layer's name, or what else says where.
+            reason: why not, as it goes on after a colon.
+            adapter: the adapter's name, where it is one adapter's matter.
+        """
+        with self._locked():
+            self._declined.setdefault(Declined(kind, adapter, where, reason))
+            text = f"{kind} is not cached everywhere, as in {where}: {reason}"
+            self._warn_once((kind, reason), text)
 
     @_exclusive
     def event(self, binding: Binding, adapter: str | None = ALL_ADAPTERS) -> int:
@@ -453,19 +542,21 @@ class AdapterCache:
         found = [binding.buffers.get(adapter) for binding in bindings]
         return [buffer for buffer in found if buffer is not None]
 
-    def reserve(self, buffer: Buffer, nbytes: int) -> bool:
-        """Set bytes of the cap aside for a buffer; entries make room, other buffers do not.
+    def reserve(self, buffer: Buffer, nbytes: int, device: torch.device) -> bool:
+        """Set bytes of a device's cap aside for a buffer.
+
+        Entries that are not pinned make room, other buffers do not.
 
         Returns:
             Whether there is room; if not, the buffer holds nothing any more.
         """
         with self._locked():
-            self._reserved -= buffer.nbytes
+            self._try("resize", lambda: self._memory.release(buffer), None)
             buffer.nbytes = 0
-            if self._closed or not self._try("max_bytes", lambda: self._room(nbytes), False):  # noqa: FBT003
+            reserve = partial(self._memory.reserve, buffer, nbytes, device)
+            if self._closed or not self._try("max_bytes", reserve, False):  # noqa: FBT003
                 self._drop_buffer(buffer)
                 return False
-            self._reserved += nbytes
             buffer.nbytes = nbytes
             return True
 
@@ -522,14 +613,14 @@ class AdapterCache:
     def counts(self, derivation: Derivation) -> tuple[int, int, int]:
         """Return hits, misses and entries of one derivation."""
         with self._locked():
-            tally = self._lookups.get(derivation.number, _Tally())
+            hits, misses = self._usages.count(derivation=derivation.number)
             held = set(self._try("keys", self._backend.keys, ()))
             entries = sum(
                 key in held
                 for key, record in self._records.items()
                 if record.derivation is derivation
             )
-            return tally.hits, tally.misses, entries
+            return hits, misses, entries
 
     @_exclusive
     def invalidate_derivation(self, derivation: Derivation) -> int:
@@ -578,6 +669,7 @@ class AdapterCache:
         while True:
             flight, join = None, False
             with self._lock:
+                usage = self._usages.of(call.key, derivation, call.adapter, self._records)
                 entry = self._valid(call, binding)
                 if entry is not None:
                     if spelled is not None:
@@ -587,7 +679,7 @@ class AdapterCache:
                     join = flight is not None and self._joinable(flight, call, binding)
                     if not join:
                         flight = self._take_off(derivation, call)
-                self._tally(derivation, hit=entry is not None or join)
+                usage.add(hit=entry is not None or join)
             if self._later or self._warnings:
                 self._catch_up()
             if flight is not None:
@@ -602,7 +694,7 @@ class AdapterCache:
                     entry.ready.join(entry.tensors)
                 return entry.value
             with self._lock:  # the one waited for came to nothing: this was no lookup yet
-                self._tally(derivation, hit=True, count=-1)
+                usage.add(hit=True, count=-1)
 
     def _recall(
         self, shortcut: Shortcut, derivation: Derivation, binding: Binding, args: tuple[Any, ...]
@@ -665,7 +757,7 @@ class AdapterCache:
         shortcut.spelled, shortcut.key, shortcut.stamp = spelled, call.key, record.stamp
         shortcut.entry = entry if self._keeps_everything else None
         shortcut.ready = entry.ready
-        shortcut.count = self._tally_of(derivation).short.__next__
+        shortcut.count = record.usage.short.__next__
         old = binding.shortcuts.get(spelled)
         if old is not None:
             old.clear()
@@ -677,20 +769,6 @@ class AdapterCache:
     def bypassing(self) -> bool:
         """Whether this thread is within :meth:`bypass`."""
         return self.token in _bypassed.get()
-
-    def decline(self, kind: str, where: str, reason: str) -> None:
-        """Take note, and warn once, of what looks cacheable and is left to PEFT.
-
-        Args:
-            kind: the kind of adapter.
-            where: the class of its layers.
-            reason: why, for people.
-        """
-        row = (kind, where, reason)
-        with self._locked():
-            if row not in self.declined:
-                self.declined.append(row)
-                self._warnings.append(f"{kind} ({where}) is not cached: {reason}")
 
     def passed_by(self) -> None:
         """Count a call that went past the cache without asking it."""
@@ -770,8 +848,8 @@ class AdapterCache:
             return None
         if entry is None:
             return None
-        if self._reserved:  # the backend may have made a copy of it on the device
-            self._try("get", lambda: self._room(0), None)
+        if self._memory.reserved:  # the backend may have made a copy of it on the device
+            self._try("get", self._memory.settle, None)
         stamp = entry.stamp
         record = self._records.get(call.key)
         if (
@@ -820,14 +898,8 @@ class AdapterCache:
         """Derive a value, store it if it still holds, and hand it to those who wait."""
         entry = None
         try:
-            began = time.perf_counter()
-            with torch.inference_mode(mode=False), torch.no_grad():
-                value = derivation.function(*args, **kwargs)
-                cost = time.perf_counter() - began
-                kept = _storable(value, flight.stamp)
-            if kept is not None:
-                tensors = kept if isinstance(kept, tuple) else (kept,)
-                entry = flight.entry = Entry(kept, flight.stamp, cost, Ready.now(tensors))
+            value, entry = self._derive(flight, partial(derivation.function, *args, **kwargs), call)
+            flight.entry = entry
         except Exception as error:  # not an interrupt: that is this thread's own
             flight.error = error
             raise
@@ -859,11 +931,96 @@ class AdapterCache:
             buffer.fill()
         return value
 
+    def _derive(
+        self, flight: _Flight, function: Callable[[], Any], call: _Call
+    ) -> tuple[Any, Entry | None]:
+        """Derive a value, and make an entry of it if it can be stored.
+
+        If the device's memory does not suffice, all goes that may be evicted there, and the value
+        is derived once more. Then everything there goes, what is pinned and what compiled code
+        reads included, and the value is derived as if there were no cache, and not stored. If
+        memory does not suffice for that, nor would it without a cache.
+        """
+        # No attempt is made in an exception's handler: the exception holds what it came from, and
+        # with it the memory of the failed attempt.
+        for everything in (False, True):
+            with suppress(torch.OutOfMemoryError):
+                value, cost = self._timed(function)
+                break
+            self._relieve(call.dependencies, everything=everything)
+        else:
+            return self._timed(function)[0], None
+        for last in (False, True):
+            with suppress(torch.OutOfMemoryError), torch.inference_mode(mode=False):
+                kept = _storable(value, flight.stamp)
+                break
+            if last:
+                return value, None
+            self._relieve(call.dependencies)
+        if kept is None:
+            return value, None
+        tensors = kept if isinstance(kept, tuple) else (kept,)
+        entry = Entry(kept, flight.stamp, cost, Ready.now(tensors))
+        with self._locked():
+            usage = self._usages.get(call.key)
+            if usage is not None:
+                usage.derived += 1
+                usage.seconds += cost
+        return value, entry
+
+    @staticmethod
+    def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
+        """Derive a value, and say how many seconds that took."""
+        began = time.perf_counter()
+        with torch.inference_mode(mode=False), torch.no_grad():
+            value = function()
+        return value, time.perf_counter() - began
+
+    def _relieve(self, dependencies: Iterable[object], *, everything: bool = False) -> None:
+        """Free memory on the devices that a value is derived on.
+
+        Args:
+            dependencies: what it is derived from.
+            everything: also what is pinned, and what compiled code reads.
+        """
+        devices = {tensor.device for tensor in tensors_in(dependencies)}
+        with self._locked():
+            names = ", ".join(sorted(map(str, devices))) or "the device"
+            text = (
+                f"deriving a value ran out of memory on {names}: entries were evicted to make room "
+                "for it, and values are derived again; a smaller cap leaves more room"
+            )
+            self._warn_once("out of memory", text)
+            self._evict(devices, everything=everything)
+
     # Storing and forgetting; the lock is held
+
+    def _evict(self, devices: Container[torch.device], *, everything: bool = False) -> None:
+        """Evict the entries on some devices; with ``everything``, pinned ones and buffers too."""
+        for key, record in list(self._records.items()):
+            if record.usage.device in devices and (everything or not self._memory.is_pinned(key)):
+                self._forget(key)
+                self._try("delete", partial(self._backend.delete, key), False)  # noqa: FBT003
+        if everything:
+            for buffer in self._memory.buffers_on(devices):
+                self._drop_buffer(buffer)
+
+    def _keep(self, key: Hashable, entry: Entry, adapter: Adapters) -> bool:
+        """Give an entry to the backend; once more after evicting others if memory runs out."""
+        with suppress(torch.OutOfMemoryError):
+            return self._memory.put(key, entry, adapter)
+        self._try("delete", lambda: self._backend.delete(key), None)
+        self._evict({tensor.device for tensor in entry.tensors})
+        kept = self._memory.put(key, entry, adapter)
+        text = "storing a value ran out of memory: entries were evicted to make room for it"
+        self._warn_once("out of memory", text)
+        return kept
 
     def _store(self, call: _Call, entry: Entry, derivation: Derivation, binding: Binding) -> None:
         self._discard(call.key, why="replacements")
-        kept = self._try("put", lambda: self._put(call.key, entry), None)
+        usage = self._usages.of(call.key, derivation, call.adapter, self._records)
+        usage.nbytes, usage.device, usage.current = entry.nbytes, entry.tensors[0].device, True
+        kept = self._try("put", lambda: self._keep(call.key, entry, call.adapter), None)
         if kept is None:  # the backend failed and may hold it or not
             self._try("delete", lambda: self._backend.delete(call.key), None)
             return
@@ -873,41 +1030,26 @@ class AdapterCache:
         self._counts["stores"] += 1
         stamp = entry.stamp
         assert isinstance(stamp, Stamp)  # noqa: S101 - for the type checker
-        record = _Record(derivation, weakref.ref(binding), call.adapter, stamp, [])
+        record = _Record(derivation, weakref.ref(binding), call.adapter, stamp, usage, [])
         self._records[call.key] = record
         binding.keys.add(call.key)
         for storage in stamp.storages:
             self._by_storage.setdefault(storage, set()).add(call.key)
         if len(self._records) > 2 * self._try("len", lambda: len(self._backend), 0) + 64:
-            held = set(self._try("keys", self._backend.keys, ()))
-            for key in [key for key in self._records if key not in held]:
-                self._forget(key)
+            self._sweep()
         if self._counts["stores"] % (len(self._records) + 64) == 0:
             for key in [key for key, kept in self._records.items() if kept.stamp.expired]:
                 self._discard(key)
 
-    def _put(self, key: Hashable, entry: Entry) -> bool:
-        """Put an entry into what buffers leave of the cap."""
-        if not self._reserved:
-            return self._backend.put(key, entry)
-        return self._room(entry.nbytes) and self._backend.put(key, entry) and self._room(0)
+    def _sweep(self) -> None:
+        """Forget what the backend has evicted."""
+        held = set(self._try("keys", self._backend.keys, ()))
+        for key in [key for key in self._records if key not in held]:
+            self._forget(key)
 
-    def _room(self, nbytes: int) -> bool:
-        """Evict entries until there is room for some bytes beside them and the buffers.
-
-        The backend does not know of the buffers, and would fill the cap by itself.
-        """
-        limit, backend = self._backend.max_bytes, self._backend
-        if limit is None:
-            return True
-        most = limit - self._reserved - nbytes
-        if most >= 0 and backend.nbytes > most:
-            for key in list(backend.keys()):
-                self._forget(key)
-                backend.delete(key)
-                if backend.nbytes <= most:
-                    break
-        return most >= 0
+    def _adapter_of(self, key: Hashable) -> Adapters:
+        record = self._records.get(key)
+        return None if record is None else record.adapter
 
     def _drop_buffers(self, binding: Binding) -> None:
         while binding.buffers:
@@ -915,7 +1057,7 @@ class AdapterCache:
 
     def _drop_buffer(self, buffer: Buffer | None) -> None:
         if buffer is not None:
-            self._reserved -= buffer.nbytes  # drop() sets it to zero
+            self._try("resize", lambda: self._memory.release(buffer), None)
             buffer.drop()
 
     def _refill_later(self, bindings: Iterable[Binding]) -> None:
@@ -927,6 +1069,10 @@ class AdapterCache:
     def _discard(self, key: Hashable, why: str = "invalidations") -> int:
         """Drop an entry and count it; return 1 if there was one."""
         self._forget(key)
+        if why == "invalidations":
+            usage = self._usages.get(key)
+            if usage is not None:
+                usage.current = False
         deleted = self._try("delete", lambda: self._backend.delete(key), False)  # noqa: FBT003
         self._counts[why] += bool(deleted)
         return int(bool(deleted))
@@ -935,6 +1081,7 @@ class AdapterCache:
         record = self._records.pop(key, None)
         if record is None:
             return
+        self._try("unpin", lambda: self._memory.forgotten(key), None)
         binding = record.binding()
         for shortcut in record.shortcuts:
             shortcut.clear()
@@ -975,6 +1122,21 @@ class AdapterCache:
         return binding
 
     @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Hold the lock of an open cache, for what may raise.
+
+        Raises:
+            DetachedError: the cache is detached.
+            RuntimeError: the caller runs inside the cache, as a ``__del__`` may.
+        """
+        if self._lock._is_owned():
+            msg = "called from within the cache: call it from outside, not in a backend or __del__"
+            raise RuntimeError(msg)
+        with self._locked():
+            self._check_open()
+            yield
+
+    @contextmanager
     def _locked(self) -> Iterator[None]:
         self._lock.acquire()
         try:
@@ -1000,15 +1162,6 @@ class AdapterCache:
             with suppress(IndexError, CacheWarning):
                 warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
 
-    def _tally(self, derivation: Derivation, *, hit: bool, count: int = 1) -> None:
-        self._tally_of(derivation).add(hit=hit, count=count)
-
-    def _tally_of(self, derivation: Derivation) -> _Tally:
-        tally = self._lookups.get(derivation.number)
-        if tally is None:
-            tally = self._lookups[derivation.number] = _Tally()
-        return tally
-
     # Failures
 
     def _try(self, operation: str, action: Callable[[], Any], otherwise: Any) -> Any:
@@ -1020,10 +1173,12 @@ class AdapterCache:
             return otherwise
 
     def _warn(self, what: str, error: Exception) -> None:
-        cause = (what, type(error))
+        text = f"{what} failed, so values are derived again: {type(error).__name__}: {error}"
+        self._warn_once((what, type(error)), text)
+
+    def _warn_once(self, cause: Hashable, text: str) -> None:
         if cause not in self._warned:
             self._warned.add(cause)
-            text = f"{what} failed, so values are derived again: {type(error).__name__}: {error}"
             self._warnings.append(text)
 
     def _check_open(self) -> None:
@@ -1078,6 +1233,11 @@ def _unbind(reference: weakref.ref[Any], token: int) -> None:
     binding = None if owner is None else owner.__dict__.get(SLOT)
     if isinstance(binding, Binding) and binding.token == token:
         del owner.__dict__[SLOT]
+
+
+def _unknown(adapter: str, known: Iterable[str]) -> str:
+    names = ", ".join(map(repr, sorted(known))) or "none"
+    return f"no cached layer has an adapter {adapter!r}; adapters are: {names}"
 
 
 def _twice(owner: object) -> str:

@@ -174,14 +174,35 @@ class CacheConfig(BaseSettings):
         sizes = {"max_bytes": self.max_bytes, "device_bytes": self.device_bytes}
         return {key: size for key, size in sizes.items() if size is not None} | self.options
 
-    def make_backend(self, device: torch.device) -> backends.Backend:
+    @property
+    def caps_devices(self) -> bool:
+        """Whether ``max_bytes`` is given and means memory of the model's device."""
+        return self.max_bytes is not None and "max_bytes" not in backends.host_sizes(self.backend)
+
+    def memory(self, device: torch.device) -> torch.device:
+        """Return the device whose memory ``max_bytes`` is of, for a model on ``device``."""
+        return torch.device("cpu") if "max_bytes" in backends.host_sizes(self.backend) else device
+
+    def make_cap(self, memory: torch.device) -> int | None:
+        """Return ``max_bytes`` in bytes; a share is of what is free on a device now."""
+        return resolve_size(self.max_bytes, memory)
+
+    def make_backend(
+        self, device: torch.device, *, max_bytes: int | None = None
+    ) -> backends.Backend:
         """Make the backend; shares of memory are of what is free on ``device`` now.
+
+        Args:
+            device: the model's.
+            max_bytes: instead of the setting.
 
         Raises:
             UnknownBackendError: there is no such backend.
             ConfigError: the backend refuses a setting.
         """
         options = self.backend_options()
+        if max_bytes is not None:
+            options["max_bytes"] = max_bytes
         on_host = backends.host_sizes(self.backend)
         for key in options.keys() & {"max_bytes", "device_bytes"}:
             memory = torch.device("cpu") if key in on_host else device

@@ -11,6 +11,7 @@ __all__ = [
     "DetachedError",
     "DoraCacheError",
     "NothingToCacheError",
+    "PinError",
     "UnknownBackendError",
 ]
 
@@ -41,6 +42,10 @@ class DetachedError(DoraCacheError, RuntimeError):
 
 class NothingToCacheError(DoraCacheError, ValueError):
     """Nothing in the model derives a value that dora-cache knows how to store."""
+
+
+class PinError(ConfigError):
+    """What is pinned would take more than the cap."""
 
 
 class AdapterNotFoundError(DoraCacheError, KeyError):

@@ -4,6 +4,7 @@ A weight holds the number of the last write to it, so every value says what it w
 A call must see every write that was over, and noticed, before the call began.
 """
 
+import contextlib
 import itertools
 import threading
 
@@ -25,6 +26,7 @@ SETTINGS = [
     {"backend": "paused-lru", "max_bytes": BYTES - 1},
     {"backend": "paused-lru", "max_bytes": BYTES},
     {"backend": "paused-lru", "max_bytes": 3 * BYTES},
+    {"backend": "paused-budget", "max_bytes": 2 * BYTES},
 ]
 names = st.sampled_from(["a", "a", "b"])
 far = st.sampled_from([100, 100, 100, 0, 1, 2, 3, 4, 5, 8])  # how often a task goes on at once
@@ -86,6 +88,7 @@ def paused(kind):
 
 backends.register("paused-dict", paused(backends.DictBackend))
 backends.register("paused-lru", paused(backends.LRUBackend))
+backends.register("paused-budget", paused(backends.BudgetBackend))
 
 
 class DecoratorMachine(RuleBasedStateMachine):
@@ -114,6 +117,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.signed = {}  # by thread: how many events there had been when it signed
         self.deriving = {name: set() for name in NAMES}
         self.begun = {}  # by thread: the same, of the derivation it is in
+        self.capped = "max_bytes" in which
         self.cache = dora_cache.attach(self.owner, **which)
 
     def teardown(self):
@@ -279,6 +283,27 @@ class DecoratorMachine(RuleBasedStateMachine):
 
         self.begin(run, far)
 
+    @rule(name=names, far=far)
+    def pins(self, name, far):
+        def run():
+            with contextlib.suppress(dora_cache.ConfigError):  # it does not fit
+                self.cache.pin(name)
+
+        self.begin(run, far)
+
+    @rule(name=names, far=far)
+    def unpins(self, name, far):
+        self.begin(lambda: self.cache.unpin(name), far)
+
+    @precondition(lambda self: self.capped)
+    @rule(size=st.sampled_from([0, BYTES - 1, BYTES, 2 * BYTES, 4 * BYTES]), far=far)
+    def resizes(self, size, far):
+        def run():
+            with contextlib.suppress(dora_cache.PinError):
+                self.cache.resize(size)
+
+        self.begin(run, far)
+
     @precondition(lambda self: self.schedule.tasks)
     @rule(which=st.integers(0, 9), far=far)
     def goes_on(self, which, far):
@@ -306,11 +331,21 @@ class DecoratorMachine(RuleBasedStateMachine):
 
     def check_bytes(self):
         backend = self.cache._backend
-        entries = list(dict.values(getattr(backend._entries, "_Cache__data", backend._entries)))
+        entries = self.entries(backend)
         assert backend.max_bytes is None or self.held(entries) <= backend.max_bytes
         for entry in entries:
             assert not entry.value.requires_grad
             assert not entry.value.is_inference()
+
+    @staticmethod
+    def entries(backend):
+        """The entries in a backend, without a use of any."""
+        if isinstance(backend, backends.BudgetBackend):
+            return [known.entry for known in backend._held.values()]
+        parts = [backend._entries]
+        if isinstance(backend, backends.LRUBackend):
+            parts = [backend._entries._Cache__data, backend._pinned._Cache__data]
+        return [entry for part in parts for entry in part.values()]
 
     @staticmethod
     def held(entries):

@@ -19,6 +19,7 @@ SETTINGS = [
     {},
     {"backend": "lru", "max_bytes": 100},
     {"backend": "lru", "max_bytes": 40},
+    {"backend": "budget", "max_bytes": 100},
     {"backend": "cpu", "max_bytes": 150},
     {"backend": "cpu", "device_bytes": 60},
     {"backend": "null"},
@@ -191,6 +192,27 @@ class ModelMachine(RuleBasedStateMachine):
     def warm(self):
         with contextlib.suppress(ValueError):  # in training mode
             self.cache.warm()
+
+    @precondition(lambda self: self.cache)
+    @rule(name=some_name)
+    def pin(self, name):
+        # Not all backends can, not every adapter is there, and not all fit.
+        with contextlib.suppress(dora_cache.ConfigError, dora_cache.AdapterNotFoundError):
+            self.cache.pin(name)
+            assert name in self.cache.pins
+
+    @precondition(lambda self: self.cache and self.cache.pins)
+    @rule(name=some_name)
+    def unpin(self, name):
+        self.cache.unpin(name)
+        assert name not in self.cache.pins
+
+    @precondition(lambda self: self.cache and self.cache.stats().max_bytes)
+    @rule(size=st.sampled_from([0, 35, 80, 150, 300]))
+    def resize(self, size):
+        with contextlib.suppress(dora_cache.ConfigError):
+            self.cache.resize(size)
+            assert self.cache.stats().nbytes <= self.cache.stats().max_bytes == size
 
     @rule(which=st.sampled_from(SETTINGS))
     def reattach(self, which):

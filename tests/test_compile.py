@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from zoo import activate, dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
+from dora_cache import backends
 from dora_cache.backends.lru import LRUBackend
 from dora_cache.recipes.compiled import Buffer
 
@@ -791,8 +792,8 @@ def test_backends_that_copy_on_use_leave_room_for_buffers():
             super().removed(key, entry)
             self.copied = 0
 
-    setup = Compiled(backend="lru", max_bytes=96)
-    setup.cache._backend = Copying(96)
+    backends.register("copying", Copying)
+    setup = Compiled(backend="copying", max_bytes=96)
     setup.check()
     for _ in range(3):
         run(setup.model, setup.x)

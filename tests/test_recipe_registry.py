@@ -126,7 +126,7 @@ def test_a_class_with_a_method_of_its_own_is_declined():
         cache = dora_cache.attach(model)
     assert torch.equal(run(model, x), expected)
     assert torch.equal(run(model, x), expected)
-    assert [where.rpartition(".")[2] for _, where, _ in cache.declined] == ["Other"]
+    assert [where.rpartition(".")[2] for _, _, where, _ in cache.declined] == ["Other"]
     assert cache.stats().entries == 1  # the other layer's
     cache.detach()
 

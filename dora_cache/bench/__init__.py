@@ -41,7 +41,7 @@ from dora_cache.bench.report import (
     reasons,
     table,
 )
-from dora_cache.bench.shapes import SHAPES, shaped
+from dora_cache.bench.shapes import SHAPES, shape_config, shaped
 from dora_cache.bench.ways import (
     BASE,
     LORA,
@@ -92,6 +92,7 @@ __all__ = [
     "random_dora",
     "random_prompt",
     "reasons",
+    "shape_config",
     "shaped",
     "standard_ways",
     "table",

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from dora_cache.bench.phases import Cell, Phase
+from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -115,18 +116,6 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     data = asdict(comparison)
     data["ways"] = {result.pop("way"): result for result in data.pop("results")}
     return data
-
-
-def format_bytes(count: float) -> str:
-    """Return a size with three digits or so, e.g. ``608 KiB`` or ``1.19 MiB``."""
-    units = iter(("B", "KiB", "MiB"))
-    unit = next(units)
-    while count >= 1000:  # noqa: PLR2004 - so that no size takes four digits
-        count /= 1024
-        unit = next(units, "GiB")
-        if unit == "GiB":
-            break
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"  # noqa: PLR2004
 
 
 def _empty(columns: Iterable[str], *, title: str | None = None) -> Table:

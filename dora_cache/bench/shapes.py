@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["SHAPES", "shaped"]
+__all__ = ["SHAPES", "shape_config", "shaped"]
 
 _STD = 0.02  # of the weights, as Transformers initialises them
 
@@ -110,17 +110,9 @@ def shaped(
         KeyError: there is no shape of that name.
         ValueError: it has fewer layers than that.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    settings = dict(SHAPES[name])
-    kind, most = settings.pop("model_type"), settings["num_hidden_layers"]
-    if not 1 <= (layers or most) <= most:
-        raise ValueError(f"{name} has {most} layers: give a number from 1 to {most}")
-    settings["num_hidden_layers"] = layers or most
-    # No token ends a generation before its time.
-    config: Any = AutoConfig.for_model(
-        kind, **settings, bos_token_id=None, eos_token_id=None, pad_token_id=None
-    )
+    config = shape_config(name, layers=layers)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
@@ -129,6 +121,30 @@ def shaped(
     # Its buffers are no weights: they have to be computed.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model.requires_grad_(requires_grad=False).eval()
+
+
+def shape_config(name: str, *, layers: int | None = None) -> Any:
+    """Return the Transformers configuration of a named shape.
+
+    Args:
+        name: one of :data:`SHAPES`.
+        layers: how many of its layers; by default all of them.
+
+    Raises:
+        KeyError: there is no shape of that name.
+        ValueError: it has fewer layers than that.
+    """
+    from transformers import AutoConfig
+
+    settings = dict(SHAPES[name])
+    kind, most = settings.pop("model_type"), settings["num_hidden_layers"]
+    if not 1 <= (layers or most) <= most:
+        raise ValueError(f"{name} has {most} layers: give a number from 1 to {most}")
+    settings["num_hidden_layers"] = layers or most
+    # No token ends a generation before its time.
+    return AutoConfig.for_model(
+        kind, **settings, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
 
 
 @torch.no_grad()

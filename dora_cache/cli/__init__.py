@@ -10,6 +10,7 @@ from dora_cache.cli.coverage import coverage
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
+from dora_cache.cli.plan import plan
 
 __all__ = ["app", "main"]
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(bench)
+app.command()(plan)
 app.command()(generate)
 app.command()(freshness)
 app.command()(coverage)

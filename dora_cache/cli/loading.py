@@ -20,6 +20,8 @@ __all__ = [
     "make_shape",
     "parse_adapters",
     "parse_device",
+    "read_adapters",
+    "read_model",
     "tokenizer_of",
 ]
 
@@ -74,13 +76,7 @@ def load_model(path: Path, device: torch.device) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    # Given the name of no folder, Transformers would look for a model of that name on the Hub.
-    if not path.is_dir():
-        msg = f"no model folder {path}: give the folder that save_pretrained() made"
-        raise CliError(msg)
-    if not (path / "config.json").is_file():
-        msg = f"{path} holds no model (no config.json): give the folder that save_pretrained() made"
-        raise CliError(msg)
+    _check_model(path)
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
@@ -88,6 +84,33 @@ def load_model(path: Path, device: torch.device) -> Any:
         msg = f"cannot load the model in {path}: {_brief(error)}; save it again or give another one"
         raise CliError(msg) from None
     return model.to(device).eval()
+
+
+def read_model(path: Path) -> Any:
+    """Read the configuration of a causal language model.
+
+    Raises:
+        CliError: there is none in the folder, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    _check_model(path)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - as above
+        msg = f"cannot read {path / 'config.json'}: {_brief(error)}; save the model again"
+        raise CliError(msg) from None
+
+
+def _check_model(path: Path) -> None:
+    # Given the name of no folder, Transformers would look for a model of that name on the Hub.
+    if not path.is_dir():
+        msg = f"no model folder {path}: give the folder that save_pretrained() made"
+        raise CliError(msg)
+    if not (path / "config.json").is_file():
+        msg = f"{path} holds no model (no config.json): give the folder that save_pretrained() made"
+        raise CliError(msg)
 
 
 def make_shape(name: str, device: torch.device, *, layers: int | None, dtype: torch.dtype) -> Any:
@@ -157,9 +180,33 @@ def load_adapters(model: Any, adapters: dict[str, Path]) -> Any:
     return wrapped.eval()
 
 
-def _check_files(name: str, path: Path) -> None:
-    # Given a folder without these files, PEFT would look for them on the Hub.
-    hint = f"write --adapter {name}=PATH with the folder that PEFT's save_pretrained() made"
+def read_adapters(adapters: dict[str, Path]) -> dict[str, Any]:
+    """Read the PEFT configurations of adapters, whose weights need not be there.
+
+    Raises:
+        CliError: one is missing or damaged.
+    """
+    from peft import PeftConfig
+
+    found = {}
+    for name, path in adapters.items():
+        _check_config(name, path)
+        try:
+            with quiet():
+                found[name] = PeftConfig.from_pretrained(str(path))
+        except Exception as error:  # noqa: BLE001 - as above
+            msg = f"cannot read {path / _CONFIG}: {_brief(error)}; save the adapter again"
+            raise CliError(msg) from None
+    return found
+
+
+def _hint(name: str) -> str:
+    return f"write --adapter {name}=PATH with the folder that PEFT's save_pretrained() made"
+
+
+def _check_config(name: str, path: Path) -> None:
+    # Given a folder without this file, PEFT would look for it on the Hub.
+    hint = _hint(name)
     if not path.is_dir():
         raise CliError(f"no adapter folder {path}: {hint}")
     config = path / _CONFIG
@@ -171,6 +218,11 @@ def _check_files(name: str, path: Path) -> None:
         raise CliError(f"cannot read {config}: {_brief(error)}; save the adapter again") from None
     if not isinstance(data, dict) or "peft_type" not in data:
         raise CliError(f"{config} is no PEFT configuration (no peft_type): {hint}")
+
+
+def _check_files(name: str, path: Path) -> None:
+    _check_config(name, path)
+    hint = _hint(name)
     weights = path / _SAFETENSORS
     if not weights.is_file():
         if (path / _PICKLE).is_file():

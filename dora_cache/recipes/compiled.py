@@ -196,7 +196,7 @@ class Buffer:
             else:
                 # Storages of their own: what is counted is what is held.
                 tensors = tuple(value.detach().clone() for value in derived)
-                if not cache.reserve(self, storage_bytes(tensors)):
+                if not cache.reserve(self, storage_bytes(tensors), tensors[0].device):
                     return False
                 for tensor in tensors:  # CUDA graphs read them in place
                     torch._dynamo.mark_static_address(tensor)

@@ -8,6 +8,7 @@ touched again until one of them changes.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -480,7 +481,9 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     """
     weight = _dense(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    with torch.autocast(weight.device.type, enabled=False):
+    # The meta device has no autocast, and plans are made there.
+    plain = nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
+    with plain:
         norms = [torch.linalg.vector_norm(rows, dim=1) for rows in _rows(layer, adapter, dtype)]
         magnitude = layer.lora_magnitude_vector[adapter].weight.flatten().to(dtype)
         scale = magnitude / (norms[0] if len(norms) == 1 else torch.cat(norms))

@@ -1,0 +1,328 @@
+"""What a cache holds and what that has saved, as data, as a table, and as a curve over caps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dora_cache.units import format_bytes, format_seconds
+from dora_cache.usage import Totals
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Hashable, Iterable
+    from os import PathLike
+
+    from rich.console import Group
+
+    from dora_cache.binding import Adapters
+    from dora_cache.stats import CacheStats
+    from dora_cache.usage import Usage, Usages
+
+__all__ = ["CacheReport", "CurvePoint", "Declined", "ReportRow", "Seen", "rows_of", "seen_of"]
+
+_WIDTH = 110
+_REASONS = 20  # of what is declined, shown in a table
+
+
+class Declined(NamedTuple):
+    """Something that could have been cached and is not.
+
+    Attributes:
+        kind: the adapter kind, e.g. ``"OFT"``.
+        adapter: the adapter's name; None where it is not one adapter's matter.
+        where: the layer's name, or what else says where.
+        reason: why.
+    """
+
+    kind: str
+    adapter: str | None
+    where: str
+    reason: str
+
+
+class Seen(NamedTuple):
+    """One value that has been derived and not voided since, held or not.
+
+    Attributes:
+        nbytes: its size.
+        cost: seconds that deriving it took, on average.
+        uses: lookups of it.
+    """
+
+    nbytes: int
+    cost: float
+    uses: int
+
+
+class CurvePoint(NamedTuple):
+    """One cap, and what a cache of that size could have saved.
+
+    Attributes:
+        max_bytes: the cap.
+        saved: seconds.
+        share: of what an unbounded cache would have saved, from 0 to 1.
+    """
+
+    max_bytes: int
+    saved: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRow:
+    """The values of one kind and adapter.
+
+    Attributes:
+        kind: name of what is derived, e.g. ``"DoRA scale"``.
+        adapter: the adapter's name, or several; None for values that belong to none.
+        pinned: whether the adapter is pinned.
+        entries: entries held now.
+        nbytes: their bytes.
+        hits: lookups answered without deriving.
+        misses: lookups that derived.
+        saved: seconds saved: for each key its hits times what deriving its value took on average,
+            by the host's clock (on a GPU, where deriving is launched and not waited for, that is
+            the time to launch it).
+        derive: seconds spent deriving, by the same clock.
+    """
+
+    kind: str
+    adapter: Adapters
+    pinned: bool
+    entries: int
+    nbytes: int
+    hits: int
+    misses: int
+    saved: float
+    derive: float
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """What a cache holds and has saved; shows itself as a table when printed.
+
+    Attributes:
+        backend: name of the backend.
+        rows: one for each kind and adapter, in the order they were first used.
+        stats: all counters; ``stats.hit_rate``, ``stats.nbytes`` and ``stats.max_bytes`` among
+            them.
+        working_set: bytes of all distinct values seen, held or not, that no event has voided: the
+            cap from which on nothing need be derived twice. Values that were voided after they had
+            been evicted count until they are derived again.
+        buffers: bytes that compiled code reads; part of ``stats.nbytes``.
+        caps: for each device that has a cap of its own, its name, the bytes held, and the cap.
+        pins: names of the pinned adapters.
+        declined: what could have been cached and is not, and why.
+        seen: what the curve is computed from.
+    """
+
+    backend: str
+    rows: tuple[ReportRow, ...]
+    stats: CacheStats
+    working_set: int
+    buffers: int
+    caps: tuple[tuple[str, int, int | None], ...]
+    pins: tuple[str, ...]
+    declined: tuple[Declined, ...]
+    seen: tuple[Seen, ...] = field(repr=False)
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per lookup, from 0 to 1; 0 before the first lookup."""
+        return self.stats.hit_rate
+
+    @property
+    def saved(self) -> float:
+        """Seconds saved by all hits."""
+        return sum(row.saved for row in self.rows)
+
+    def curve(self) -> tuple[CurvePoint, ...]:
+        """Return the time that a cache could have saved, over its cap.
+
+        Of the values seen, a fixed set is kept: those that save the most time per byte, which is
+        the best fixed set there is at every cap listed. A value is derived at its first use, so it
+        saves its cost at every other one. A policy that changes what it keeps as traffic moves may
+        save more; ``lru`` saves nothing where values are used in a cycle that does not fit.
+
+        Returns:
+            Caps in ascending order, from 0 to the working set.
+        """
+        worth = [
+            (max(0, one.uses - 1) * one.cost, one.nbytes) for one in self.seen if one.nbytes > 0
+        ]
+        worth.sort(key=lambda pair: pair[0] / pair[1], reverse=True)
+        total = sum(saved for saved, _ in worth)
+        points, size, sum_saved = [CurvePoint(0, 0.0, 0.0)], 0, 0.0
+        for saved, nbytes in worth:
+            size += nbytes
+            sum_saved += saved
+            points.append(CurvePoint(size, sum_saved, sum_saved / total if total else 0.0))
+        return tuple(points)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw :meth:`curve`, and write it to a file: PNG, SVG or PDF by its suffix.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            OSError: the file cannot be written.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            msg = "drawing needs matplotlib: pip install matplotlib"
+            raise ImportError(msg) from error
+        points = self.curve()
+        figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        scale, unit = _scale(self.working_set)
+        axes.plot(
+            [point.max_bytes / scale for point in points],
+            [point.saved for point in points],
+            color="#2563a8",
+            label="best fixed set",
+        )
+        if self.stats.max_bytes is not None:
+            axes.axvline(self.stats.max_bytes / scale, color="#8a8f98", linestyle="--", label="cap")
+        axes.plot(
+            [self.stats.nbytes / scale], [self.saved], "o", color="#c2752d", label="this cache"
+        )
+        axes.set_xlabel(f"cap, {unit}")
+        axes.set_ylabel("time saved, s")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        axes.set_title(f"{self.backend}: time saved over the cap", loc="left", fontsize=11)
+        figure.savefig(path)
+
+    def __str__(self) -> str:
+        """Return the table and what goes with it, as plain text."""
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=_WIDTH, highlight=False, color_system=None).print(self)
+        return text.getvalue().rstrip()
+
+    def __rich__(self) -> Group:
+        """Return the table and what goes with it, for rich."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[Any] = [self._table(), Text(self._summary())]
+        if self.declined:
+            parts.append(Text("Not cached:"))
+            parts += [
+                Text(f"  {one.kind}{f' {one.adapter!r}' if one.adapter else ''}, {one.where}: "
+                     f"{one.reason}")
+                for one in self.declined[:_REASONS]
+            ]  # fmt: skip
+            if len(self.declined) > _REASONS:
+                parts.append(Text(f"  and {len(self.declined) - _REASONS} more"))
+        return Group(*parts)
+
+    def _table(self) -> Any:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for name in ("kind", "adapter"):
+            table.add_column(name, overflow="fold")
+        for name in ("entries", "bytes", "hits", "misses", "hit rate", "time saved", "deriving"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows:
+            name = ", ".join(row.adapter) if isinstance(row.adapter, tuple) else row.adapter or ""
+            lookups = row.hits + row.misses
+            table.add_row(
+                row.kind,
+                f"{name} (pinned)" if row.pinned else name,
+                f"{row.entries:,}",
+                format_bytes(row.nbytes),
+                f"{row.hits:,}",
+                f"{row.misses:,}",
+                f"{row.hits / lookups:.1%}" if lookups else "-",
+                format_seconds(row.saved),
+                format_seconds(row.derive),
+            )
+        return table
+
+    def _summary(self) -> str:
+        stats = self.stats
+        cap = "no cap" if stats.max_bytes is None else f"a cap of {format_bytes(stats.max_bytes)}"
+        first = (
+            f"{self.backend}: {stats.entries:,} entries, {format_bytes(stats.nbytes)} held under "
+            f"{cap}; working set seen {format_bytes(self.working_set)}; "
+            f"{self.hit_rate:.1%} hits; {format_seconds(self.saved)} saved."
+        )
+        lines = [first]
+        if self.buffers:
+            lines.append(f"Compiled code reads {format_bytes(self.buffers)} of that.")
+        if len(self.caps) > 1:
+            each = (
+                f"{device} {format_bytes(held)} of "
+                f"{'any size' if cap is None else format_bytes(cap)}"
+                for device, held, cap in self.caps
+            )
+            lines.append(f"By device: {', '.join(each)}.")
+        if self.pins:
+            lines.append(f"Pinned: {', '.join(self.pins)}.")
+        return "\n".join(lines)
+
+
+def rows_of(
+    usages: Usages, held: Container[Hashable], pinned: Iterable[Adapters]
+) -> tuple[ReportRow, ...]:
+    """Sum up usages by kind and adapter.
+
+    Args:
+        usages: all of them.
+        held: keys of the entries held.
+        pinned: of the adapters among them, those that are pinned.
+    """
+    totals: defaultdict[tuple[str, Adapters], Totals] = defaultdict(Totals)
+    entries: defaultdict[tuple[str, Adapters], list[int]] = defaultdict(list)
+    for (_, kind, adapter), old in usages.retired():
+        total = totals[kind, adapter]
+        total.hits += old.hits
+        total.misses += old.misses
+        total.seconds += old.seconds
+        total.saved += old.saved
+    for key, usage in usages.items():
+        name = usage.kind, usage.adapter
+        totals[name].add(usage)
+        if key in held:
+            entries[name].append(usage.nbytes)
+    pins = set(pinned)
+    return tuple(
+        ReportRow(
+            kind=kind,
+            adapter=adapter,
+            pinned=adapter in pins,
+            entries=len(entries[kind, adapter]),
+            nbytes=sum(entries[kind, adapter]),
+            hits=total.hits,
+            misses=total.misses,
+            saved=total.saved,
+            derive=total.seconds,
+        )
+        for (kind, adapter), total in totals.items()
+    )
+
+
+def seen_of(usages: Iterable[Usage]) -> tuple[Seen, ...]:
+    """Return the values that are known and that no event has voided."""
+    return tuple(
+        Seen(usage.nbytes, usage.cost, usage.hits + usage.misses)
+        for usage in usages
+        if usage.current
+    )
+
+
+def _scale(nbytes: int) -> tuple[int, str]:
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes >= 1 << power:
+            return 1 << power, unit
+    return 1, "bytes"
