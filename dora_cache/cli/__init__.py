@@ -6,6 +6,7 @@ import typer
 
 from dora_cache.cli.backends import backends
 from dora_cache.cli.bench import bench
+from dora_cache.cli.caps import caps
 from dora_cache.cli.coverage import coverage
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(bench)
 app.command()(generate)
+app.command()(caps)
 app.command()(freshness)
 app.command()(coverage)
 app.command()(backends)
