@@ -5,11 +5,12 @@ its row to the table in ``registry.py``; from another package, use :func:`regist
 point.
 """
 
+from dora_cache.backends.budget import BudgetBackend
 from dora_cache.backends.cpu import CPUBackend
 from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
 from dora_cache.backends.null import NullBackend
-from dora_cache.backends.protocol import Backend, Entry, Value
+from dora_cache.backends.protocol import Backend, Entry, Pinning, Resizable, Value
 from dora_cache.backends.registry import (
     ENTRY_POINT_GROUP,
     BackendInfo,
@@ -25,13 +26,16 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "Backend",
     "BackendInfo",
+    "BudgetBackend",
     "CPUBackend",
     "DictBackend",
     "Entry",
     "LRUBackend",
     "Ledger",
     "NullBackend",
+    "Pinning",
     "Ready",
+    "Resizable",
     "Value",
     "available",
     "check_options",

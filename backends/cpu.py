@@ -55,7 +55,9 @@ class CPUBackend:
 
     def __init__(self, max_bytes: int | None = None, device_bytes: int | None = None) -> None:
         self._device = None if device_bytes is None else LRUBackend(device_bytes)
-        self._host = DictBackend() if max_bytes is None else _HostTier(max_bytes, self._device)
+        self._host: DictBackend | _HostTier = (
+            DictBackend() if max_bytes is None else _HostTier(max_bytes, self._device)
+        )
 
     @property
     def max_bytes(self) -> int | None:
@@ -87,6 +89,22 @@ class CPUBackend:
         if self._device is not None:
             self._device.put(key, entry)
         return entry
+
+    def resize(self, max_bytes: int) -> None:
+        """Change the cap on the host's bytes; what was used least recently goes at once.
+
+        Where there was no cap, what was stored first goes first.
+        """
+        if isinstance(self._host, _HostTier):
+            self._host.resize(max_bytes)
+            return
+        bounded = _HostTier(max_bytes, self._device)
+        for key in list(self._host.keys()):
+            entry = self._host.get(key)
+            self._host.delete(key)
+            if entry is not None and not bounded.put(key, entry):
+                self._drop_copy(key)
+        self._host = bounded
 
     def put(self, key: Hashable, entry: Entry) -> bool:
         """Store ``entry`` on the host, and on its device while it is recent."""

@@ -12,7 +12,7 @@ from dora_cache.backends.storage import Ready, storage_bytes
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable
 
-__all__ = ["Backend", "Entry", "Value"]
+__all__ = ["Backend", "Entry", "Pinning", "Resizable", "Value"]
 
 Value = Tensor | tuple[Tensor, ...]
 """A derived value: one tensor or a tuple of tensors."""
@@ -105,3 +105,36 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Drop every entry and free what else the backend owns; called once, at the end."""
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """A backend whose cap can be changed while it holds entries; not every backend is one."""
+
+    def resize(self, max_bytes: int) -> None:
+        """Change the cap that the setting ``max_bytes`` gave, and evict at once what is above it.
+
+        The same holds afterwards as if the backend had been made with this cap.
+
+        Raises:
+            ConfigError: the cap is negative; nothing has changed.
+        """
+
+
+@runtime_checkable
+class Pinning(Protocol):
+    """A backend that can be told to keep what is under some keys; not every backend is one.
+
+    Pins are of keys. They last until :meth:`unpin` or ``close()``, whatever becomes of the entries
+    meanwhile.
+    """
+
+    def pin(self, key: Hashable) -> None:
+        """Do not evict the entry under ``key``, be it held already or put later.
+
+        ``put`` for a pinned key evicts others, and is refused only if the entry does not fit beside
+        the other pinned ones. Only a cap that no longer holds all the pinned entries evicts any.
+        """
+
+    def unpin(self, key: Hashable) -> None:
+        """Let the entry under ``key`` be evicted like others again, now the latest used."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from dora_cache.backends.budget import BudgetBackend
 from dora_cache.backends.cpu import CPUBackend
 from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
@@ -34,6 +35,7 @@ ENTRY_POINT_GROUP = "dora_cache.backends"
 _BUILT_IN: dict[str, Callable[..., Backend]] = {
     "dict": DictBackend,
     "lru": LRUBackend,
+    "budget": BudgetBackend,
     "cpu": CPUBackend,
     "null": NullBackend,
 }

@@ -9,10 +9,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dora_cache.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Ledger", "Ready", "storage_bytes", "storage_id", "storages"]
+__all__ = ["Ledger", "Ready", "checked_cap", "storage_bytes", "storage_id", "storages"]
+
+
+def checked_cap(max_bytes: int) -> int:
+    """Return a cap in bytes as it is.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if max_bytes < 0:
+        msg = f"max_bytes is {max_bytes}: give a size of zero bytes or more"
+        raise ConfigError(msg)
+    return max_bytes
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -72,6 +72,9 @@ class CappedTieredCPUMachine(BackendConformance):
     def make_backend(self):
         return CPUBackend(max_bytes=3072, device_bytes=1024)
 
+    def expected_max_bytes(self, max_bytes):
+        return max_bytes + 1024
+
 
 TestDict = pytest.mark.machine(DictMachine.TestCase)
 TestNull = pytest.mark.machine(NullMachine.TestCase)
@@ -109,6 +112,9 @@ class TieredCUDAMachine(CUDAMachine):
 class CappedTieredCUDAMachine(CUDAMachine):
     def make_backend(self):
         return CPUBackend(max_bytes=3072, device_bytes=1024)
+
+    def expected_max_bytes(self, max_bytes):
+        return max_bytes + 1024
 
 
 @pytest.mark.machine

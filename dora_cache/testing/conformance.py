@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dora_cache.backends import Backend, Entry
+from dora_cache.backends import Backend, Entry, Pinning, Resizable
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
@@ -93,7 +93,8 @@ class BackendConformance(RuleBasedStateMachine):
     larger storages, storages that entries share, tuples, tensors without elements, values above the
     cap), and compares the backend with the model after each step. In half of the examples every
     entry is read after every step; in the others only at the end, since reading is a use and would
-    hide a wrong order of eviction.
+    hide a wrong order of eviction. A backend that is :class:`~dora_cache.backends.Resizable` is
+    resized on the way, and one that is :class:`~dora_cache.backends.Pinning` has keys pinned.
 
     Example::
 
@@ -127,10 +128,11 @@ class BackendConformance(RuleBasedStateMachine):
         self._name = type(self.backend).__name__
         if not isinstance(self.backend, Backend):
             self._fail("it lacks methods of dora_cache.backends.Backend")
-        self._cap = self.backend.max_bytes
+        self._cap = self._first_cap = self.backend.max_bytes
         # From the least to the most recently used.
         self._model: dict[Hashable, _Held] = {}
         self._gone: list[tuple[int, list[StorageWeakRef]]] = []
+        self._pins: set[Hashable] = set()
         self._puts = 0
         self._reading = False
         self._sound = False
@@ -149,6 +151,13 @@ class BackendConformance(RuleBasedStateMachine):
         backend that does not hold the tensors it is given, but copies of them.
         """
         return _distinct_bytes(tensor for entry in entries for tensor in entry.tensors)
+
+    def expected_max_bytes(self, max_bytes: int) -> int:
+        """Return what the backend's ``max_bytes`` should be after ``resize(max_bytes)``.
+
+        By default the same. Override it for a backend whose ``max_bytes`` counts other tiers too.
+        """
+        return max_bytes
 
     # Steps
 
@@ -254,6 +263,43 @@ class BackendConformance(RuleBasedStateMachine):
         for key in list(self._model):
             self._forget(key)
 
+    @precondition(
+        lambda self: self._first_cap is not None and isinstance(self.backend, Resizable)
+    )
+    @rule(permille=st.integers(0, 1200))
+    def resize(self, permille: int) -> None:
+        """Change the cap, downwards mostly."""
+        self._step("resize")
+        assert isinstance(self.backend, Resizable)  # noqa: S101 - for the type checker
+        max_bytes = self._scaled(permille)
+        self.backend.resize(max_bytes)
+        self._cap = self.expected_max_bytes(max_bytes)
+        pinned = self._pinned_bytes()
+        if pinned <= self._cap:
+            self._settle(f"resize({max_bytes})")
+            return
+        for key in [key for key in self._model if key not in set(self.backend.keys())]:
+            self._forget(key)  # which of the pinned ones goes is the backend's choice
+        unpinned = [key for key in self._model if key not in self._pins]
+        if self.exact_lru and unpinned:
+            self._fail(f"it keeps {unpinned}, though the pinned entries have {pinned} bytes alone")
+
+    @precondition(lambda self: isinstance(self.backend, Pinning))
+    @rule(number=_keys)
+    def pin(self, number: int) -> None:
+        """Pin a key, held or not."""
+        self._step("pin")
+        assert isinstance(self.backend, Pinning)  # noqa: S101 - for the type checker
+        self.backend.pin(_key(number))
+        self._pins.add(_key(number))
+
+    @precondition(lambda self: isinstance(self.backend, Pinning))
+    @rule(number=_keys)
+    def unpin(self, number: int) -> None:
+        """Unpin a key, pinned or not."""
+        self._step("unpin")
+        self._unpin(_key(number))
+
     # What must hold after each step
 
     @invariant()
@@ -279,6 +325,8 @@ class BackendConformance(RuleBasedStateMachine):
             with suppress(Exception):
                 self.backend.close()
             return
+        for key in list(self._pins):
+            self._unpin(key)
         if self.exact_lru and self._cap is not None and not self._reading:
             self._drain(self._cap)
         else:
@@ -303,7 +351,7 @@ class BackendConformance(RuleBasedStateMachine):
         if lost:
             self._fail(
                 f"it lost {lost}: entries may go through delete() and clear() only, and from a "
-                "bounded backend during put()"
+                "bounded backend during put() and resize()"
             )
         extra = [key for key in keys if key not in self._model]
         if extra:
@@ -363,22 +411,48 @@ class BackendConformance(RuleBasedStateMachine):
         if answer and self._cap is not None and nbytes > self._cap:
             self._fail(f"{what} returned True, but max_bytes is {self._cap}")
         self._forget(key)
+        if not answer and self._cap is not None:
+            self._check_refusal(key, what, nbytes)
         if answer:
             self._model[key] = _Held(entry, contents, nbytes)
-        if self.exact_lru and self._cap is not None:
-            self._evict(what, kept=bool(answer), nbytes=nbytes)
-        elif self._cap is not None:
-            for other in [other for other in self._model if other not in keys]:
-                self._forget(other)
+        if self._cap is not None:
+            self._settle(what)
 
-    def _evict(self, what: str, *, kept: bool, nbytes: int) -> None:
+    def _check_refusal(self, key: Hashable, what: str, nbytes: int) -> None:
+        """Check that a value was refused rightly."""
+        pinned = self._pinned_bytes()
+        beside = f" and others pinned have {pinned} bytes" if pinned else ""
+        if pinned + nbytes > (self._cap or 0):
+            return
+        if self.exact_lru:
+            self._fail(
+                f"{what} returned False, but max_bytes is {self._cap}{beside}: an exact LRU keeps it"
+            )
+        if key in self._pins:
+            self._fail(
+                f"{what} returned False, but the key is pinned, max_bytes is {self._cap}{beside}"
+            )
+
+    def _settle(self, what: str) -> None:
+        """Take note of evictions, whose order an exact LRU does not choose, and never of pins."""
+        if self.exact_lru:
+            self._evict(what)
+            return
+        keys = set(self.backend.keys())
+        for other in [other for other in self._model if other not in keys]:
+            if other in self._pins:
+                self._fail(f"{what} evicted {other!r}, which is pinned")
+            self._forget(other)
+
+    def _evict(self, what: str) -> None:
         """Do in the model what an exact LRU does, and compare."""
         cap = self._cap or 0
-        if not kept and nbytes <= cap:
-            self._fail(f"{what} returned False, but max_bytes is {cap}: an exact LRU keeps it")
         order = {key: held.nbytes for key, held in self._model.items()}
         while sum(held.nbytes for held in self._model.values()) > cap:
-            self._forget(next(iter(self._model)))
+            oldest = next((key for key in self._model if key not in self._pins), None)
+            if oldest is None:
+                break
+            self._forget(oldest)
         resident = set(self.backend.keys())
         if resident != set(self._model):
             went = [key for key in order if key not in resident]
@@ -435,6 +509,16 @@ class BackendConformance(RuleBasedStateMachine):
             self._put("filler", self._tensor(Spec("whole", torch.uint8, 0), room))
             self._check_keys()
 
+    def _unpin(self, key: Hashable) -> None:
+        assert isinstance(self.backend, Pinning)  # noqa: S101 - for the type checker
+        self.backend.unpin(key)
+        if key in self._pins and key in self._model:
+            self._model[key] = self._model.pop(key)  # now the latest used
+        self._pins.discard(key)
+
+    def _pinned_bytes(self) -> int:
+        return sum(held.nbytes for key, held in self._model.items() if key in self._pins)
+
     def _forget(self, key: Hashable) -> bool:
         held = self._model.pop(key, None)
         if held is None:
@@ -454,7 +538,7 @@ class BackendConformance(RuleBasedStateMachine):
         return keys[pick % len(keys)]
 
     def _scaled(self, permille: int) -> int:
-        scale = _UNBOUNDED_SCALE if self._cap is None else self._cap
+        scale = _UNBOUNDED_SCALE if self._first_cap is None else self._first_cap
         return scale * permille // 1000
 
     def _tensor(self, spec: Spec, nbytes: int | None = None) -> Tensor:

@@ -1,0 +1,385 @@
+"""Keep what saves the most time per byte under a hard cap in bytes."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from typing import TYPE_CHECKING
+
+from dora_cache.backends.storage import Ledger, checked_cap
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable, Iterable
+
+    from dora_cache.backends.protocol import Entry
+
+__all__ = ["BudgetBackend"]
+
+_MARGIN = 1.25
+"""How many times more a new value must be worth than what it displaces: estimates are noisy, and an
+exchange of equals gains nothing."""
+
+_SMOOTHING = 0.25
+"""Weight of the latest gap; with the spread below, as TCP estimates its round trips (RFC 6298)."""
+
+_SPREADS = 4
+"""Spreads beyond the usual gap after which a key is overdue, as in RFC 6298."""
+
+_SLACK = 0.05
+"""Share of the usual gap that is allowed in addition, however regular a key has been."""
+
+_ABSENCE = 4
+"""Times the usual gap beyond which a gap is an absence and says nothing about the usual one."""
+
+_LATEST_ABSENCE = 0.2
+"""The least weight of the latest absence: about the last five count."""
+
+_LATEST_COST = 0.125
+"""The least weight of the latest measurement of a cost: about the last eight count."""
+
+_LEAST_COST = 1e-6
+"""Seconds that a value is worth at least; time is not measured more finely than that."""
+
+_REMEMBERED = 8
+"""Keys remembered without their values, for each value held."""
+
+_REMEMBERED_AT_LEAST = 4096
+
+_DRIFT = 1.25
+"""Growth of an overdue key's age at which its worth, which falls all the time, is noted again."""
+
+
+class _Known:
+    """What is remembered of a key, whether its value is held or not.
+
+    Times are counted in lookups of the whole backend.
+
+    Attributes:
+        entry: the entry, if it is held.
+        nbytes: its bytes, or those of the latest one.
+        cost: seconds that deriving the value takes, the mean of recent measurements.
+        measured: how many measurements there were.
+        last: when the key was used last.
+        gap: the usual time between two uses; 0 while that is unknown.
+        spread: mean deviation from it.
+        absence: the usual time between two bursts of uses.
+        absences: how many of them were seen; while there are none, ``absence`` is a guess.
+        ticket: marks the key's present records in the heaps.
+    """
+
+    __slots__ = (
+        "absence", "absences", "cost", "entry", "gap", "key", "last", "measured", "nbytes",
+        "spread", "ticket",
+    )  # fmt: skip
+
+    def __init__(self, key: Hashable, now: int) -> None:
+        self.key = key
+        self.entry: Entry | None = None
+        self.nbytes = 0
+        self.cost = 0.0
+        self.measured = 0
+        self.last = now
+        self.gap = 0.0
+        self.spread = 0.0
+        # It has not been asked for in all this time.
+        self.absence = float(now)
+        self.absences = 0
+        self.ticket = -1
+
+
+class BudgetBackend:
+    """Keep what saves the most time per byte in ``max_bytes``, and turn away what saves less.
+
+    A byte should be held by the value that saves the most time by it. A value that costs ``cost``
+    seconds to derive, has ``nbytes`` bytes, and will be needed again after a time ``wait`` is worth
+
+        cost / (nbytes * wait)
+
+    which is what the offline optimum, a knapsack of such intervals, goes by. The wait is not known,
+    but expected. Adapters are used in bursts: every forward of a request needs each of the values
+    once, then they are needed no more until the next request for the adapter. So two times are
+    learned of every key, the gap between uses and the absence between bursts:
+
+    - Until it is overdue, a key is expected again after its usual gap. All keys of a forward have
+      the same, so in a forward that visits more than fits, none displaces another but for its cost
+      and size: a part of the values, the one most worth holding, stays.
+    - A key is overdue when its gap is exceeded by more than it has varied. Then its burst has
+      ended, and it is expected after its usual absence, or after as long as it has been away if
+      that is longer. So whatever is not used any more loses its worth by itself, and what comes in
+      its place is let in during its first or second forward.
+    - A new key is expected again after the gap of those used just before; after its burst, after as
+      long as it had never been asked for.
+
+    A new value displaces those that are worth less, by a margin, and only as many as it must; if
+    that does not make enough room, it is not kept (``put`` returns False). Costs are averaged over
+    measurements. Keys are remembered without their values, the recently used ones, so that a value
+    turned away today may be let in tomorrow.
+
+    An entry counts with all its storages. Two entries that share a storage count it twice towards
+    the cap, so what is really held (``nbytes``) can only be less.
+
+    Args:
+        max_bytes: the cap, in bytes; an entry above it is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = checked_cap(max_bytes)
+        self._ledger = Ledger()
+        self._known: dict[Hashable, _Known] = {}
+        self._held: dict[Hashable, _Known] = {}
+        self._used = 0  # bytes, those of each entry counted by itself
+        self._pins: set[Hashable] = set()
+        self._pinned = 0  # bytes of pinned entries
+        self._now = 0
+        self._gap = 0.0  # the usual gap of the key used last
+        # Unpinned entries by worth, least first, and by when their worth will have fallen. Records
+        # whose ticket is not the key's are out of date. Worth that has risen is found out at the
+        # top of the first heap; worth that falls does so at times known before.
+        self._ranks: list[tuple[float, int, _Known]] = []
+        self._dues: list[tuple[float, int, _Known]] = []
+        self._tickets = itertools.count()
+
+    @property
+    def max_bytes(self) -> int:
+        """The cap, in bytes."""
+        return self._max_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, each distinct storage once."""
+        return self._ledger.nbytes
+
+    def get(self, key: Hashable) -> Entry | None:
+        """Return the entry under ``key``, or None; a use of the key in both cases."""
+        self._now = now = self._now + 1
+        known = self._known.get(key)
+        if known is None:
+            return None
+        elapsed = now - known.last
+        known.last = now
+        gap = known.gap
+        usual = gap or self._gap
+        if elapsed > _ABSENCE * usual > 0:
+            known.absences = count = known.absences + 1
+            weight = max(1 / count, _LATEST_ABSENCE)
+            known.absence += weight * (elapsed - known.absence)
+            if gap:
+                self._gap = gap
+            return known.entry
+        if gap:
+            error = elapsed - gap
+            known.gap = self._gap = gap + _SMOOTHING * error
+            known.spread += _SMOOTHING * (abs(error) - known.spread)
+        else:
+            known.gap = self._gap = elapsed
+            known.spread = elapsed / 2
+        return known.entry
+
+    def put(self, key: Hashable, entry: Entry) -> bool:
+        """Store ``entry`` if it is worth more than what it displaces, or if its key is pinned."""
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = _Known(key, self._now)
+            self._trim()
+        elif known.entry is not None:
+            self._release(known)
+        known.nbytes = entry.nbytes
+        known.measured += 1
+        weight = max(1 / known.measured, _LATEST_COST)
+        known.cost += weight * (max(entry.cost, _LEAST_COST) - known.cost)
+        if not self._make_room(known):
+            return False
+        known.entry = entry
+        self._held[key] = known
+        self._used += known.nbytes
+        self._ledger.add(entry.tensors)
+        if key in self._pins:
+            self._pinned += known.nbytes
+        else:
+            self._enter(known)
+        return True
+
+    def delete(self, key: Hashable) -> bool:
+        """Drop the entry under ``key``; return whether there was one. What is known of it stays."""
+        known = self._held.get(key)
+        if known is None:
+            return False
+        self._release(known)
+        return True
+
+    def clear(self) -> None:
+        """Drop every entry, and forget what was learned; pins stay."""
+        for known in list(self._held.values()):
+            self._release(known)
+        self._known.clear()
+        self._ranks.clear()
+        self._dues.clear()
+        self._gap = 0.0
+
+    def keys(self) -> Collection[Hashable]:
+        """Return the keys held now."""
+        return self._held.keys()
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        return len(self._held)
+
+    def close(self) -> None:
+        """Drop everything."""
+        self.clear()
+        self._pins.clear()
+
+    def resize(self, max_bytes: int) -> None:
+        """Change the cap; what is worth least goes at once, pinned entries last."""
+        self._max_bytes = checked_cap(max_bytes)
+        self._settle()
+        while self._used > max_bytes and (lowest := self._pop()) is not None:
+            self._release(lowest)
+        if self._used > max_bytes:
+            for known in sorted(self._held.values(), key=self._worth):
+                self._release(known)
+                if self._used <= max_bytes:
+                    break
+
+    def pin(self, key: Hashable) -> None:
+        """Keep the entry under ``key``, the present one or any to come, until it is unpinned."""
+        if key in self._pins:
+            return
+        self._pins.add(key)
+        known = self._held.get(key)
+        if known is not None:
+            self._pinned += known.nbytes
+            known.ticket = -1
+
+    def unpin(self, key: Hashable) -> None:
+        """Let the entry under ``key`` be evicted again."""
+        if key not in self._pins:
+            return
+        self._pins.discard(key)
+        known = self._held.get(key)
+        if known is not None:
+            self._pinned -= known.nbytes
+            self._enter(known)
+
+    # Worth
+
+    def _worth(self, known: _Known) -> float:
+        """Return the seconds that a byte of a key's value is expected to save, per lookup."""
+        age = self._now - known.last
+        gap = known.gap or self._gap
+        if not gap:  # nothing has been used twice yet
+            return 0.0
+        wait = gap if age <= self._patience(known) else max(known.absence, age)
+        return known.cost / (max(known.nbytes, 1) * wait)
+
+    def _patience(self, known: _Known) -> float:
+        """Return the time after a use until which the key is not overdue."""
+        if known.gap:
+            return (1 + _SLACK) * known.gap + _SPREADS * known.spread
+        return 1.5 * self._gap
+
+    def _due(self, known: _Known) -> float:
+        """Return the time at which the key's worth will have fallen if it is not used before."""
+        age = self._now - known.last
+        patience = self._patience(known)
+        if age <= patience:
+            return known.last + patience
+        return known.last + max(known.absence, _DRIFT * age)
+
+    # Records
+
+    def _enter(self, known: _Known) -> None:
+        """Note the worth of an entry held; records that it has are out of date then."""
+        known.ticket = ticket = next(self._tickets)
+        heapq.heappush(self._ranks, (self._worth(known), ticket, known))
+        heapq.heappush(self._dues, (self._due(known), ticket, known))
+        if len(self._ranks) + len(self._dues) > 4 * len(self._held) + 128:
+            self._ranks = _current(self._ranks)
+            self._dues = _current(self._dues)
+
+    def _settle(self) -> None:
+        """Note the worth of all entries anew for which it has fallen by now."""
+        while self._dues and self._dues[0][0] < self._now:
+            _, ticket, known = heapq.heappop(self._dues)
+            if known.ticket == ticket:
+                self._enter(known)
+
+    def _pop(self) -> _Known | None:
+        """Take the entry that is worth least out of the records; it has to be entered again."""
+        while self._ranks:
+            noted, ticket, known = heapq.heappop(self._ranks)
+            if known.ticket != ticket:
+                continue
+            if self._worth(known) <= noted:
+                known.ticket = -1
+                return known
+            self._enter(known)
+        return None
+
+    # Room
+
+    def _make_room(self, new: _Known) -> bool:
+        """Evict what is worth less than a new value, if that makes enough room for it."""
+        missing = self._used + new.nbytes - self._max_bytes
+        if missing <= 0:
+            return True
+        if new.nbytes > self._max_bytes - self._pinned:
+            return False
+        pinned = new.key in self._pins
+        least = 0.0 if pinned else self._worth(new) / _MARGIN
+        victims: list[_Known] = []
+        self._settle()
+        while missing > 0:
+            lowest = self._pop()
+            if lowest is None:  # cannot be: without the unpinned entries there is room
+                return False
+            victims.append(lowest)
+            if not pinned and self._worth(lowest) >= least:
+                self._enter_all(victims)
+                return False
+            missing -= lowest.nbytes
+        needless = []
+        for known in reversed(victims):
+            if missing + known.nbytes <= 0:  # the others make enough room
+                missing += known.nbytes
+                needless.append(known)
+            else:
+                self._release(known)
+        self._enter_all(needless)
+        return True
+
+    def _enter_all(self, several: Iterable[_Known]) -> None:
+        for known in several:
+            self._enter(known)
+
+    def _release(self, known: _Known) -> None:
+        """Let go of the entry of a key."""
+        entry = known.entry
+        assert entry is not None  # noqa: S101 - for the type checker
+        known.entry = None
+        known.ticket = -1
+        del self._held[known.key]
+        self._used -= known.nbytes
+        if known.key in self._pins:
+            self._pinned -= known.nbytes
+        self._ledger.remove(entry.tensors)
+
+    def _trim(self) -> None:
+        """Forget the keys unused for longest, half of those without a value, if they are many."""
+        held = len(self._held)
+        most = max(_REMEMBERED * held, _REMEMBERED_AT_LEAST)
+        if len(self._known) - held <= most:
+            return
+        others = [known for known in self._known.values() if known.entry is None]
+        others.sort(key=lambda known: known.last)
+        for known in others[: len(others) - most // 2]:
+            del self._known[known.key]
+
+
+def _current(
+    records: list[tuple[float, int, _Known]],
+) -> list[tuple[float, int, _Known]]:
+    """Return a heap of those records that are up to date."""
+    left = [record for record in records if record[2].ticket == record[1]]
+    heapq.heapify(left)
+    return left
