@@ -157,7 +157,9 @@ def _time(
     if not backend:
         return list(decode(model, input_ids, 1 + tokens).step_ms)
     cap = int(share * working_set)
-    with attach(model, backend=backend, **({} if backend == "dict" else {"max_bytes": cap})) as cache:
+    with attach(
+        model, backend=backend, **({} if backend == "dict" else {"max_bytes": cap})
+    ) as cache:
         decode(model, input_ids, _WARM_UP_TOKENS)
         before = cache.stats()
         found = decode(model, input_ids, 1 + tokens)

@@ -11,6 +11,7 @@ from dora_cache.cli.coverage import coverage
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
+from dora_cache.cli.traffic import traffic
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(generate)
 app.command()(caps)
+app.command()(traffic)
 app.command()(freshness)
 app.command()(coverage)
 app.command()(backends)
