@@ -138,8 +138,9 @@ def _many_prices(
         best = min(best, bound)
         # The subgradient: bytes and times wanted in every window, less those that there are.
         chosen = gains > 0
-        wanted = _byte_time(sizes[chosen], starts[chosen], ends[chosen], first[chosen],
-                            last[chosen], edges)
+        wanted = _byte_time(
+            sizes[chosen], starts[chosen], ends[chosen], first[chosen], last[chosen], edges
+        )
         excess = wanted / (cap * widths) - 1
         prices = prices * np.exp(np.clip(excess, -1, 1) * 0.5 / np.sqrt(1 + step))
     return float(best)

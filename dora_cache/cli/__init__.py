@@ -6,11 +6,13 @@ import typer
 
 from dora_cache.cli.backends import backends
 from dora_cache.cli.bench import bench
+from dora_cache.cli.caps import caps
 from dora_cache.cli.coverage import coverage
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
 from dora_cache.cli.plan import plan
+from dora_cache.cli.traffic import traffic
 
 __all__ = ["app", "main"]
 
@@ -25,6 +27,8 @@ app.command()(demo)
 app.command()(bench)
 app.command()(plan)
 app.command()(generate)
+app.command()(caps)
+app.command()(traffic)
 app.command()(freshness)
 app.command()(coverage)
 app.command()(backends)

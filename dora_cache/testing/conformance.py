@@ -263,9 +263,7 @@ class BackendConformance(RuleBasedStateMachine):
         for key in list(self._model):
             self._forget(key)
 
-    @precondition(
-        lambda self: self._first_cap is not None and isinstance(self.backend, Resizable)
-    )
+    @precondition(lambda self: self._first_cap is not None and isinstance(self.backend, Resizable))
     @rule(permille=st.integers(0, 1200))
     def resize(self, permille: int) -> None:
         """Change the cap, downwards mostly."""

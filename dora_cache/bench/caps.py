@@ -1,0 +1,241 @@
+"""Decoding speed over caps: how much of a cache's gain is left when not everything fits."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from dora_cache.attachment import attach
+from dora_cache.bench.measure import decode
+from dora_cache.bench.report import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+__all__ = ["KINDS", "Capped", "Caps", "as_dict", "draw", "measure_caps", "random_adapter", "table"]
+
+_WARM_UP_TOKENS = 3  # the budget backend learns what derivations cost, and settles
+
+
+def _loha(config: Any) -> Any:
+    return config.LoHaConfig(r=8, alpha=8, target_modules="all-linear", init_weights=False)
+
+
+def _lokr(config: Any) -> Any:
+    return config.LoKrConfig(r=8, alpha=8, target_modules="all-linear", init_weights=False)
+
+
+def _fourierft(config: Any) -> Any:
+    return config.FourierFTConfig(n_frequency=1000, target_modules="all-linear")
+
+
+def _dora(config: Any) -> Any:
+    return config.LoraConfig(
+        r=8, use_dora=True, target_modules="all-linear", init_lora_weights=False
+    )
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "LoHa": _loha,
+    "LoKr": _lokr,
+    "FourierFT": _fourierft,
+    "DoRA": _dora,
+}
+"""Adapters to try, by name; each makes a config of the module that is given, ``peft``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capped:
+    """One backend under one cap.
+
+    Attributes:
+        backend: its name; empty for PEFT uncached.
+        share: the cap as a share of the working set.
+        max_bytes: the cap.
+        token_ms: milliseconds per token, the median over tokens and rounds.
+        held: bytes held at the end.
+        hit_rate: hits per lookup while it was timed.
+        gain: share of the time that an unbounded cache saves: 0 for uncached, 1 for everything.
+    """
+
+    backend: str
+    share: float
+    max_bytes: int
+    token_ms: float
+    held: int
+    hit_rate: float
+    gain: float
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What was measured: PEFT uncached, everything cached, and the caps between."""
+
+    uncached_ms: float
+    cached_ms: float
+    working_set: int
+    rows: tuple[Capped, ...]
+
+
+def random_adapter(base: Any, kind: str) -> Any:
+    """Wrap a Transformers model with a random adapter on all its linear layers; in eval mode."""
+    import peft
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return peft.get_peft_model(base, KINDS[kind](peft)).eval()
+
+
+def measure_caps(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    backends: Sequence[str] = ("lru", "budget"),
+    shares: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 0.9),
+    tokens: int = 6,
+    rounds: int = 2,
+    move: Callable[[], object] = lambda: None,
+) -> Caps:
+    """Decode under each cap with each backend, uncached and with everything cached, in turn.
+
+    Args:
+        model: a PEFT model of a causal language model, in eval mode.
+        input_ids: the prompt, int64, shape (1, length).
+        backends: names of backends that take ``max_bytes``.
+        shares: caps, as shares of the working set.
+        tokens: tokens that are timed, each time.
+        rounds: how often each setting has its turn. Each time the cache starts empty and settles
+            over a few tokens that are not timed.
+        move: called after each setting's turn.
+    """
+    with attach(model) as cache:
+        cache.warm()
+        working_set = cache.stats().nbytes
+    settings: list[tuple[str, float]] = [("", 0.0), ("dict", 1.0)]
+    settings += [(backend, share) for share in shares for backend in backends]
+    times: dict[tuple[str, float], list[float]] = {setting: [] for setting in settings}
+    seen: dict[tuple[str, float], tuple[int, int, float]] = {}
+    for index in range(rounds):
+        for backend, share in settings[index % 2 :: 2] + settings[1 - index % 2 :: 2]:
+            times[backend, share] += _time(
+                model, input_ids, backend, share, working_set, tokens, seen
+            )
+            move()
+    medians = {setting: statistics.median(found) for setting, found in times.items()}
+    uncached, cached = medians["", 0.0], medians["dict", 1.0]
+    rows = tuple(
+        Capped(
+            backend,
+            share,
+            *seen[backend, share][:1],
+            medians[backend, share],
+            *seen[backend, share][1:],
+            (uncached - medians[backend, share]) / (uncached - cached),
+        )
+        for backend, share in settings[2:]
+    )
+    return Caps(uncached, cached, working_set, rows)
+
+
+def _time(
+    model: Any,
+    input_ids: Tensor,
+    backend: str,
+    share: float,
+    working_set: int,
+    tokens: int,
+    seen: dict[tuple[str, float], tuple[int, int, float]],
+) -> list[float]:
+    if not backend:
+        return list(decode(model, input_ids, 1 + tokens).step_ms)
+    cap = int(share * working_set)
+    with attach(
+        model, backend=backend, **({} if backend == "dict" else {"max_bytes": cap})
+    ) as cache:
+        decode(model, input_ids, _WARM_UP_TOKENS)
+        before = cache.stats()
+        found = decode(model, input_ids, 1 + tokens)
+        after = cache.stats()
+        lookups = after.lookups - before.lookups
+        rate = (after.hits - before.hits) / lookups if lookups else 0.0
+        seen[backend, share] = (cap, after.nbytes, rate)
+    return list(found.step_ms)
+
+
+def table(found: Caps) -> Table:
+    """Return one row for each backend and cap."""
+    rows = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    rows.add_column("")
+    for column in ("cap", "held", "ms per token", "tokens/s", "hit rate", "of the gain"):
+        rows.add_column(column, justify="right")
+    rows.add_row("PEFT uncached", "", "", *_speed(found.uncached_ms), "", "0 %")
+    for row in found.rows:
+        rows.add_row(
+            row.backend,
+            f"{row.share:.0%}",
+            format_bytes(row.held),
+            *_speed(row.token_ms),
+            f"{row.hit_rate:.0%}",
+            f"{row.gain:.0%}",
+        )
+    whole = format_bytes(found.working_set)
+    rows.add_row("everything cached", "", whole, *_speed(found.cached_ms), "100%", "100%")
+    return rows
+
+
+def _speed(milliseconds: float) -> tuple[str, str]:
+    return f"{milliseconds:.1f}", f"{1000 / milliseconds:.2f}"
+
+
+def as_dict(found: Caps) -> dict[str, Any]:
+    """Return everything as JSON knows it; times in ms, sizes in bytes."""
+    return asdict(found)
+
+
+def draw(found: Caps, path: Path, *, title: str) -> None:
+    """Draw tokens/s over the cap, a line for each backend, and write a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colors = iter(("#8a8f98", "#2563a8", "#c2752d", "#3f7d4e"))
+    for backend in dict.fromkeys(row.backend for row in found.rows):
+        rows = [row for row in found.rows if row.backend == backend]
+        axes.plot(
+            [100 * row.share for row in rows],
+            [1000 / row.token_ms for row in rows],
+            marker="o",
+            color=next(colors),
+            label=backend,
+        )
+    for milliseconds, text in (
+        (found.uncached_ms, "PEFT uncached"),
+        (found.cached_ms, "everything cached"),
+    ):
+        axes.axhline(1000 / milliseconds, color="#333333", linewidth=0.8, linestyle="--")
+        axes.annotate(
+            text, (100, 1000 / milliseconds), ha="right", va="bottom", fontsize=9, color="#333333"
+        )
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"cap, % of the working set ({format_bytes(found.working_set)})")
+    axes.set_ylabel("tokens per second")
+    axes.legend(frameon=False, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11)
+    figure.savefig(path, format="png")

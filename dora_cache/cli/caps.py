@@ -1,0 +1,107 @@
+"""``dora-cache caps``: decoding speed over caps, with several backends."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from dora_cache.cli.console import CliError, make_folder, progress_bar, quiet, reported, results
+from dora_cache.cli.loading import (
+    load_adapters,
+    load_model,
+    make_shape,
+    parse_adapters,
+    parse_device,
+)
+from dora_cache.cli.options import AdapterOption, DeviceOption, OutOption
+
+__all__ = ["caps"]
+
+_PROMPT_TOKENS = 8
+
+
+def caps(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="Folder of a causal language model; or --shape."),
+    ] = None,
+    *,
+    shape: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of MODEL, random weights.")
+    ] = None,
+    adapter: AdapterOption = None,
+    kind: Annotated[
+        str, typer.Option(help="Without --adapter: a random one of this kind on all linear layers.")
+    ] = "LoHa",
+    backends: Annotated[
+        str, typer.Option(metavar="LIST", help="Backends that take a cap.")
+    ] = "lru,budget",
+    shares: Annotated[
+        str, typer.Option(metavar="LIST", help="Caps, in percent of the working set.")
+    ] = "10,25,50,75,90",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to time at each turn.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every setting.")] = 2,
+    device: DeviceOption = None,
+    out: OutOption = Path("out"),
+) -> None:
+    """Measure how much of the gain is left when not everything fits, backend by backend."""
+    from dora_cache import bench
+    from dora_cache.bench import caps as measuring
+
+    with reported():
+        if (model is None) == (shape is None):
+            raise CliError("give a MODEL folder, or a shape, as --shape smollm2-135m")
+        if shape is not None and shape not in bench.SHAPES:
+            raise CliError(f"there is no shape {shape!r}: choose from {', '.join(bench.SHAPES)}")
+        if kind not in measuring.KINDS:
+            raise CliError(f"--kind {kind}: choose from {', '.join(measuring.KINDS)}")
+        percents = _percents(shares)
+        names = backends.split(",")
+        paths = parse_adapters(adapter or [])
+        where = parse_device(device)
+        folder = make_folder(out)
+        with quiet():
+            base: Any = (
+                load_model(model, where)
+                if model is not None
+                else make_shape(shape or "", where, layers=None, dtype=torch.float32)
+            )
+            wrapped = load_adapters(base, paths) if paths else measuring.random_adapter(base, kind)
+            input_ids = bench.random_prompt(base, 1, _PROMPT_TOKENS)
+            total = rounds * (2 + len(percents) * len(names))
+            with progress_bar("settings", total) as move:
+                found = measuring.measure_caps(
+                    wrapped,
+                    input_ids,
+                    backends=names,
+                    shares=percents,
+                    tokens=tokens,
+                    rounds=rounds,
+                    move=move,
+                )
+        console = results()
+        console.print(measuring.table(found))
+        title = f"{shape or (model or Path()).resolve().name}, {kind if not paths else 'adapters'}"
+        data = {
+            "model": title,
+            "machine": bench.describe_machine(where),
+            **measuring.as_dict(found),
+        }
+        (folder / "caps.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+        try:
+            measuring.draw(found, folder / "caps.png", title=title)
+        except ImportError:
+            console.print("no chart: pip install dora-cache[demo] brings matplotlib")
+
+
+def _percents(text: str) -> list[float]:
+    try:
+        found = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        msg = f"--shares {text} is no list of percentages: write for example 10,25,50,75,90"
+        raise CliError(msg)
+    return found
