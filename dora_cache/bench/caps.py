@@ -131,18 +131,12 @@ def measure_caps(
             move()
     medians = {setting: statistics.median(found) for setting, found in times.items()}
     uncached, cached = medians["", 0.0], medians["dict", 1.0]
-    rows = tuple(
-        Capped(
-            backend,
-            share,
-            *seen[backend, share][:1],
-            medians[backend, share],
-            *seen[backend, share][1:],
-            (uncached - medians[backend, share]) / (uncached - cached),
-        )
-        for backend, share in settings[2:]
-    )
-    return Caps(uncached, cached, working_set, rows)
+    rows = []
+    for backend, share in settings[2:]:
+        cap, held, rate = seen[backend, share]
+        gain = (uncached - medians[backend, share]) / (uncached - cached)
+        rows.append(Capped(backend, share, cap, medians[backend, share], held, rate, gain))
+    return Caps(uncached, cached, working_set, tuple(rows))
 
 
 def _time(
@@ -157,9 +151,8 @@ def _time(
     if not backend:
         return list(decode(model, input_ids, 1 + tokens).step_ms)
     cap = int(share * working_set)
-    with attach(
-        model, backend=backend, **({} if backend == "dict" else {"max_bytes": cap})
-    ) as cache:
+    limits: dict[str, Any] = {} if backend == "dict" else {"max_bytes": cap}
+    with attach(model, backend=backend, **limits) as cache:
         decode(model, input_ids, _WARM_UP_TOKENS)
         before = cache.stats()
         found = decode(model, input_ids, 1 + tokens)

@@ -319,9 +319,9 @@ def page(rows: Sequence[Covered], machine: dict[str, Any]) -> str:
     """Return the tables for the documentation, in Markdown."""
     return (
         as_markdown(rows)
-        + f"\nMeasured by `dora-cache coverage` on {machine['cpu']}, {machine['threads']} thread(s), "
-        f"float32, torch {machine['torch']}, peft {machine['peft']}; medians of rounds in which "
-        "all ways of a row took turns.\n\n## Nothing to cache\n\n" + nothing_as_markdown()
+        + f"\nMeasured by `dora-cache coverage` on {machine['cpu']}, {machine['threads']} "
+        f"thread(s), float32, torch {machine['torch']}, peft {machine['peft']}; medians of rounds "
+        "in which all ways of a row took turns.\n\n## Nothing to cache\n\n" + nothing_as_markdown()
     )
 
 
@@ -341,7 +341,7 @@ def as_markdown(rows: Sequence[Covered]) -> str:
                 numerics,
                 format_bytes(held),
                 _share(held, row),
-                *(_times(speeds[length]).replace("x", "×") for length in lengths),
+                *(_times(speeds[length]) for length in lengths),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -130,22 +130,13 @@ def measure_traffic(
     lookups = np.repeat(picks, forwards)
     optimum = belady(lookups, slots) / len(lookups)
     x = torch.randn(1, _SIZE, generator=torch.Generator().manual_seed(seed))
-    served = []
     expected: list[torch.Tensor] = []
-    for backend in ("", *backends):
-        served.append(
-            _serve(
-                model,
-                [names[pick] for pick in picks],
-                x,
-                backend,
-                slots * each,
-                forwards,
-                optimum,
-                expected,
-                move,
-            )
-        )
+    asked = [names[pick] for pick in picks]
+    cap = slots * each
+    served = [
+        _serve(model, asked, x, backend, cap, forwards, optimum, expected, move)
+        for backend in ("", *backends)
+    ]
     peft = []
     for name in names[:5]:
         began = time.perf_counter()

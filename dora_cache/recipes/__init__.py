@@ -90,7 +90,7 @@ def load_recipes(cache: AdapterCache | None = None) -> list[Recipe]:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         _load(found, entry.name, entry.load, cache)
     for name, module in RECIPES.items():
-        _load(found, name, lambda module=module: importlib.import_module(module).RECIPE, cache)  # type: ignore[misc]
+        _load(found, name, lambda module=module: importlib.import_module(module).RECIPE, cache)
     return list(found.values())
 
 

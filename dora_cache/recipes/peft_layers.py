@@ -32,10 +32,13 @@ __all__ = [
 class Recipe(Protocol):
     """How one kind of adapter layer is cached."""
 
-    name: str
-    """What the adapter is called in the field, e.g. ``"DoRA"``."""
-    relies_on: Mapping[str, str]
-    """The methods of PEFT's that it was written for, and their fingerprints."""
+    @property
+    def name(self) -> str:
+        """What the adapter is called in the field, e.g. ``"DoRA"``."""
+
+    @property
+    def relies_on(self) -> Mapping[str, str]:
+        """The methods of PEFT's that it was written for, and their fingerprints."""
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is of the kind."""

@@ -86,7 +86,7 @@ class _Pair:
         Returns:
             Whether it could be done.
         """
-        errors = []
+        errors: list[Exception | None] = []
         for model in (self.plain, self.model):
             torch.manual_seed(0)
             try:
@@ -214,8 +214,8 @@ def check_equality(pair: _Pair) -> None:
         pair.same(found, expected, "under inference_mode")
         with torch.autocast("cpu", torch.bfloat16):
             for where in ("under autocast", "under autocast, again"):
-                found, expected = _outcome(pair.model, pair.same_x), _outcome(pair.plain, pair.x)
-                pair.alike(found, expected, where, precision=torch.bfloat16)
+                ours, pefts = _outcome(pair.model, pair.same_x), _outcome(pair.plain, pair.x)
+                pair.alike(ours, pefts, where, precision=torch.bfloat16)
         pair.compare("autocast")
         with cache.bypass():
             found = _run(pair.model, pair.same_x)
@@ -311,7 +311,7 @@ def check_training(pair: _Pair) -> None:
                     model.train(mode)
                     torch.manual_seed(1)
                     weights = [p for p in model.parameters() if p.requires_grad]
-                    _output(model, pair.x).float().square().sum().backward()
+                    _output(model, pair.x).float().square().sum().backward()  # type: ignore[no-untyped-call]
                     nn.utils.clip_grad_norm_(weights, 10)  # weights stay finite
                     torch.optim.SGD(weights, lr=0.01, fused=fused).step()
                     model.zero_grad()
@@ -441,12 +441,12 @@ def check_copies(pair: _Pair) -> None:
     with pair.attached():
         pair.run()
         copies = [copy.deepcopy(pair.model)]
-        file = io.BytesIO()
         try:
-            torch.save(pair.plain, file)
+            torch.save(pair.plain, io.BytesIO())
+            can_be_saved = True
         except Exception:  # noqa: BLE001 - PEFT's own layer cannot be pickled
-            file = None
-        if file is not None:
+            can_be_saved = False
+        if can_be_saved:
             file = io.BytesIO()
             torch.save(pair.model, file)
             file.seek(0)
@@ -595,7 +595,7 @@ def _gradients(model: Any, x: Tensor) -> dict[str, Tensor] | Exception:
     try:
         output = _output(model, x)
         if output.requires_grad:
-            output.float().square().sum().backward()
+            output.float().square().sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001 - compared by the caller
         return error
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
