@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import GloraConfig
 from peft.tuners.glora.layer import (
     GloraEmptyPath,
@@ -16,7 +17,7 @@ from peft.tuners.glora.layer import (
     GloraScalarPath,
     GloraVectorPath,
 )
-from torch import Tensor, matmul, nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
@@ -56,7 +57,7 @@ def _weight(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     total = weight + weight * a + b
     if bias is None:
         return (total,)
-    return total, bias + bias * d + e + matmul(weight, c).squeeze(-1)
+    return total, bias + bias * d + e + torch.matmul(weight, c).squeeze(-1)
 
 
 _KINDS = frozenset({GloraLoraPath, GloraVectorPath, GloraScalarPath, GloraEmptyPath})
@@ -133,6 +134,7 @@ RECIPE = LayerRecipe(
         Example("GLoRA", _config, layers=1, numerics=BOTH),
         Example("GLoRA, vectors", _paths("vector", "vector", "vector"), layers=1, numerics=BOTH),
         Example("GLoRA, constants", _paths("constant", "none", "constant"), layers=1),
-        Example("GLoRA, no bias", _paths("none", "lora", "none"), _unbiased, layers=1),
+        Example("GLoRA, bias alone", _paths("none", "lora", "none"), layers=1),
+        Example("GLoRA, no bias", _config, _unbiased, dtypes=(torch.float32,), layers=1),
     ],
 )
