@@ -4,6 +4,7 @@ import pytest
 from decorator_machine import DecoratorMachine
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
+from kinds_machine import FastKindsMachine, KindsMachine
 from model_machine import (
     CompiledModelMachine,
     ContentModelMachine,
@@ -18,6 +19,8 @@ MACHINES = {
     FastModelMachine: 0.25,
     ContentModelMachine: 0.25,
     CompiledModelMachine: 0.05,  # it compiles again and again
+    KindsMachine: 0.5,
+    FastKindsMachine: 0.25,
 }
 
 
