@@ -22,7 +22,7 @@ from dora_cache.recipes.peft_layers import follow_layer, follow_part
 from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
@@ -142,7 +142,7 @@ def _settle(model: Any) -> None:
 
 class _OFT:
     name = "OFT"
-    relies_on = {  # noqa: RUF012
+    relies_on: Mapping[str, str] = {
         "peft.tuners.oft.layer:OFTRotationModule.forward": "e020e4dfcabe",
         "peft.tuners.oft.layer:OFTRotationModule._cayley_batch": "90c6c9b8ab25",
         "peft.tuners.oft.layer:OFTRotationModule._project_batch": "843c16135148",
