@@ -210,8 +210,8 @@ def check_equality(pair: _Pair) -> None:
         pair.same(found, expected, "under inference_mode")
         with torch.autocast("cpu", torch.bfloat16):
             for where in ("under autocast", "under autocast, again"):
-                found, expected = _outcome(pair.model, pair.same_x), _outcome(pair.plain, pair.x)
-                pair.alike(found, expected, where, precision=torch.bfloat16)
+                outcomes = _outcome(pair.model, pair.same_x), _outcome(pair.plain, pair.x)
+                pair.alike(*outcomes, where, precision=torch.bfloat16)
         pair.compare("autocast")
         with cache.bypass():
             found = _run(pair.model, pair.same_x)
