@@ -136,7 +136,10 @@ def _plan(layer: Any, kwargs: dict[str, Any]) -> Plan | None:
     if layer._disable_adapters or "adapter_names" in kwargs or stands_aside(layer):
         return None
     adapter = _adapter(layer)
-    if adapter is None or _wants_gradients(layer, adapter):
+    if adapter is None:
+        return None
+    if _wants_gradients(layer, adapter):
+        layer.__dict__[SLOT].cache.passed_by()
         return None
     merged = _merged(layer, adapter)
     if merged is None:
@@ -156,7 +159,8 @@ def _covered(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tens
 def _moving(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run PEFT's own forward, and see whether it has left the weights settled."""
     result = plain_class(type(layer)).forward(layer, query, *args, **kwargs)  # type: ignore[attr-defined]
-    _plan(layer, kwargs)
+    if not (layer.training or layer.__dict__[SLOT].cache.bypassing):
+        _plan(layer, kwargs)
     return result
 
 

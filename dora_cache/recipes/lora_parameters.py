@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy, _LoraParamet
 from peft.utils import ALLOWED_COMPUTE_DTYPES
 from torch import Tensor, nn
 
-from dora_cache.decorator import cached, derivations_of
+from dora_cache.decorator import SLOT, cached, derivations_of
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import Base, Example
 from dora_cache.recipes.hooks import active_in, wants_gradients
@@ -69,7 +69,10 @@ def _weight(layer: Any, *adapters: str) -> Tensor | None:
 
 
 def _plan(outermost: Any, kwargs: dict[str, Any]) -> Plan | None:
-    if "adapter_names" in kwargs or wants_gradients(outermost):
+    if "adapter_names" in kwargs:
+        return None
+    if wants_gradients(outermost):
+        outermost.__dict__[SLOT].cache.passed_by()
         return None
     base = base_layer(outermost)
     state = base.__dict__

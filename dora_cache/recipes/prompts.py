@@ -61,7 +61,7 @@ def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _depends_on(encoder: Any, *_: object) -> Iterator[object]:
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]  # they would see the encoder's layers run
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]  # they would see its layers run
         yield _UNSIGNABLE
     for module in encoder.modules():
         if module is encoder:
