@@ -9,6 +9,7 @@ from dora_cache.cli.bench import bench
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
+from dora_cache.cli.simulate import simulate
 
 __all__ = ["app", "main"]
 
@@ -23,6 +24,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(generate)
 app.command()(freshness)
+app.command()(simulate)
 app.command()(backends)
 
 
