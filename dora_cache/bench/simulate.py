@@ -1,8 +1,8 @@
 """Simulate policies of eviction on traces, and compare them with the offline optimum.
 
-Nothing is derived: a trace says what is looked up, and what deriving it costs. The built-in backends
-are driven as the cache drives them, ``get`` and after a miss ``put``, with entries whose tensors
-have the size of the real ones but no memory. ::
+Nothing is derived: a trace says what is looked up, and what deriving it costs. The built-in
+backends are driven as the cache drives them, ``get`` and after a miss ``put``, with entries whose
+tensors have the size of the real ones but no memory. ::
 
     scores = simulate(standard_traces(), policies())
     rich.print(table(scores))

@@ -73,8 +73,8 @@ def upper_bound(trace: Trace, cap: int) -> float:
     time those chosen have at most ``cap`` bytes together. The best choice is an integer programme:
     the largest sum of c[i] x[i], where x[i] is 0 or 1, and for every time t the sum of s[i] x[i]
     over the intervals i around t is at most ``cap``. (This is the flow-based offline optimum, FOO,
-    of Berger, Beckmann and Harchol-Balter, "Practical Bounds on Optimal Caching with Variable Object
-    Sizes", 2018.)
+    of Berger, Beckmann and Harchol-Balter, "Practical Bounds on Optimal Caching with Variable
+    Object Sizes", 2018.)
 
     By weak duality, any prices p[t] >= 0 of a byte at a time t give an upper bound of that sum::
 

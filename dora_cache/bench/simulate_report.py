@@ -24,7 +24,7 @@ _OTHERS = ("#8a8f98", "#5a9367", "#a05a8f", "#b5a642", "#333333")
 
 
 def table(scores: Sequence[Score]) -> Table:
-    """Return one row for each trace and cap, with what each policy saved of the optimum, in per cent.
+    """Return one row for each trace and cap: what each policy saved, in per cent of the optimum.
 
     A cap's optimum stands beside it as a share of what deriving everything would take.
     """
@@ -54,17 +54,17 @@ def table(scores: Sequence[Score]) -> Table:
 
 def legend(traces: Sequence[Trace]) -> str:
     """Say what the numbers of the table are, and what happens in each trace."""
-    lines = [
-        "Time saved in per cent of the offline optimum's, which knows the future. Cap: share of the "
-        "bytes of all values. Optimum: share of all time to derive that it saves; ≤ where it is an "
-        "upper bound.",
-        *(
-            f"{trace.name}: {trace.title} ({len(trace.lookups):,} lookups, working set "
+    found = (
+        "Time saved in per cent of the offline optimum's, which knows the future. Cap: share of "
+        "the bytes of all values. Optimum: share of all time to derive that it saves; ≤ where it "
+        "is an upper bound."
+    )
+    for trace in traces:
+        found += (
+            f"\n{trace.name}: {trace.title} ({len(trace.lookups):,} lookups, working set "
             f"{format_bytes(trace.working_set)})."
-            for trace in traces
-        ),
-    ]
-    return "\n".join(lines)
+        )
+    return found
 
 
 def as_dict(scores: Sequence[Score], traces: Sequence[Trace], *, seed: int) -> dict[str, Any]:

@@ -74,11 +74,7 @@ TUNERS = {
         Tuner("OFT", lambda layer: 4 * layer.inputs * _OFT_BLOCK, _time(0.6, 0.0)),
         Tuner("LoHa", _dense, _time(0.28, 0.0014)),
         Tuner("FourierFT", _dense, _time(0.16, 0.036)),
-        Tuner(
-            "BOFT",
-            lambda layer: 4 * layer.inputs**2,
-            lambda layer: 6.6 * max(0.1, (layer.inputs / 4096) ** 3),
-        ),
+        Tuner("HRA", _dense, _time(1.1, 0.015)),
     )
 }
 """Kinds of adapters, from a vector for each layer to a matrix as large as its weight."""
@@ -248,7 +244,7 @@ def standard_traces(seed: int = 0, *, scale: float = 1.0) -> list[Trace]:
         ),
         make_trace(
             "mixed",
-            "50 adapters of five kinds, whose time per byte differs by a factor of thousands",
+            "50 adapters of five kinds, whose time per byte differs up to ten thousandfold",
             [(tuners[index % len(tuners)], decoder * 4) for index in range(50)],
             requests(rng, popular(50, 700), 2, 8),
         ),

@@ -1,19 +1,15 @@
 """``dora-cache simulate``: policies of eviction against the offline optimum."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
 from dora_cache.cli.console import CliError, make_folder, progress_bar, reported, results
 from dora_cache.cli.options import OutOption
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["simulate"]
 
