@@ -13,6 +13,7 @@ from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
 from dora_cache.cli.plan import plan
 from dora_cache.cli.traffic import traffic
+from dora_cache.cli.simulate import simulate
 
 __all__ = ["app", "main"]
 
@@ -31,6 +32,7 @@ app.command()(caps)
 app.command()(traffic)
 app.command()(freshness)
 app.command()(coverage)
+app.command()(simulate)
 app.command()(backends)
 
 

@@ -424,7 +424,8 @@ class BackendConformance(RuleBasedStateMachine):
             return
         if self.exact_lru:
             self._fail(
-                f"{what} returned False, but max_bytes is {self._cap}{beside}: an exact LRU keeps it"
+                f"{what} returned False, but max_bytes is {self._cap}{beside}: "
+                "an exact LRU keeps it"
             )
         if key in self._pins:
             self._fail(
