@@ -9,7 +9,11 @@ from dora_cache.cli.bench import bench
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
+<<<<<<< HEAD
 from dora_cache.cli.plan import plan
+=======
+from dora_cache.cli.simulate import simulate
+>>>>>>> budget
 
 __all__ = ["app", "main"]
 
@@ -25,6 +29,7 @@ app.command()(bench)
 app.command()(plan)
 app.command()(generate)
 app.command()(freshness)
+app.command()(simulate)
 app.command()(backends)
 
 
