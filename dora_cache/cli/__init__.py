@@ -12,8 +12,8 @@ from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
 from dora_cache.cli.plan import plan
-from dora_cache.cli.traffic import traffic
 from dora_cache.cli.simulate import simulate
+from dora_cache.cli.traffic import traffic
 
 __all__ = ["app", "main"]
 
@@ -28,11 +28,11 @@ app.command()(demo)
 app.command()(bench)
 app.command()(plan)
 app.command()(generate)
+app.command()(coverage)
 app.command()(caps)
 app.command()(traffic)
-app.command()(freshness)
-app.command()(coverage)
 app.command()(simulate)
+app.command()(freshness)
 app.command()(backends)
 
 
