@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Shortcut", "make_shortcut"]
 
-_SCALARS = frozenset({str, int, bool, float})
+_SCALARS = frozenset({str, int, bool, float, torch.Size})
 
 
 class Shortcut:
@@ -86,7 +86,7 @@ def make_shortcut(dependencies: Sequence[object], *, gradients: bool) -> Shortcu
     """Note the facts of now; None where they cannot be told shortly, as under autocast.
 
     Args:
-        dependencies: tensors, None, and scalars.
+        dependencies: tensors, None, scalars, and shapes.
         gradients: whether the value must not be used while gradients are enabled.
     """
     if torch._C._is_any_autocast_enabled() or not _trusted():
@@ -98,8 +98,11 @@ def make_shortcut(dependencies: Sequence[object], *, gradients: bool) -> Shortcu
         kind = type(item)
         if kind is nn.Parameter or kind is Tensor:
             assert isinstance(item, Tensor)  # noqa: S101 - for the type checker
-            pattern += "t"
-            tensors.append(item)
+            if any(item is other for other in tensors):  # the guards take no tensor twice
+                pattern += "r"
+            else:
+                pattern += "t"
+                tensors.append(item)
             address = torch._C._storage_address(item)  # type: ignore[attr-defined]
             facts += (id(item), item._version, address, item.data_ptr())
         elif item is None:
@@ -133,9 +136,10 @@ def _checker(pattern: str) -> Callable[[Sequence[object], Shortcut], bool]:
     names = [f"d{index}" for index in range(len(pattern))]
     facts, nones, tensors = [], [], []
     for name, kind in zip(names, pattern, strict=True):
-        if kind == "t":
+        if kind in "tr":
             facts.append(f"id({name}), {name}._version, address({name}), {name}.data_ptr()")
-            tensors.append(name)
+            if kind == "t":
+                tensors.append(name)
         elif kind == "n":
             nones.append(f"{name} is None")
         else:

@@ -542,3 +542,36 @@ def test_explicit_config_object():
         assert cache.stats().entries == 1
         assert cache.stats().evictions == 1
         assert cache.stats().max_bytes == 64
+
+
+def test_a_dependency_may_be_listed_twice_and_beside_shapes():
+    """Hits take the short way all the same, and each change is noticed."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Parameter(torch.randn(3), requires_grad=False)
+            self.other = self.one
+            self.shape = self.one.shape
+            self.eval()
+
+        @cached("sum", depends_on=lambda self: [self.one, self.shape, self.other])
+        def total(self):
+            return self.one + self.other + len(self.shape)
+
+    module = Twice()
+    with dora_cache.attach(module) as cache:
+        for _ in range(3):
+            module.total()
+        shortcuts = [s for binding in cache._bindings.values() for s in binding.shortcuts.values()]
+        assert len(shortcuts) == 1
+        for change in (
+            lambda: module.one.add_(1),
+            lambda: setattr(module, "other", nn.Parameter(torch.ones(3), requires_grad=False)),
+            lambda: setattr(module, "shape", torch.Size((3, 1))),
+            lambda: module.other.mul_(2),
+            lambda: setattr(module, "one", module.other),
+        ):
+            change()
+            for _ in range(3):
+                assert torch.equal(module.total(), Twice.total.__wrapped__(module))
