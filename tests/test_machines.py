@@ -19,8 +19,8 @@ MACHINES = {
     FastModelMachine: 0.25,
     ContentModelMachine: 0.25,
     CompiledModelMachine: 0.05,  # it compiles again and again
-    KindsMachine: 0.5,
-    FastKindsMachine: 0.25,
+    KindsMachine: 0.25,
+    FastKindsMachine: 0.1,
 }
 
 
