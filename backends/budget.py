@@ -31,8 +31,8 @@ _SLACK = 0.05
 _ABSENCE = 4
 """Times the usual gap beyond which a gap is an absence and says nothing about the usual one."""
 
-_LATEST_ABSENCE = 0.2
-"""The least weight of the latest absence: about the last five count."""
+_ABSENCES = 5
+"""Absences that are averaged, about: those before have less and less weight."""
 
 _LATEST_COST = 0.125
 """The least weight of the latest measurement of a cost: about the last eight count."""
@@ -44,6 +44,9 @@ _REMEMBERED = 8
 """Keys remembered without their values, for each value held."""
 
 _REMEMBERED_AT_LEAST = 4096
+
+_SETTLED = 256
+"""Entries whose worth is noted anew in one ``put``, at most."""
 
 _DRIFT = 1.25
 """Growth of an overdue key's age at which its worth, which falls all the time, is noted again."""
@@ -104,9 +107,9 @@ class BudgetBackend:
       the same, so in a forward that visits more than fits, none displaces another but for its cost
       and size: a part of the values, the one most worth holding, stays.
     - A key is overdue when its gap is exceeded by more than it has varied. Then its burst has
-      ended, and it is expected after its usual absence, or after as long as it has been away if
-      that is longer. So whatever is not used any more loses its worth by itself, and what comes in
-      its place is let in during its first or second forward.
+      ended, and it is expected after its usual absence, a mean in which the present one counts
+      with its length by now. So whatever is not used any more loses its worth by itself, and what
+      comes in its place is let in during its first or second forward.
     - A new key is expected again after the gap of those used just before; after its burst, after as
       long as it had never been asked for.
 
@@ -161,8 +164,7 @@ class BudgetBackend:
         usual = gap or self._gap
         if elapsed > _ABSENCE * usual > 0:
             known.absences = count = known.absences + 1
-            weight = max(1 / count, _LATEST_ABSENCE)
-            known.absence += weight * (elapsed - known.absence)
+            known.absence += (elapsed - known.absence) / min(count, _ABSENCES)
             if gap:
                 self._gap = gap
             return known.entry
@@ -269,7 +271,7 @@ class BudgetBackend:
         gap = known.gap or self._gap
         if not gap:  # nothing has been used twice yet
             return 0.0
-        wait = gap if age <= self._patience(known) else max(known.absence, age)
+        wait = gap if age <= self._patience(known) else _wait(known, age)
         return known.cost / (max(known.nbytes, 1) * wait)
 
     def _patience(self, known: _Known) -> float:
@@ -284,7 +286,9 @@ class BudgetBackend:
         patience = self._patience(known)
         if age <= patience:
             return known.last + patience
-        return known.last + max(known.absence, _DRIFT * age)
+        # When the wait will have grown by a part.
+        more = _DRIFT * _wait(known, age) - known.absence
+        return known.last + more * min(max(known.absences, 1), _ABSENCES)
 
     # Records
 
@@ -298,8 +302,13 @@ class BudgetBackend:
             self._dues = _current(self._dues)
 
     def _settle(self) -> None:
-        """Note the worth of all entries anew for which it has fallen by now."""
-        while self._dues and self._dues[0][0] < self._now:
+        """Note the worth anew of entries for which it has fallen by now.
+
+        Not of all at once, where many have come due since the last ``put``: that could take long.
+        """
+        for _ in range(_SETTLED):
+            if not self._dues or self._dues[0][0] >= self._now:
+                break
             _, ticket, known = heapq.heappop(self._dues)
             if known.ticket == ticket:
                 self._enter(known)
@@ -374,6 +383,14 @@ class BudgetBackend:
         others.sort(key=lambda known: known.last)
         for known in others[: len(others) - most // 2]:
             del self._known[known.key]
+
+
+def _wait(known: _Known, age: int) -> float:
+    """Return how long an overdue key is expected to be away: for uses at random, time over count.
+
+    The present absence counts as if it ended now, with the time of those before.
+    """
+    return known.absence + age / min(max(known.absences, 1), _ABSENCES)
 
 
 def _current(

@@ -156,7 +156,7 @@ def test_any_text_is_a_size_or_an_error(text):
         ({"numerics": "exact"}, "numerics is 'exact': choose 'peft' or 'fast'"),
         ({"guard": "none"}, "guard is 'none': choose 'version' or 'content'"),
         ({"backend": "lru"}, "backend 'lru' needs max_bytes: give .* max_bytes=\"256MiB\""),
-        ({"max_bytes": 1}, "'dict' takes no max_bytes .* goes with 'lru' or 'cpu'"),
+        ({"max_bytes": 1}, "'dict' takes no max_bytes .* goes with 'lru' or 'budget' or 'cpu'"),
         ({"backend": "null", "max_bytes": 1}, "'null' takes no max_bytes"),
         ({"device_bytes": 1}, "'dict' takes no device_bytes .* goes with 'cpu'"),
         (

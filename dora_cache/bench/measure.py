@@ -308,7 +308,8 @@ def working_set(model: PeftModel, adapters: Sequence[str]) -> dict[str, int]:
         NothingToCacheError: the model has nothing to cache.
     """
     sizes = Counter[str]()
-    with attach(twin(model), backend="dict") as cache:
+    other = twin(model)  # named, so that it lives as long as its cache
+    with attach(other, backend="dict") as cache:
         before = 0
         for name in adapters:
             with suppress(AdapterNotFoundError):

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
     from dora_cache.bench.simulate_traces import Trace
 
-__all__ = ["belady", "upper_bound"]
+__all__ = ["belady", "optimum", "previous_lookups", "upper_bound"]
 
 _WINDOWS = 256
 _STEPS = 30
+_STEP = 0.5
 
 
 def previous_lookups(lookups: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -54,6 +55,16 @@ def belady(lookups: NDArray[np.int64], slots: int) -> int:
     return hits
 
 
+def optimum(trace: Trace, cap: int) -> tuple[float, bool]:
+    """Return the seconds that can be saved under ``cap`` bytes, and whether that is exact.
+
+    Exact where all values are alike (:func:`belady`), otherwise an :func:`upper_bound`.
+    """
+    if trace.uniform:
+        return belady(trace.lookups, cap // int(trace.sizes[0])) * float(trace.costs[0]), True
+    return upper_bound(trace, cap), False
+
+
 def upper_bound(trace: Trace, cap: int) -> float:
     """Return seconds that no policy under ``cap`` bytes can save more than.
 
@@ -62,8 +73,8 @@ def upper_bound(trace: Trace, cap: int) -> float:
     time those chosen have at most ``cap`` bytes together. The best choice is an integer programme:
     the largest sum of c[i] x[i], where x[i] is 0 or 1, and for every time t the sum of s[i] x[i]
     over the intervals i around t is at most ``cap``. (This is the flow-based offline optimum, FOO,
-    of Berger, Beckmann and Harchol-Balter, "Practical Bounds on Optimal Caching with Variable Object
-    Sizes", 2018.)
+    of Berger, Beckmann and Harchol-Balter, "Practical Bounds on Optimal Caching with Variable
+    Object Sizes", 2018.)
 
     By weak duality, any prices p[t] >= 0 of a byte at a time t give an upper bound of that sum::
 
@@ -76,12 +87,10 @@ def upper_bound(trace: Trace, cap: int) -> float:
     """
     before = previous_lookups(trace.lookups)
     ends = np.flatnonzero(before >= 0)
-    if not len(ends):
+    ends = ends[trace.sizes[trace.lookups[ends]] <= cap]
+    if not len(ends) or cap == 0:
         return 0.0
-    starts = before[ends]
-    keys = trace.lookups[ends]
-    fits = trace.sizes[keys] <= cap
-    starts, ends, keys = starts[fits], ends[fits], keys[fits]
+    starts, keys = before[ends], trace.lookups[ends]
     costs, sizes = trace.costs[keys], trace.sizes[keys].astype(float)
     total = len(trace.lookups)
     best, price = _one_price(costs, sizes, (ends - starts).astype(float), cap, total)
@@ -136,23 +145,14 @@ def _many_prices(
         gains = costs - sizes * (until_end - until_start)
         bound = cap * paid[-1] + np.maximum(gains, 0.0).sum()
         best = min(best, bound)
-        # The subgradient: bytes and times wanted in every window, less those that there are.
+        # The subgradient: byte-lookups wanted in every window, as a share of those that there are.
         chosen = gains > 0
-        wanted = _byte_time(sizes[chosen], starts[chosen], ends[chosen], first[chosen],
-                            last[chosen], edges)
-        excess = wanted / (cap * widths) - 1
-        prices = prices * np.exp(np.clip(excess, -1, 1) * 0.5 / np.sqrt(1 + step))
+        level = np.zeros(windows + 1)
+        np.add.at(level, first[chosen], sizes[chosen])
+        np.add.at(level, last[chosen], -sizes[chosen])
+        wanted = np.cumsum(level)[:-1] * widths
+        np.add.at(wanted, first[chosen], -(sizes * (starts - edges[first]))[chosen])
+        np.add.at(wanted, last[chosen], (sizes * (ends - edges[last]))[chosen])
+        excess = np.clip(wanted / (cap * widths) - 1, -1, 1)
+        prices *= np.exp(excess * _STEP / np.sqrt(1 + step))
     return float(best)
-
-
-def _byte_time(sizes, starts, ends, first, last, edges):
-    windows = len(edges) - 1
-    widths = np.diff(edges)
-    # All of the windows between the first and the last, then the parts at both ends.
-    level = np.zeros(windows + 1)
-    np.add.at(level, first, sizes)
-    np.add.at(level, last, -sizes)
-    wanted = np.cumsum(level)[:-1] * widths
-    np.add.at(wanted, first, -sizes * (starts - edges[first]))
-    np.add.at(wanted, last, sizes * (ends - edges[last]))
-    return wanted

@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["TUNERS", "Layer", "Trace", "Tuner", "layers_of", "standard_traces"]
+__all__ = [
+    "TUNERS",
+    "Layer",
+    "Trace",
+    "Tuner",
+    "layers_of",
+    "make_trace",
+    "requests",
+    "standard_traces",
+    "together",
+    "zipf",
+]
 
 
 class Layer(NamedTuple):
@@ -63,11 +74,7 @@ TUNERS = {
         Tuner("OFT", lambda layer: 4 * layer.inputs * _OFT_BLOCK, _time(0.6, 0.0)),
         Tuner("LoHa", _dense, _time(0.28, 0.0014)),
         Tuner("FourierFT", _dense, _time(0.16, 0.036)),
-        Tuner(
-            "BOFT",
-            lambda layer: 4 * layer.inputs**2,
-            lambda layer: 6.6 * max(0.1, (layer.inputs / 4096) ** 3),
-        ),
+        Tuner("HRA", _dense, _time(1.1, 0.015)),
     )
 }
 """Kinds of adapters, from a vector for each layer to a matrix as large as its weight."""
@@ -122,12 +129,6 @@ class Trace:
     def uniform(self) -> bool:
         """Whether all values are equal in size and cost."""
         return len(np.unique(self.sizes)) == len(np.unique(self.costs)) == 1
-
-
-class _Adapter(NamedTuple):
-    """The keys of an adapter's values, in the order of a forward."""
-
-    keys: NDArray[np.int64]
 
 
 def make_trace(
@@ -206,62 +207,51 @@ def standard_traces(seed: int = 0, *, scale: float = 1.0) -> list[Trace]:
     rng = np.random.default_rng(seed)
 
     def much(count: int) -> int:
-        return max(2, round(count * scale))
+        return max(3, round(count * scale))
+
+    def popular(adapters: int, count: int) -> NDArray[np.int64]:
+        """Choose adapters by Zipf's law; which of them are popular is dealt anew."""
+        return rng.permutation(adapters)[rng.choice(adapters, much(count), p=zipf(adapters))]
 
     llama = layers_of("llama-3.1-8b")
     decoder = layers_of("llama-3.1-8b", 1)
     square = [layer for layer in layers_of("llama-3.1-8b", 4) if layer.inputs == layer.outputs]
     tuners = list(TUNERS.values())
-    found = [
+    return [
         make_trace(
             "cyclic",
             "one FourierFT adapter on Llama-3.1-8B, one forward after the other",
             [(TUNERS["FourierFT"], llama)],
             [0] * much(200),
-        )
-    ]
-    adapters = rng.choice(1000, much(4000), p=zipf(1000))
-    found.append(
+        ),
+        make_trace(
+            "turns",
+            "three such adapters in turn, in requests of 16 to 64 tokens",
+            [(TUNERS["FourierFT"], llama)] * 3,
+            requests(rng, [0, 1, 2] * much(8), 16, 64),
+        ),
         make_trace(
             "zipf",
-            "1 000 DoRA adapters, popular by Zipf's law; requests of 2 to 8 tokens",
+            "1 000 DoRA adapters by Zipf's law, in requests of 2 to 8 tokens; all values alike",
             [(TUNERS["DoRA"], square)] * 1000,
-            requests(rng, adapters, 2, 8),
-        )
-    )
-    parts = [rng.permutation(1000)[rng.choice(1000, much(1000), p=zipf(1000))] for _ in range(4)]
-    found.append(
+            requests(rng, popular(1000, 4000), 2, 8),
+        ),
         make_trace(
             "shifting",
             "1 000 DoRA adapters, whose popularity is dealt anew three times",
             [(TUNERS["DoRA"], decoder)] * 1000,
-            requests(rng, np.concatenate(parts), 2, 8),
-        )
-    )
-    adapters = rng.permutation(50)[rng.choice(50, much(700), p=zipf(50))]
-    found.append(
+            requests(rng, np.concatenate([popular(1000, 1000) for _ in range(4)]), 2, 8),
+        ),
         make_trace(
             "mixed",
-            "50 adapters of five kinds, whose time per byte differs by a factor of thousands",
+            "50 adapters of five kinds, whose time per byte differs up to ten thousandfold",
             [(tuners[index % len(tuners)], decoder * 4) for index in range(50)],
-            requests(rng, adapters, 2, 8),
-        )
-    )
-    found.append(
-        make_trace(
-            "turns",
-            "three FourierFT adapters in turn, in requests of 16 to 64 tokens",
-            [(TUNERS["FourierFT"], llama)] * 3,
-            requests(rng, [0, 1, 2] * much(8), 16, 64),
-        )
-    )
-    adapters = rng.choice(200, much(1000), p=zipf(200))
-    found.append(
+            requests(rng, popular(50, 700), 2, 8),
+        ),
         make_trace(
             "together",
             "200 LoHa adapters by Zipf's law, eight requests at once, a token of each in turn",
             [(TUNERS["LoHa"], decoder * 2)] * 200,
-            together(rng, adapters, 4, 16, 8),
-        )
-    )
-    return found
+            together(rng, popular(200, 1000), 4, 16, 8),
+        ),
+    ]

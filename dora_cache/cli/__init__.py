@@ -10,6 +10,7 @@ from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
 from dora_cache.cli.plan import plan
+from dora_cache.cli.simulate import simulate
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,7 @@ app.command()(bench)
 app.command()(plan)
 app.command()(generate)
 app.command()(freshness)
+app.command()(simulate)
 app.command()(backends)
 
 

@@ -263,9 +263,7 @@ class BackendConformance(RuleBasedStateMachine):
         for key in list(self._model):
             self._forget(key)
 
-    @precondition(
-        lambda self: self._first_cap is not None and isinstance(self.backend, Resizable)
-    )
+    @precondition(lambda self: self._first_cap is not None and isinstance(self.backend, Resizable))
     @rule(permille=st.integers(0, 1200))
     def resize(self, permille: int) -> None:
         """Change the cap, downwards mostly."""
@@ -426,7 +424,8 @@ class BackendConformance(RuleBasedStateMachine):
             return
         if self.exact_lru:
             self._fail(
-                f"{what} returned False, but max_bytes is {self._cap}{beside}: an exact LRU keeps it"
+                f"{what} returned False, but max_bytes is {self._cap}{beside}: "
+                "an exact LRU keeps it"
             )
         if key in self._pins:
             self._fail(
