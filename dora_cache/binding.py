@@ -158,10 +158,12 @@ class Binding:
         owner = args[0]
         return reference() is owner and not getattr(owner, "training", False)
 
-    def voided(self, adapter: str | None) -> int:
+    def voided(self, adapter: Adapters) -> int:
         """Return the time of the last event that voids values of ``adapter``."""
         if not self._voided:
             return self._voided_all
+        if type(adapter) is tuple:
+            return max(self._voided_all, *(self._voided.get(one, 0) for one in adapter), 0)
         return max(self._voided_all, self._voided.get(adapter, 0))
 
     def void(self, adapter: str | None, now: int) -> None:

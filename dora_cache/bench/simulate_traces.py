@@ -244,7 +244,7 @@ def standard_traces(seed: int = 0, *, scale: float = 1.0) -> list[Trace]:
         ),
         make_trace(
             "mixed",
-            "50 adapters of five kinds, whose time per byte differs up to ten thousandfold",
+            "50 adapters of five kinds, whose time per byte spans four orders of magnitude",
             [(tuners[index % len(tuners)], decoder * 4) for index in range(50)],
             requests(rng, popular(50, 700), 2, 8),
         ),
