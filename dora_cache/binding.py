@@ -162,7 +162,7 @@ class Binding:
         """Return the time of the last event that voids values of ``adapter``."""
         if not self._voided:
             return self._voided_all
-        if type(adapter) is tuple:
+        if isinstance(adapter, tuple):
             return max(self._voided_all, *(self._voided.get(one, 0) for one in adapter), 0)
         return max(self._voided_all, self._voided.get(adapter, 0))
 
