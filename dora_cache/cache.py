@@ -301,7 +301,8 @@ class AdapterCache:
         """
         with self._ours():
             buffers = [pair for one in self._bindings.values() for pair in one.buffers.items()]
-            self._memory.resize(max_bytes, buffers, self._drop_buffer, self._usages.values())
+            usages = [usage for _, usage in self._seen()]
+            self._memory.resize(max_bytes, buffers, self._drop_buffer, usages)
             self._sweep()
 
     def pin(self, adapter: str) -> int:
@@ -325,7 +326,7 @@ class AdapterCache:
         """
         known, _, _ = self._jobs([adapter])
         with self._ours():
-            usages = self._usages.items()
+            usages = self._seen()
             seen = any(concerns(adapter, usage.adapter) for _, usage in usages)
             if known and adapter not in known and not seen:
                 raise AdapterNotFoundError(_unknown(adapter, known))
@@ -352,7 +353,7 @@ class AdapterCache:
             held = set(self._try("keys", self._backend.keys, ())) & self._records.keys()
             adapters = {usage.adapter for usage in self._usages.values()}
             pinned = [adapter for adapter in adapters if self._memory.pins_hold(adapter)]
-            seen = seen_of(self._usages.values())
+            seen = seen_of(usage for _, usage in self._seen())
             caps = self._try("nbytes", self._memory.caps, ())
             return CacheReport(
                 backend=self.config.backend,
@@ -365,6 +366,15 @@ class AdapterCache:
                 declined=tuple(self._declined),
                 seen=seen,
             )
+
+    def _seen(self) -> list[tuple[Hashable, Usage]]:
+        """Return the usages of the values that no event has voided, held or not."""
+        found = []
+        for key, usage in self._usages.items():
+            binding = self._bindings.get(usage.owner)
+            if binding is not None and usage.born > binding.voided(usage.adapter):
+                found.append((key, usage))
+        return found
 
     @property
     def declined(self) -> list[Declined]:
@@ -915,6 +925,9 @@ class AdapterCache:
                 with self._locked():
                     if self._flights.get(call.key) is flight:
                         del self._flights[call.key]
+                    usage = self._usages.get(call.key)
+                    if entry is not None and usage is not None:
+                        usage.derive(entry.cost)
                     if (
                         entry is not None
                         and again is not None
@@ -960,13 +973,7 @@ class AdapterCache:
         if kept is None:
             return value, None
         tensors = kept if isinstance(kept, tuple) else (kept,)
-        entry = Entry(kept, flight.stamp, cost, Ready.now(tensors))
-        with self._locked():
-            usage = self._usages.get(call.key)
-            if usage is not None:
-                usage.derived += 1
-                usage.seconds += cost
-        return value, entry
+        return value, Entry(kept, flight.stamp, cost, Ready.now(tensors))
 
     @staticmethod
     def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -1017,9 +1024,12 @@ class AdapterCache:
         return kept
 
     def _store(self, call: _Call, entry: Entry, derivation: Derivation, binding: Binding) -> None:
+        stamp = entry.stamp
+        assert isinstance(stamp, Stamp)  # noqa: S101 - for the type checker
         self._discard(call.key, why="replacements")
         usage = self._usages.of(call.key, derivation, call.adapter, self._records)
-        usage.nbytes, usage.device, usage.current = entry.nbytes, entry.tensors[0].device, True
+        usage.nbytes, usage.device = entry.nbytes, entry.tensors[0].device
+        usage.owner, usage.born = binding.token, stamp.born
         kept = self._try("put", lambda: self._keep(call.key, entry, call.adapter), None)
         if kept is None:  # the backend failed and may hold it or not
             self._try("delete", lambda: self._backend.delete(call.key), None)
@@ -1028,8 +1038,6 @@ class AdapterCache:
             self._counts["rejections"] += 1
             return
         self._counts["stores"] += 1
-        stamp = entry.stamp
-        assert isinstance(stamp, Stamp)  # noqa: S101 - for the type checker
         record = _Record(derivation, weakref.ref(binding), call.adapter, stamp, usage, [])
         self._records[call.key] = record
         binding.keys.add(call.key)
@@ -1072,7 +1080,7 @@ class AdapterCache:
         if why == "invalidations":
             usage = self._usages.get(key)
             if usage is not None:
-                usage.current = False
+                usage.born = 0
         deleted = self._try("delete", lambda: self._backend.delete(key), False)  # noqa: FBT003
         self._counts[why] += bool(deleted)
         return int(bool(deleted))

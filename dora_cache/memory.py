@@ -267,7 +267,7 @@ class Memory:
             max_bytes: a size, or a share of each device's free memory.
             buffers: every buffer with its adapter.
             drop: called with those that the cap has no room for.
-            usages: of all values seen.
+            usages: of all values seen that hold.
         """
         try:
             size = parse_size(max_bytes)
@@ -312,7 +312,7 @@ class Memory:
 
         Args:
             adapter: its name.
-            usages: keys and usages of all values seen.
+            usages: keys and usages of all values seen that hold.
             held: keys of the entries held.
         """
         usages = list(usages)
@@ -349,7 +349,7 @@ class Memory:
         needs: dict[Part, int] = {}
         if names:
             for usage in usages:
-                if usage.current and any(concerns(name, usage.adapter) for name in names):
+                if any(concerns(name, usage.adapter) for name in names):
                     part = self.part(usage.device)
                     needs[part] = needs.get(part, 0) + usage.nbytes
         return needs

@@ -290,11 +290,7 @@ def _derive(cache: AdapterCache, declined: list[Declined]) -> list[PlannedValue]
     for text, count in failed.items():
         reason = f"its size cannot be told without weights ({text})"
         declined.append(Declined("value", None, f"{count} layers", reason))
-    values = [
-        PlannedValue(usage.kind, usage.adapter, usage.nbytes)
-        for usage in cache._usages.values()
-        if usage.current
-    ]
+    values = [PlannedValue(usage.kind, usage.adapter, usage.nbytes) for _, usage in cache._seen()]
     order = {name: place for place, name in enumerate(dict.fromkeys(v.adapter for v in values))}
     return sorted(values, key=lambda value: order[value.adapter])
 

@@ -109,8 +109,7 @@ class CacheReport:
         stats: all counters; ``stats.hit_rate``, ``stats.nbytes`` and ``stats.max_bytes`` among
             them.
         working_set: bytes of all distinct values seen, held or not, that no event has voided: the
-            cap from which on nothing need be derived twice. Values that were voided after they had
-            been evicted count until they are derived again.
+            cap from which on nothing need be derived twice.
         buffers: bytes that compiled code reads; part of ``stats.nbytes``.
         caps: for each device that has a cap of its own, its name, the bytes held, and the cap.
         pins: names of the pinned adapters.
@@ -313,12 +312,8 @@ def rows_of(
 
 
 def seen_of(usages: Iterable[Usage]) -> tuple[Seen, ...]:
-    """Return the values that are known and that no event has voided."""
-    return tuple(
-        Seen(usage.nbytes, usage.cost, usage.hits + usage.misses)
-        for usage in usages
-        if usage.current
-    )
+    """Return what usages say of the values."""
+    return tuple(Seen(usage.nbytes, usage.cost, usage.hits + usage.misses) for usage in usages)
 
 
 def _scale(nbytes: int) -> tuple[int, str]:

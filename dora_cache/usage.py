@@ -32,19 +32,21 @@ class Usage:
         seconds: what these took, all together.
         nbytes: size of the last value.
         device: where it was.
-        current: whether a value is known that no event has voided, held or not.
+        owner: token of the binding whose value it was.
+        born: the cache's clock when deriving it began; 0 if it is known not to hold any more.
     """
 
     __slots__ = (
         "_long",
         "adapter",
-        "current",
+        "born",
         "derivation",
         "derived",
         "device",
         "kind",
         "misses",
         "nbytes",
+        "owner",
         "seconds",
         "short",
     )
@@ -60,7 +62,8 @@ class Usage:
         self.seconds = 0.0
         self.nbytes = 0
         self.device: torch.device | None = None
-        self.current = False
+        self.owner = 0
+        self.born = 0
 
     @property
     def hits(self) -> int:
@@ -71,6 +74,11 @@ class Usage:
     def cost(self) -> float:
         """Seconds that deriving takes, on average."""
         return self.seconds / self.derived if self.derived else 0.0
+
+    def derive(self, seconds: float) -> None:
+        """Count a derivation."""
+        self.derived += 1
+        self.seconds += seconds
 
     def add(self, *, hit: bool, count: int = 1) -> None:
         """Count one lookup, or take one back."""

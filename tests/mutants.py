@@ -313,6 +313,15 @@ def _(patch):
     patch.setattr(core, "_storable", lambda value, stamp: value)
 
 
+@mutant("a smaller cap that evicts nothing", DecoratorMachine)
+def _(patch):
+    patch.setattr(
+        backends.LRUBackend,
+        "resize",
+        lambda self, max_bytes: setattr(self, "_max_bytes", max_bytes),
+    )
+
+
 @mutant("bypass in one thread is everybody's", DecoratorMachine)
 def _(patch):
     class Shared:
