@@ -121,8 +121,9 @@ class BudgetBackend:
 
     A new value displaces those that are worth less, by a margin, and only as many as it must; if
     that does not make enough room, it is not kept (``put`` returns False). Costs are averaged over
-    measurements, first of all values of the same size, then of the value itself. Keys are remembered without their values, the recently used ones, so that a value
-    turned away today may be let in tomorrow.
+    measurements, first of all values of the same size, then of the value itself. Keys are
+    remembered without their values, the recently used ones, so that a value turned away today may
+    be let in tomorrow.
 
     An entry counts with all its storages. Two entries that share a storage count it twice towards
     the cap, so what is really held (``nbytes``) can only be less.
