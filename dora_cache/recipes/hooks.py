@@ -254,5 +254,7 @@ def _warmers(
 
 
 def _warm(warm: Callable[[Any, str], object], layer: Any, adapter: str) -> None:
-    with suppress(UnusualError):
+    # An adapter that is there in part only (PEFT may have deleted the rest) cannot be derived; the
+    # first forward with it says so in PEFT's own words.
+    with suppress(UnusualError, KeyError, AttributeError):
         warm(layer, adapter)
