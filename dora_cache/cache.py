@@ -11,6 +11,7 @@ from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial, wraps
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 
 import torch
@@ -141,7 +142,8 @@ class AdapterCache:
         self._later: deque[Callable[[], object]] = deque()
         self._clock = itertools.count(1)
         self._bindings: dict[int, Binding] = {}
-        self._flights: dict[Hashable, _Flight] = {}
+        # By key; several, where a call that signed earlier derives beside one that signed later.
+        self._flights: dict[Hashable, list[_Flight]] = {}
         self._records: dict[Hashable, _Record] = {}
         self._by_storage: dict[int, set[Hashable]] = {}
         self._counts: Counter[str] = Counter()
@@ -501,7 +503,7 @@ class AdapterCache:
                 touched.add(storage_id(tensor))
             except (RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
                 continue
-        for flight in self._flights.values():
+        for flight in chain.from_iterable(self._flights.values()):
             if not touched.isdisjoint(flight.stamp.storages):
                 flight.touched = True
         for binding in self._bindings.values():
@@ -635,7 +637,7 @@ class AdapterCache:
     @_exclusive
     def invalidate_derivation(self, derivation: Derivation) -> int:
         """Drop every entry of one derivation; return how many went."""
-        for flight in self._flights.values():
+        for flight in chain.from_iterable(self._flights.values()):
             if flight.derivation is derivation:
                 flight.touched = True
         keys = [key for key, record in self._records.items() if record.derivation is derivation]
@@ -685,9 +687,10 @@ class AdapterCache:
                     if spelled is not None:
                         self._shorten(spelled, derivation, binding, call, entry)
                 else:
-                    flight = self._flights.get(call.key)
-                    join = flight is not None and self._joinable(flight, call, binding)
-                    if not join:
+                    flying = self._flights.get(call.key, ())
+                    flight = next((f for f in flying if self._joinable(f, call, binding)), None)
+                    join = flight is not None
+                    if flight is None:
                         flight = self._take_off(derivation, call)
                 usage.add(hit=entry is not None or join)
             if self._later or self._warnings:
@@ -893,7 +896,7 @@ class AdapterCache:
             stamp.contents = (call.contents,)
         flight = _Flight(derivation, stamp)
         derivation.caches.add(self)
-        self._flights[call.key] = flight
+        self._flights.setdefault(call.key, []).append(flight)
         return flight
 
     def _fly(
@@ -923,7 +926,9 @@ class AdapterCache:
                 flight.stamp.contents = (*flight.stamp.contents, again.contents)
             try:
                 with self._locked():
-                    if self._flights.get(call.key) is flight:
+                    flying = self._flights[call.key]
+                    flying.remove(flight)
+                    if not flying:
                         del self._flights[call.key]
                     usage = self._usages.get(call.key)
                     if entry is not None and usage is not None:

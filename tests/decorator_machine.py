@@ -213,19 +213,24 @@ class DecoratorMachine(RuleBasedStateMachine):
         """Another parameter in the weight's place."""
         type(self).steps += 1
         number = next(self.numbers)
-        self.replaced[name].append(self.owner.weight[name])
+        unnoticed = self.history[name][self.noticed[name] :]
+        self.replaced[name].append((self.owner.weight[name], unnoticed))
         new = nn.Parameter(torch.full((1,), float(number)), requires_grad=False)
         self.owner.weight[name] = new
         self.happened(name, number)
 
     @rule(name=names)
     def puts_back(self, name):
-        """The parameter that was replaced last, with what it holds."""
+        """The parameter that was replaced last, with what it holds.
+
+        Writes to it that the cache had not been told of then are as little noticed now.
+        """
         type(self).steps += 1
         if self.replaced[name]:
-            old = self.replaced[name].pop()
+            old, unnoticed = self.replaced[name].pop()
             self.owner.weight[name] = old
-            self.happened(name, old.item())
+            self.happened(name, unnoticed[0])
+            self.history[name] += unnoticed[1:]
 
     @rule(
         name=names,
