@@ -44,3 +44,27 @@ def test_machine(machine, record_property):
     finally:
         record_property("machine", (machine.__name__, Counted.runs, Counted.steps))
     assert Counted.runs >= runs
+
+
+@pytest.mark.parametrize("how", ["touched", "clear", "adapter"])
+def test_a_call_that_signed_earlier_displaces_nobody(how):
+    """What a later call derives is voided by an event, though an earlier one derived beside it."""
+    machine = DecoratorMachine()
+    machine.start(which={"backend": "paused-dict"})
+    try:
+        machine.calls_value(name="a", keyword=False, far=1)  # has the lock
+        machine.calls_value(name="a", keyword=False, far=5)  # has signed, and waits for the lock
+        first, earlier = machine.schedule.tasks
+        machine.replaces(name="a")
+        machine.resume(first, 100)
+        assert not earlier.done
+        machine.calls_value(name="a", keyword=False, far=4)  # derives from the new weight
+        later = machine.schedule.tasks[-1]
+        machine.resume(earlier, 100)
+        assert earlier.done
+        assert not later.done
+        machine.writes_past_the_counter_and_says_so(name="a", how=how, far=100)
+        machine.all_go_on()
+        assert later.done
+    finally:
+        machine.teardown()
