@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BudgetBackend"]
 
-_MARGIN = 1.25
+_MARGIN = 1.15
 """How many times more a new value must be worth than what it displaces: estimates are noisy, and an
 exchange of equals gains nothing."""
 
@@ -34,8 +34,14 @@ _ABSENCE = 4
 _ABSENCES = 5
 """Absences that are averaged, about: those before have less and less weight."""
 
-_LATEST_COST = 0.125
-"""The least weight of the latest measurement of a cost: about the last eight count."""
+_MEASUREMENTS = 8
+"""Measurements of a cost that are averaged, about: those before have less and less weight."""
+
+_OTHERS = 2
+"""Measurements of its own that the costs of other values of the same size weigh as much as."""
+
+_SIZES = 1024
+"""Sizes whose costs are remembered, at most."""
 
 _LEAST_COST = 1e-6
 """Seconds that a value is worth at least; time is not measured more finely than that."""
@@ -60,8 +66,8 @@ class _Known:
     Attributes:
         entry: the entry, if it is held.
         nbytes: its bytes, or those of the latest one.
-        cost: seconds that deriving the value takes, the mean of recent measurements.
-        measured: how many measurements there were.
+        cost: seconds that deriving the value took, the mean of recent measurements.
+        measured: how many measurements count in that.
         last: when the key was used last.
         gap: the usual time between two uses; 0 while that is unknown.
         spread: mean deviation from it.
@@ -115,8 +121,9 @@ class BudgetBackend:
 
     A new value displaces those that are worth less, by a margin, and only as many as it must; if
     that does not make enough room, it is not kept (``put`` returns False). Costs are averaged over
-    measurements. Keys are remembered without their values, the recently used ones, so that a value
-    turned away today may be let in tomorrow.
+    measurements, first of all values of the same size, then of the value itself. Keys are
+    remembered without their values, the recently used ones, so that a value turned away today may
+    be let in tomorrow.
 
     An entry counts with all its storages. Two entries that share a storage count it twice towards
     the cap, so what is really held (``nbytes``) can only be less.
@@ -133,6 +140,7 @@ class BudgetBackend:
         self._used = 0  # bytes, those of each entry counted by itself
         self._pins: set[Hashable] = set()
         self._pinned = 0  # bytes of pinned entries
+        self._costs: dict[int, tuple[float, int]] = {}  # mean cost and count by bytes
         self._now = 0
         self._gap = 0.0  # the usual gap of the key used last
         # Unpinned entries by worth, least first, and by when their worth will have fallen. Records
@@ -186,9 +194,7 @@ class BudgetBackend:
         elif known.entry is not None:
             self._release(known)
         known.nbytes = entry.nbytes
-        known.measured += 1
-        weight = max(1 / known.measured, _LATEST_COST)
-        known.cost += weight * (max(entry.cost, _LEAST_COST) - known.cost)
+        self._measure(known, max(entry.cost, _LEAST_COST))
         if not self._make_room(known):
             return False
         known.entry = entry
@@ -216,6 +222,7 @@ class BudgetBackend:
         self._known.clear()
         self._ranks.clear()
         self._dues.clear()
+        self._costs.clear()
         self._gap = 0.0
 
     def keys(self) -> Collection[Hashable]:
@@ -265,6 +272,25 @@ class BudgetBackend:
 
     # Worth
 
+    def _measure(self, known: _Known, cost: float) -> None:
+        """Take a measured cost into account, for the key and for values of its size."""
+        known.measured = min(known.measured + 1, _MEASUREMENTS)
+        known.cost += (cost - known.cost) / known.measured
+        if known.nbytes not in self._costs and len(self._costs) >= _SIZES:
+            self._costs.clear()
+        mean, count = self._costs.get(known.nbytes, (0.0, 0))
+        count = min(count + 1, _MEASUREMENTS**2)
+        self._costs[known.nbytes] = (mean + (cost - mean) / count, count)
+
+    def _cost(self, known: _Known) -> float:
+        """Return the seconds that deriving a key's value is expected to take.
+
+        A value that is held is not measured again. By its own measurement alone, one that happened
+        to be slow the first time would be held for good; so those of its size count as well.
+        """
+        mean, _ = self._costs.get(known.nbytes, (known.cost, 0))
+        return (known.measured * known.cost + _OTHERS * mean) / (known.measured + _OTHERS)
+
     def _worth(self, known: _Known) -> float:
         """Return the seconds that a byte of a key's value is expected to save, per lookup."""
         age = self._now - known.last
@@ -272,7 +298,7 @@ class BudgetBackend:
         if not gap:  # nothing has been used twice yet
             return 0.0
         wait = gap if age <= self._patience(known) else _wait(known, age)
-        return known.cost / (max(known.nbytes, 1) * wait)
+        return self._cost(known) / (max(known.nbytes, 1) * wait)
 
     def _patience(self, known: _Known) -> float:
         """Return the time after a use until which the key is not overdue."""

@@ -144,6 +144,19 @@ def test_one_odd_measurement_does_not_decide():
     assert set(backend.keys()) == set(layers)
 
 
+def test_a_slow_first_derivation_does_not_hold_its_place_for_good():
+    """A cost that others of the same size do not have is doubted, where it was measured once."""
+    backend, layers = BudgetBackend(10 * 5), list(range(20))
+    use(backend, 0, cost=2.5e-3)
+    for _ in range(5):
+        forward(backend, layers, cost=1e-3)
+    assert 0 in backend.keys()
+    for _ in range(5):
+        forward(backend, layers, cost=1e-3)
+        forward(backend, "abcde", cost=2e-3)
+    assert set(backend.keys()) == set("abcde")
+
+
 def test_evictions_are_no_more_than_are_needed():
     """A small victim that a larger one makes needless stays."""
     backend = BudgetBackend(100)
