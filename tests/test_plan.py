@@ -314,7 +314,7 @@ def test_an_adapter_of_another_model(run, tmp_path):
     config.save_pretrained(tmp_path)
     result = run("--shape", "tiny", "--adapter", f"a={tmp_path}")
     assert result.exit_code == 2
-    assert "do not fit this model" in result.stderr
+    assert "cannot put these adapters into this model" in result.stderr
     broken = tmp_path / "adapter_config.json"
     broken.write_text(json.dumps({"peft_type": "NO_SUCH"}))
     result = run("--shape", "tiny", "--adapter", f"a={tmp_path}")

@@ -150,7 +150,7 @@ def _adapted(config: Any, dtype: torch.dtype | None, adapters: dict[str, Any]) -
         return planning.with_adapters(base, adapters)
     except Exception as error:  # noqa: BLE001 - PEFT has many ways to refuse an adapter
         text = " ".join(str(error).split()) or type(error).__name__
-        msg = f"the adapters do not fit this model, give some that were trained on it: {text}"
+        msg = f"PEFT cannot put these adapters into this model, give others: {text}"
         raise CliError(msg) from None
 
 
