@@ -845,6 +845,8 @@ class AdapterCache:
             raise UnkeyableError(str(error)) from None
         index = derivation.adapter_index
         adapter = binding.adapter if index is None else bound[index]
+        if type(adapter) is tuple and len(adapter) == 1:
+            adapter = adapter[0]  # a value for several adapters, of which there is one
         dependencies: list[object] = []
         frozen = tuple([freeze(value, dependencies) for value in bound[first:]])
         plain = all(type(value) in PLAIN_KEYS for value in bound[first:])  # defaults as well

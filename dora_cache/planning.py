@@ -297,7 +297,9 @@ def _derive(cache: AdapterCache, declined: list[Declined]) -> list[PlannedValue]
 
 def _without_values(model: nn.Module, values: Iterable[PlannedValue]) -> list[Declined]:
     """Name the adapters that nothing is cached of."""
-    covered = {value.adapter for value in values}
+    covered: set[str | None] = set()
+    for value in values:
+        covered.update(value.adapter if isinstance(value.adapter, tuple) else [value.adapter])
     found = []
     configs = getattr(model, "peft_config", None) if "peft" in sys.modules else None
     for name, config in (configs or {}).items():
