@@ -161,7 +161,8 @@ class DecoratorMachine(RuleBasedStateMachine):
             failures, failing = self.failures, set(self.failed_in)
             self.signed.pop(threading.get_ident(), None)
             try:
-                found = self.owner.value(name=name) if keyword else self.owner.value(name)
+                with torch.inference_mode(mode=keyword):
+                    found = self.owner.value(name=name) if keyword else self.owner.value(name)
             except ArithmeticError:
                 assert self.failures > failures or failing, "an error of nobody's derivation"
                 self.failed_in.discard(threading.get_ident())

@@ -189,7 +189,7 @@ def _(patch):
     patch.setattr(dora, "_stands_aside", lambda layer, adapter: layer.training)
 
 
-@mutant("entries stored under inference_mode", ModelMachine)
+@mutant("entries stored under inference_mode", DecoratorMachine)
 def _(patch):
     fake = SimpleNamespace(**vars(torch))
     fake.inference_mode = lambda mode: contextlib.nullcontext()
