@@ -95,6 +95,7 @@ class DecoratorMachine(RuleBasedStateMachine):
     """Calls, writes, events and invalidations, each a task; one more rule lets a task go on."""
 
     steps = 0
+    inference = False  # whether calls by keyword are under inference_mode
 
     @initialize(which=st.sampled_from(SETTINGS))
     def start(self, which):
@@ -161,7 +162,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             failures, failing = self.failures, set(self.failed_in)
             self.signed.pop(threading.get_ident(), None)
             try:
-                with torch.inference_mode(mode=keyword):
+                with torch.inference_mode(mode=self.inference and keyword):
                     found = self.owner.value(name=name) if keyword else self.owner.value(name)
             except ArithmeticError:
                 assert self.failures > failures or failing, "an error of nobody's derivation"
@@ -367,3 +368,9 @@ class DecoratorMachine(RuleBasedStateMachine):
         assert (stats.entries == 0) == (stats.nbytes == 0)
         assert stats.evictions == 0 or stats.max_bytes is not None
         assert stats.bypasses == self.passed_by or self.may_pass
+
+
+class InferenceMachine(DecoratorMachine):
+    """The same, with some of the calls under inference_mode."""
+
+    inference = True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from decorator_machine import DecoratorMachine
+from decorator_machine import DecoratorMachine, InferenceMachine
 from model_machine import ModelMachine
 
 from dora_cache import attachment, backends, shortcut
@@ -189,7 +189,7 @@ def _(patch):
     patch.setattr(dora, "_stands_aside", lambda layer, adapter: layer.training)
 
 
-@mutant("entries stored under inference_mode", DecoratorMachine)
+@mutant("entries stored under inference_mode", InferenceMachine)
 def _(patch):
     fake = SimpleNamespace(**vars(torch))
     fake.inference_mode = lambda mode: contextlib.nullcontext()
