@@ -34,7 +34,8 @@ author = "the dora-cache authors"
 version = release = dora_cache.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "coverage-table.md", "freshness-table.md"]  # the table is part of a page
+# The tables are parts of pages.
+exclude_patterns = ["_build", "coverage-table.md", "freshness-table.md"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "description"
