@@ -29,40 +29,46 @@ SETTINGS = [
     {"backend": "paused-budget", "max_bytes": 2 * BYTES},
 ]
 names = st.sampled_from(["a", "a", "b"])
-far = st.sampled_from([100, 100, 100, 0, 1, 2, 3, 4, 5, 8])  # how often a task goes on at once
+# How often a task goes on at once.
+far = st.sampled_from([100, 100, 100, 0, 1, 1, 2, 2, 3, 3, 4, 5, 8])
 
 _machine = None
 
 
-class Owner(nn.Module):
-    """Derives a value by reading its weight twice; others may write in between."""
+def make_owner(machine):
+    """Return an owner of a class of its own: what failed before has no part in its values."""
 
-    def __init__(self, machine):
-        super().__init__()
-        self.machine = [machine]  # in a list, so that it is no part of the state
-        self.weight = nn.ParameterDict({name: torch.zeros(1) for name in NAMES})
-        self.requires_grad_(requires_grad=False)
-        self.eval()
+    class Owner(nn.Module):
+        """Derives a value by reading its weight twice; others may write in between."""
 
-    def depends(self, name):
-        self.machine[0].schedule.pause()
-        self.machine[0].signs(name)
-        return [self.weight[name]]
+        def __init__(self, machine):
+            super().__init__()
+            self.machine = [machine]  # in a list, so that it is no part of the state
+            self.weight = nn.ParameterDict({name: torch.zeros(1) for name in NAMES})
+            self.requires_grad_(requires_grad=False)
+            self.eval()
 
-    @cached("value", adapter="name", depends_on=depends)
-    def value(self, name):
-        machine = self.machine[0]
-        machine.begins(name)
-        try:
-            first = self.weight[name].clone()
-            machine.schedule.pause()
-            second = self.weight[name].clone()
-            machine.schedule.pause()
-            if machine.failing:
-                machine.fail(name)
-            return torch.cat([first, second, first, second])[:2]  # a view of twice its size
-        finally:
-            machine.ends(name)
+        def depends(self, name):
+            self.machine[0].schedule.pause()
+            self.machine[0].signs(name)
+            return [self.weight[name]]
+
+        @cached("value", adapter="name", depends_on=depends)
+        def value(self, name):
+            machine = self.machine[0]
+            machine.begins(name)
+            try:
+                first = self.weight[name].clone()
+                machine.schedule.pause()
+                second = self.weight[name].clone()
+                machine.schedule.pause()
+                if machine.failing:
+                    machine.fail(name)
+                return torch.cat([first, second, first, second])[:2]  # a view of twice its size
+            finally:
+                machine.ends(name)
+
+    return Owner(machine)
 
 
 def paused(kind):
@@ -103,7 +109,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         _machine = self
         self.schedule = Schedule()
         self.real, core.threading = core.threading, self.schedule.threading()
-        self.owner = Owner(self)
+        self.owner = make_owner(self)
         self.failing = False
         self.failures = 0
         self.failed_in = set()  # threads whose derivation has failed, and that still work on it
@@ -118,7 +124,9 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.signed = {}  # by thread: how many events there had been when it signed
         self.deriving = {name: set() for name in NAMES}
         self.begun = {}  # by thread: the same, of the derivation it is in
-        self.capped = "max_bytes" in which
+        # What the cap may be now; empty without one.
+        self.caps = {which["max_bytes"]} if "max_bytes" in which else set()
+        self.resizing = self.resizes = 0
         self.cache = dora_cache.attach(self.owner, **which)
 
     def teardown(self):
@@ -190,8 +198,10 @@ class DecoratorMachine(RuleBasedStateMachine):
                 return
             far -= 1
 
-    @rule(name=names, keyword=st.booleans(), far=far)
-    def calls_value(self, name, keyword, far):
+    @rule(name=names, keyword=st.booleans(), far=far, fails=st.sampled_from([False] * 4 + [True]))
+    def calls_value(self, name, keyword, far, fails=False):
+        """A call; the next derivation, its own or another's, may have to fail."""
+        self.failing = self.failing or fails
         self.call(name, far, keyword=keyword)
 
     def happened(self, name, number, *, noticed=True):
@@ -210,33 +220,29 @@ class DecoratorMachine(RuleBasedStateMachine):
             self.owner.weight[name].fill_(number)
         self.happened(name, number)
 
-    @rule(name=names)
-    def replaces(self, name):
-        """Another parameter in the weight's place."""
-        type(self).steps += 1
-        number = next(self.numbers)
-        unnoticed = self.history[name][self.noticed[name] :]
-        self.replaced[name].append((self.owner.weight[name], unnoticed))
-        new = nn.Parameter(torch.full((1,), float(number)), requires_grad=False)
-        self.owner.weight[name] = new
-        self.happened(name, number)
+    @rule(name=names, back=st.booleans())
+    def replaces(self, name, back):
+        """Another parameter in the weight's place, or the one that was replaced last.
 
-    @rule(name=names)
-    def puts_back(self, name):
-        """The parameter that was replaced last, with what it holds.
-
-        Writes to it that the cache had not been told of then are as little noticed now.
+        Writes to that one that the cache had not been told of then are as little noticed now.
         """
         type(self).steps += 1
-        if self.replaced[name]:
+        if back and self.replaced[name]:
             old, unnoticed = self.replaced[name].pop()
             self.owner.weight[name] = old
             self.happened(name, unnoticed[0])
             self.history[name] += unnoticed[1:]
+        else:
+            number = next(self.numbers)
+            unnoticed = self.history[name][self.noticed[name] :]
+            self.replaced[name].append((self.owner.weight[name], unnoticed))
+            new = nn.Parameter(torch.full((1,), float(number)), requires_grad=False)
+            self.owner.weight[name] = new
+            self.happened(name, number)
 
     @rule(
         name=names,
-        how=st.sampled_from(["adapter", "all", "module", "clear", "touched", "mode"]),
+        how=st.sampled_from(["touched", "touched", "adapter", "all", "module", "clear", "mode"]),
         far=far,
     )
     def writes_past_the_counter_and_says_so(self, name, how, far):
@@ -255,7 +261,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             elif how == "module":
                 self.cache.invalidate(module=self.owner)
             elif how == "clear":
-                Owner.value.cache_clear()
+                type(self.owner).value.cache_clear()
             elif how == "touched":
                 self.cache.touched([self.owner.weight[name]])
             else:
@@ -268,12 +274,6 @@ class DecoratorMachine(RuleBasedStateMachine):
             self.noticed[name] = max(self.noticed[name], place)
 
         self.begin(run, far)
-
-    @rule()
-    def fails(self):
-        """The next derivation fails."""
-        type(self).steps += 1
-        self.failing = True
 
     @rule(name=names, far=far)
     def bypasses(self, name, far):
@@ -290,24 +290,29 @@ class DecoratorMachine(RuleBasedStateMachine):
 
         self.begin(run, far)
 
-    @rule(name=names, far=far)
-    def pins(self, name, far):
+    @rule(name=names, pin=st.booleans(), far=far)
+    def pins(self, name, pin, far):
         def run():
             with contextlib.suppress(dora_cache.ConfigError):  # it does not fit
-                self.cache.pin(name)
+                (self.cache.pin if pin else self.cache.unpin)(name)
 
         self.begin(run, far)
 
-    @rule(name=names, far=far)
-    def unpins(self, name, far):
-        self.begin(lambda: self.cache.unpin(name), far)
-
-    @precondition(lambda self: self.capped)
+    @precondition(lambda self: self.caps)
     @rule(size=st.sampled_from([0, BYTES - 1, BYTES, 2 * BYTES, 4 * BYTES]), far=far)
     def resizes(self, size, far):
         def run():
-            with contextlib.suppress(dora_cache.PinError):
-                self.cache.resize(size)
+            self.resizes += 1
+            mine, alone = self.resizes, not self.resizing
+            self.resizing += 1
+            self.caps.add(size)
+            try:
+                with contextlib.suppress(dora_cache.PinError):
+                    self.cache.resize(size)
+                    if alone and self.resizes == mine:  # else any of them may be the last
+                        self.caps = {size}
+            finally:
+                self.resizing -= 1
 
         self.begin(run, far)
 
@@ -320,11 +325,15 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.resume(ready[which % len(ready)], far)
 
     @precondition(lambda self: self.schedule.tasks)
-    @rule()
-    def all_go_on(self):
+    @rule(back=st.booleans())
+    def all_go_on(self, back=False):
+        """All tasks end; then parameters may be put back, and calls must be right."""
         type(self).steps += 1
         self.all_end()
         self.sums()
+        for name in NAMES if back else ():
+            if self.replaced[name]:
+                self.replaces(name, back=True)
         for name in NAMES:  # what has been stored meanwhile must be right
             self.call(name, 100)
 
@@ -339,7 +348,7 @@ class DecoratorMachine(RuleBasedStateMachine):
     def check_bytes(self):
         backend = self.cache._backend
         entries = self.entries(backend)
-        assert backend.max_bytes is None or self.held(entries) <= backend.max_bytes
+        assert not self.caps or self.held(entries) <= max(self.caps)
         for entry in entries:
             assert not entry.value.requires_grad
             assert not entry.value.is_inference()

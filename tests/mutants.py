@@ -9,7 +9,7 @@ import torch
 from decorator_machine import DecoratorMachine, InferenceMachine
 from model_machine import ModelMachine
 
-from dora_cache import attachment, backends, shortcut
+from dora_cache import attachment, backends, memory, shortcut
 from dora_cache import cache as core
 from dora_cache.backends import lru, storage
 from dora_cache.recipes import dora, hotswap, peft_layers
@@ -22,14 +22,15 @@ class Mutant:
     name: str
     machine: type
     seed: object
+    rare: bool  # whether it takes a long search to see it
 
 
 MUTANTS = []
 
 
-def mutant(name, machine):
+def mutant(name, machine, *, rare=False):
     def enter(seed):
-        MUTANTS.append(Mutant(name, machine, seed))
+        MUTANTS.append(Mutant(name, machine, seed, rare))
         return seed
 
     return enter
@@ -152,12 +153,12 @@ def _(patch):
     patch.setattr(attachment, "follow_optimizers", lambda cache: None)
 
 
-@mutant("no hotswap events", ModelMachine)
+@mutant("no hotswap events", ModelMachine, rare=True)
 def _(patch):
     patch.setattr(hotswap, "follow_hotswap", lambda cache: None)
 
 
-@mutant("no merge events", ModelMachine)
+@mutant("no merge events", ModelMachine, rare=True)
 def _(patch):
     follow = peft_layers.Observer
 
@@ -184,7 +185,7 @@ def _(patch):
     patch.setattr(dora, "_wants_gradient", lambda layer, adapter: False)
 
 
-@mutant("hooks on adapter modules ignored", ModelMachine)
+@mutant("hooks on adapter modules ignored", ModelMachine, rare=True)
 def _(patch):
     patch.setattr(dora, "_stands_aside", lambda layer, adapter: layer.training)
 
@@ -203,19 +204,14 @@ def _(patch):
 
 @mutant("copies share what is stored", ModelMachine)
 def _(patch):
-    patch.setattr(core.Binding, "__reduce__", lambda self: (_same, (self,)))
-    patch.setattr(core.Binding, "__deepcopy__", lambda self, memo: self, raising=False)
-    patch.setattr(core.Binding, "serves", lambda self, args: not args[0].training)
-    patch.setattr(dora._CachedVariant, "__reduce_ex__", object.__reduce_ex__)
     # The package's function of the same name hides the module.
     observe = importlib.import_module("dora_cache.lifecycle.observe")
-    patch.setattr(observe, "reduce_as_plain", lambda reduced: reduced)
+    patch.setattr(observe, "_OWN_ATTRIBUTES", (observe._OBSERVER,))
+    for shared in (core.Binding, dora._CachedVariant):
+        patch.setattr(shared, "__deepcopy__", lambda self, memo: self, raising=False)
+    patch.setattr(core.Binding, "serves", lambda self, args: not args[0].training)
     # The tensors' identities in the stamps would show that it is another model.
     patch.setattr(core, "sign", _signed_by(lambda tensor: tensor._version))
-
-
-def _same(binding):
-    return binding
 
 
 @mutant("stand-ins left behind by detach", ModelMachine)
@@ -226,12 +222,12 @@ def _(patch):
 # Storing and forgetting, under threads
 
 
-@mutant("no generation check", DecoratorMachine)
+@mutant("no generation check", DecoratorMachine, rare=True)
 def _(patch):
     patch.setattr(core.Binding, "voided", lambda self, adapter: 0)
 
 
-@mutant("no second look at the stamp", DecoratorMachine)
+@mutant("no second look at the stamp", DecoratorMachine, rare=True)
 def _(patch):
     class Same(bytes):
         __hash__ = bytes.__hash__
@@ -257,14 +253,14 @@ def _(patch):
     patch.setattr(core.AdapterCache, "_joinable", lambda self, flight, call, binding: False)
 
 
-@mutant("writes during a derivation are not noted", DecoratorMachine)
+@mutant("writes during a derivation are not noted", DecoratorMachine, rare=True)
 def _(patch):
     patch.setattr(
         core._Flight, "touched", property(lambda self: False, lambda self, _: None), raising=False
     )
 
 
-@mutant("waiters hang when a derivation fails", DecoratorMachine)
+@mutant("waiters hang when a derivation fails", DecoratorMachine, rare=True)
 def _(patch):
     fly = core.AdapterCache._fly
 
@@ -315,11 +311,9 @@ def _(patch):
 
 @mutant("a smaller cap that evicts nothing", DecoratorMachine)
 def _(patch):
-    patch.setattr(
-        backends.LRUBackend,
-        "resize",
-        lambda self, max_bytes: setattr(self, "_max_bytes", max_bytes),
-    )
+    # Both would notice: what counts the bytes of a device, and its backend.
+    patch.setattr(memory.Part, "room", lambda self, nbytes: True)
+    patch.setattr(backends.LRUBackend, "_make_room", lambda self, nbytes: None)
 
 
 @mutant("bypass in one thread is everybody's", DecoratorMachine)

@@ -55,7 +55,7 @@ def test_a_call_that_signed_earlier_displaces_nobody(how):
         machine.calls_value(name="a", keyword=False, far=1)  # has the lock
         machine.calls_value(name="a", keyword=False, far=5)  # has signed, and waits for the lock
         first, earlier = machine.schedule.tasks
-        machine.replaces(name="a")
+        machine.replaces(name="a", back=False)
         machine.resume(first, 100)
         assert not earlier.done
         machine.calls_value(name="a", keyword=False, far=4)  # derives from the new weight
