@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from dora_cache.binding import Binding
-    from dora_cache.cache import AdapterCache
+    from dora_cache.store import Store
 
 __all__ = ["CacheInfo", "CachedFunction", "Derivation", "cached", "derivations_of"]
 
@@ -99,7 +99,7 @@ class Derivation:
         self.depends_on = depends_on
         self.detach = detach
         self.binding: Binding | None = None
-        self.caches: weakref.WeakSet[AdapterCache] = weakref.WeakSet()
+        self.caches: weakref.WeakSet[Store] = weakref.WeakSet()
         self.bind, self.parameters = make_binder(function)
         if adapter is None:
             self.adapter_index = None

@@ -15,8 +15,7 @@ from schedule import Schedule
 from torch import nn
 
 import dora_cache
-from dora_cache import backends, cached
-from dora_cache import cache as core
+from dora_cache import backends, cached, store
 
 NAMES = ("a", "b")
 BYTES = 8  # of one value
@@ -108,7 +107,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         global _machine  # noqa: PLW0603 - a backend is made by its name and knows of no machine
         _machine = self
         self.schedule = Schedule()
-        self.real, core.threading = core.threading, self.schedule.threading()
+        self.real, store.threading = store.threading, self.schedule.threading()
         self.owner = make_owner(self)
         self.failing = False
         self.failures = 0
@@ -137,7 +136,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             self.all_go_on()
             self.cache.detach()
         finally:
-            core.threading = self.real
+            store.threading = self.real
 
     # What the owner tells
 

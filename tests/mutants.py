@@ -9,10 +9,11 @@ import torch
 from decorator_machine import DecoratorMachine, InferenceMachine
 from model_machine import ModelMachine
 
-from dora_cache import attachment, backends, memory, shortcut
-from dora_cache import cache as core
+from dora_cache import AdapterCache, attachment, backends, lookup, memory, shortcut
 from dora_cache.backends import lru, storage
+from dora_cache.binding import Binding
 from dora_cache.recipes import dora, hotswap, peft_layers
+from dora_cache.store import Flight
 
 SCALE = dora._stored_scale.__dora_cache_derivation__
 
@@ -53,7 +54,7 @@ def without(pick):
 
 @mutant("keyed by the adapter's name alone", ModelMachine)
 def _(patch):
-    patch.setattr(core, "sign", lambda dependencies: (b"", False))
+    patch.setattr(lookup, "sign", lambda dependencies: (b"", False))
 
 
 @mutant("scaling missing from the stamp", ModelMachine)
@@ -89,27 +90,27 @@ def _signed_by(*what):
 
 @mutant("stamps without version counters", ModelMachine)
 def _(patch):
-    patch.setattr(core, "sign", _signed_by(id, torch.Tensor.data_ptr))
+    patch.setattr(lookup, "sign", _signed_by(id, torch.Tensor.data_ptr))
 
 
 @mutant("stamps of version counters alone", ModelMachine)
 def _(patch):
-    patch.setattr(core, "sign", _signed_by(lambda tensor: tensor._version))
+    patch.setattr(lookup, "sign", _signed_by(lambda tensor: tensor._version))
 
 
 @mutant("autocast missing from the key", ModelMachine)
 def _(patch):
-    patch.setattr(core, "environment", tuple)
+    patch.setattr(lookup, "environment", tuple)
 
 
 @mutant("shortcuts without version counters", ModelMachine)
 def _(patch):
-    patch.setattr(core, "make_shortcut", _shortcut_of(id, torch.Tensor.data_ptr))
+    patch.setattr(lookup, "make_shortcut", _shortcut_of(id, torch.Tensor.data_ptr))
 
 
 @mutant("shortcuts that outlive their entries", ModelMachine)
 def _(patch):
-    forget = core.AdapterCache._forget
+    forget = AdapterCache._forget
 
     def keep(self, key):
         record = self._records.get(key)
@@ -117,7 +118,7 @@ def _(patch):
             record.shortcuts.clear()
         forget(self, key)
 
-    patch.setattr(core.AdapterCache, "_forget", keep)
+    patch.setattr(AdapterCache, "_forget", keep)
 
 
 def _shortcut_of(*what):
@@ -144,8 +145,8 @@ def _shortcut_of(*what):
 
 @mutant("no events at all", ModelMachine)
 def _(patch):
-    patch.setattr(core.AdapterCache, "_void", lambda self, binding, adapter: 0)
-    patch.setattr(core.AdapterCache, "touched", lambda self, tensors: 0)
+    patch.setattr(AdapterCache, "_void", lambda self, binding, adapter: 0)
+    patch.setattr(AdapterCache, "touched", lambda self, tensors: 0)
 
 
 @mutant("no optimizer hook", ModelMachine)
@@ -177,7 +178,7 @@ def _(patch):
 @mutant("used in training mode", ModelMachine)
 def _(patch):
     patch.setattr(dora, "_stands_aside", lambda layer, adapter: False)
-    patch.setattr(core.Binding, "serves", lambda self, args: args[0] is self.owner)
+    patch.setattr(Binding, "serves", lambda self, args: args[0] is self.owner)
 
 
 @mutant("the magnitude's gradient forgotten", ModelMachine)
@@ -194,8 +195,8 @@ def _(patch):
 def _(patch):
     fake = SimpleNamespace(**vars(torch))
     fake.inference_mode = lambda mode: contextlib.nullcontext()
-    patch.setattr(core, "torch", fake)
-    patch.setattr(core, "_storable", lambda value, stamp: value)
+    patch.setattr(lookup, "torch", fake)
+    patch.setattr(lookup, "_storable", lambda value, stamp: value)
     patch.setattr(
         backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "_versions", ())
     )
@@ -207,11 +208,11 @@ def _(patch):
     # The package's function of the same name hides the module.
     observe = importlib.import_module("dora_cache.lifecycle.observe")
     patch.setattr(observe, "_OWN_ATTRIBUTES", (observe._OBSERVER,))
-    for shared in (core.Binding, dora._CachedVariant):
+    for shared in (Binding, dora._CachedVariant):
         patch.setattr(shared, "__deepcopy__", lambda self, memo: self, raising=False)
-    patch.setattr(core.Binding, "serves", lambda self, args: not args[0].training)
+    patch.setattr(Binding, "serves", lambda self, args: not args[0].training)
     # The tensors' identities in the stamps would show that it is another model.
-    patch.setattr(core, "sign", _signed_by(lambda tensor: tensor._version))
+    patch.setattr(lookup, "sign", _signed_by(lambda tensor: tensor._version))
 
 
 @mutant("stand-ins left behind by detach", ModelMachine)
@@ -224,7 +225,7 @@ def _(patch):
 
 @mutant("no generation check", DecoratorMachine, rare=True)
 def _(patch):
-    patch.setattr(core.Binding, "voided", lambda self, adapter: 0)
+    patch.setattr(Binding, "voided", lambda self, adapter: 0)
 
 
 @mutant("no second look at the stamp", DecoratorMachine, rare=True)
@@ -235,9 +236,9 @@ def _(patch):
         def __eq__(self, other):
             return True
 
-    fly = core.AdapterCache._fly
+    fly = AdapterCache._fly
     patch.setattr(
-        core.AdapterCache,
+        AdapterCache,
         "_fly",
         lambda self, flight, call, *rest: fly(self, flight, call._replace(signature=Same()), *rest),
     )
@@ -245,24 +246,24 @@ def _(patch):
 
 @mutant("waiters take whatever is being derived", DecoratorMachine)
 def _(patch):
-    patch.setattr(core.AdapterCache, "_joinable", lambda self, flight, call, binding: True)
+    patch.setattr(AdapterCache, "_joinable", lambda self, flight, call, binding: True)
 
 
 @mutant("nobody waits", DecoratorMachine)
 def _(patch):
-    patch.setattr(core.AdapterCache, "_joinable", lambda self, flight, call, binding: False)
+    patch.setattr(AdapterCache, "_joinable", lambda self, flight, call, binding: False)
 
 
 @mutant("writes during a derivation are not noted", DecoratorMachine, rare=True)
 def _(patch):
     patch.setattr(
-        core._Flight, "touched", property(lambda self: False, lambda self, _: None), raising=False
+        Flight, "touched", property(lambda self: False, lambda self, _: None), raising=False
     )
 
 
 @mutant("waiters hang when a derivation fails", DecoratorMachine, rare=True)
 def _(patch):
-    fly = core.AdapterCache._fly
+    fly = AdapterCache._fly
 
     def hang(self, flight, call, *rest):
         done, flight.done = flight.done, SimpleNamespace(set=lambda: None, wait=flight.done.wait)
@@ -270,12 +271,12 @@ def _(patch):
         done.set()
         return result
 
-    patch.setattr(core.AdapterCache, "_fly", hang)
+    patch.setattr(AdapterCache, "_fly", hang)
 
 
 @mutant("a failed derivation is stored", DecoratorMachine)
 def _(patch):
-    fly = core.AdapterCache._fly
+    fly = AdapterCache._fly
 
     def store(self, flight, call, derivation, binding, args, kwargs):
         try:
@@ -283,10 +284,10 @@ def _(patch):
         except ArithmeticError:
             with self._locked():
                 entry = backends.Entry(torch.zeros(2), flight.stamp)
-                self._store(call, entry, derivation, binding)
+                self._store(call.key, call.adapter, entry, derivation, binding)
             raise
 
-    patch.setattr(core.AdapterCache, "_fly", store)
+    patch.setattr(AdapterCache, "_fly", store)
 
 
 @mutant("invalidations that are not counted", DecoratorMachine)
@@ -295,7 +296,7 @@ def _(patch):
         self._forget(key)
         return int(self._backend.delete(key))
 
-    patch.setattr(core.AdapterCache, "_discard", discard)
+    patch.setattr(AdapterCache, "_discard", discard)
 
 
 @mutant("a view counted by its elements", DecoratorMachine)
@@ -306,7 +307,7 @@ def _(patch):
     for module in (storage, lru, backends.protocol):
         if hasattr(module, "storage_bytes"):
             patch.setattr(module, "storage_bytes", by_elements)
-    patch.setattr(core, "_storable", lambda value, stamp: value)
+    patch.setattr(lookup, "_storable", lambda value, stamp: value)
 
 
 @mutant("a smaller cap that evicts nothing", DecoratorMachine)
@@ -327,4 +328,4 @@ def _(patch):
         def set(self, value):
             self.value = value
 
-    patch.setattr(core, "_bypassed", Shared())
+    patch.setattr(lookup, "bypassed_here", Shared())

@@ -484,7 +484,7 @@ def test_out_of_memory_while_taking_a_view_apart(monkeypatch):
             self.derived += 1
             return torch.ones(8)[:4]
 
-    from dora_cache import cache as core
+    from dora_cache import lookup
 
     def no_room(value, stamp):
         raise torch.OutOfMemoryError("no memory")
@@ -492,7 +492,7 @@ def test_out_of_memory_while_taking_a_view_apart(monkeypatch):
     owner = Views()
     with dora_cache.attach(owner) as cache:
         owner.value("a")
-        monkeypatch.setattr(core, "_storable", no_room)
+        monkeypatch.setattr(lookup, "_storable", no_room)
         with pytest.warns(dora_cache.CacheWarning):
             assert owner.view().tolist() == [1.0] * 4
         assert owner.derived == 2

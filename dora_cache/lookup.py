@@ -1,0 +1,453 @@
+"""From a call to its value: stored and valid, on its way in another thread, or derived now."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dora_cache.backends import Entry, Ready
+from dora_cache.backends.storage import storage_id
+from dora_cache.contents import Contents
+from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
+from dora_cache.shortcut import Shortcut, make_shortcut
+from dora_cache.stamps import (
+    Signature,
+    Stamp,
+    UncheckableError,
+    environment,
+    sign,
+    tensors_in,
+    untraceable,
+)
+from dora_cache.store import Flight, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from dora_cache.backends import Value
+    from dora_cache.binding import Adapters, Binding
+    from dora_cache.decorator import Derivation
+
+__all__ = ["Lookup", "bypassed_here"]
+
+bypassed_here: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
+_SPELLINGS = 4096  # calls whose keys each binding remembers
+
+
+class _Call(NamedTuple):
+    """One call, ready to be looked up."""
+
+    key: Hashable
+    adapter: Adapters
+    signature: Signature
+    dependencies: list[object]
+    contents: Contents | None
+
+
+class Lookup(Store):
+    """Finds the value of a call, or derives it, once for all threads, and stores it if it holds."""
+
+    def lookup(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return the valid stored value of a call, or derive it, once for all threads."""
+        bypassed = bypassed_here.get()
+        spelled = None if kwargs else _spelled(derivation, binding, args)
+        if spelled is not None and not bypassed:
+            shortcut = binding.shortcuts.get(spelled)
+            if shortcut is not None:
+                entry = self._recall(shortcut, derivation, binding, args)
+                if entry is not None:
+                    return entry.value
+        if (
+            self._closed
+            or (bypassed and self.token in bypassed)
+            or not binding.serves(args)
+            or untraceable()
+            or self._lock._is_owned()  # a __del__ that the garbage collector runs in there
+        ):
+            return self._past(derivation, args, kwargs)
+        try:
+            call = self._prepare(derivation, binding, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
+            result = self._past(derivation, args, kwargs)
+            self._warn(f"depends_on of {derivation.name!r}", error)
+            self._catch_up()
+            return result
+        if call is None:
+            return self._past(derivation, args, kwargs)
+        while True:
+            flight, join = None, False
+            with self._lock:
+                usage = self._usages.of(call.key, derivation, call.adapter, self._records)
+                entry = self._valid(call, binding)
+                if entry is not None:
+                    if spelled is not None:
+                        self._shorten(spelled, derivation, binding, call, entry)
+                else:
+                    flying = self._flights.get(call.key, ())
+                    flight = next((f for f in flying if self._joinable(f, call, binding)), None)
+                    join = flight is not None
+                    if flight is None:
+                        flight = self._take_off(derivation, call)
+                usage.add(hit=entry is not None or join)
+            if self._later or self._warnings:
+                self._catch_up()
+            if flight is not None:
+                if not join:
+                    return self._fly(flight, call, derivation, binding, args, kwargs)
+                flight.done.wait()
+                if flight.error is not None:
+                    raise flight.error
+                entry = flight.entry
+            if entry is not None:
+                if entry.ready is not None:
+                    entry.ready.join(entry.tensors)
+                return entry.value
+            with self._lock:  # the one waited for came to nothing: this was no lookup yet
+                usage.add(hit=True, count=-1)
+
+    def _recall(
+        self, shortcut: Shortcut, derivation: Derivation, binding: Binding, args: tuple[Any, ...]
+    ) -> Entry | None:
+        """Return what a shortcut leads to, if everything is as it was.
+
+        Without the lock where the backend drops nothing of its own accord. That is safe: whatever
+        voids an entry clears its shortcuts before it returns, so a call that comes later finds them
+        empty; and a call that comes at the same time may be taken to have come before.
+        """
+        entry = shortcut.entry
+        depends_on = derivation.depends_on
+        if depends_on is None or (entry is None and self._keeps_everything):
+            return None
+        if not binding.serves(args):
+            return None
+        try:
+            if not shortcut.check(depends_on(*args), shortcut):  # type: ignore[arg-type]
+                return None
+        except Exception:  # noqa: BLE001 - other dependencies than before, or worse: the long way
+            return None
+        if entry is None:
+            stamp = shortcut.stamp
+            if stamp is None or self._lock._is_owned():
+                return None
+            with self._lock:
+                try:
+                    entry = self._backend.get(shortcut.key)
+                except Exception:  # noqa: BLE001 - the long way deals with it
+                    return None
+                if entry is None or entry.stamp is not stamp or shortcut.stamp is not stamp:
+                    return None
+        if not entry.intact:
+            return None
+        if entry.ready is not None:
+            entry.ready.join(entry.tensors)
+        shortcut.count()
+        return entry
+
+    def _shorten(
+        self,
+        spelled: Hashable,
+        derivation: Derivation,
+        binding: Binding,
+        call: _Call,
+        entry: Entry,
+    ) -> None:
+        """Remember a hit, so that the next one is shorter; the lock is held."""
+        record = self._records.get(call.key)
+        if self._guards_content or record is None or derivation.depends_on is None:
+            return
+        if spelled not in binding.shortcuts and len(binding.shortcuts) >= _SPELLINGS:
+            return
+        gradients = not derivation.detach and any(
+            tensor.requires_grad for tensor in tensors_in(call.dependencies)
+        )
+        shortcut = make_shortcut(call.dependencies, gradients=gradients)
+        if shortcut is None or sign(call.dependencies)[0] != call.signature:
+            return  # a write since the call was signed: the facts are not those of the entry
+        shortcut.spelled, shortcut.key, shortcut.stamp = spelled, call.key, record.stamp
+        shortcut.entry = entry if self._keeps_everything else None
+        shortcut.ready = entry.ready
+        shortcut.count = record.usage.short.__next__
+        old = binding.shortcuts.get(spelled)
+        if old is not None:
+            old.clear()
+        # One entry may be spelled in several ways, and all must be cleared with it.
+        record.shortcuts[:] = [one for one in record.shortcuts if one is not old] + [shortcut]
+        binding.shortcuts[spelled] = shortcut
+
+    @property
+    def bypassing(self) -> bool:
+        """Whether this thread is within :meth:`bypass`."""
+        return self.token in bypassed_here.get()
+
+    def passed_by(self) -> None:
+        """Count a call that went past the cache without asking it."""
+        with self._locked():
+            self._counts["bypasses"] += 1
+
+    def _past(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._lock:
+            self._counts["bypasses"] += 1
+        return derivation.function(*args, **kwargs)
+
+    def _prepare(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> _Call | None:
+        """Key and sign a call; None if it has to go past the cache.
+
+        Whatever ``depends_on`` raises comes through.
+        """
+        try:
+            frozen, adapter, dependencies = self._bind(derivation, binding, args, kwargs)
+            depends_on = derivation.depends_on
+            if depends_on is not None:
+                dependencies += depends_on(*args, **kwargs)
+            elif isinstance(binding.owner, nn.Module):
+                dependencies += own_state(binding.owner)
+            signature, requires_grad = sign(dependencies)
+            contents = Contents(tensors_in(dependencies)) if self._guards_content else None
+        except (UnkeyableError, UncheckableError):
+            return None
+        if requires_grad and not derivation.detach and torch.is_grad_enabled():
+            return None
+        key = (derivation.number, binding.token, frozen, environment())
+        return _Call(key, adapter, signature, dependencies, contents)
+
+    def _bind(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Hashable, Adapters, list[object]]:
+        """Return a call's frozen arguments, its adapter, and the dependencies among the arguments.
+
+        Raises:
+            UnkeyableError: an argument cannot be part of a key, or the arguments are wrong (then
+                the function itself will say so).
+        """
+        first = 0 if binding.plain else 1  # after the owner
+        spelled = None if kwargs else _spelled(derivation, binding, args)
+        if spelled is not None:
+            known = binding.spellings.get(spelled)
+            if known is not None:
+                return (*known, [])
+        try:
+            bound = derivation.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UnkeyableError(str(error)) from None
+        index = derivation.adapter_index
+        adapter = binding.adapter if index is None else bound[index]
+        if type(adapter) is tuple and len(adapter) == 1:
+            adapter = adapter[0]  # a value for several adapters, of which there is one
+        dependencies: list[object] = []
+        frozen = tuple([freeze(value, dependencies) for value in bound[first:]])
+        plain = all(type(value) in PLAIN_KEYS for value in bound[first:])  # defaults as well
+        if spelled is not None and plain and len(binding.spellings) < _SPELLINGS:
+            binding.spellings[spelled] = (frozen, adapter)
+        return frozen, adapter, dependencies
+
+    def _valid(self, call: _Call, binding: Binding) -> Entry | None:
+        """Return the entry of a call if it may be used; drop it if not."""
+        try:
+            entry = self._backend.get(call.key)
+        except Exception as error:  # noqa: BLE001 - as in _try, without its cost at every hit
+            self._warn("the backend's get", error)
+            return None
+        if entry is None:
+            return None
+        if self._memory.reserved:  # the backend may have made a copy of it on the device
+            self._try("get", self._memory.settle, None)
+        stamp = entry.stamp
+        record = self._records.get(call.key)
+        if (
+            # Without its record it has been discarded, and the backend failed to delete it; or the
+            # backend has mixed up its keys.
+            record is not None
+            and record.stamp is stamp
+            and type(stamp) is Stamp
+            and stamp.signature == call.signature
+            and stamp.born > binding.voided(call.adapter)
+            and entry.intact
+            and all(contents == call.contents for contents in stamp.contents)
+        ):
+            return entry
+        self._discard(call.key)
+        return None
+
+    def _joinable(self, flight: Flight, call: _Call, binding: Binding) -> bool:
+        """Whether a value being derived is the one that the call wants."""
+        return (
+            flight.stamp.signature == call.signature
+            and not flight.touched
+            and flight.stamp.born > binding.voided(call.adapter)
+            and flight.thread != threading.get_ident()  # a function that calls itself
+            and all(contents == call.contents for contents in flight.stamp.contents)
+        )
+
+    def _take_off(self, derivation: Derivation, call: _Call) -> Flight:
+        stamp = Stamp(call.key, call.signature, call.dependencies, next(self._clock))
+        if call.contents is not None:
+            stamp.contents = (call.contents,)
+        flight = Flight(derivation, stamp)
+        derivation.caches.add(self)
+        self._flights.setdefault(call.key, []).append(flight)
+        return flight
+
+    def _fly(
+        self,
+        flight: Flight,
+        call: _Call,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Derive a value, store it if it still holds, and hand it to those who wait."""
+        entry = None
+        try:
+            value, entry = self._derive(flight, partial(derivation.function, *args, **kwargs), call)
+            flight.entry = entry
+        except Exception as error:  # not an interrupt: that is this thread's own
+            flight.error = error
+            raise
+        finally:
+            again = None
+            if entry is not None:
+                with suppress(Exception):  # then it cannot be told whether the value still holds
+                    again = self._prepare(derivation, binding, args, kwargs)
+            if again is not None and again.contents is not None:
+                # Compared when the value is used, so that nothing has to wait for a device here.
+                flight.stamp.contents = (*flight.stamp.contents, again.contents)
+            try:
+                with self._locked():
+                    flying = self._flights[call.key]
+                    flying.remove(flight)
+                    if not flying:
+                        del self._flights[call.key]
+                    usage = self._usages.get(call.key)
+                    if entry is not None and usage is not None:
+                        usage.derive(entry.cost)
+                    if (
+                        entry is not None
+                        and again is not None
+                        and again.signature == call.signature
+                        and not flight.touched
+                        and not self._closed
+                        and flight.stamp.born > binding.voided(call.adapter)
+                    ):
+                        self._store(call.key, call.adapter, entry, derivation, binding)
+            finally:
+                flight.done.set()
+        buffer = binding.buffers.get(call.adapter)  # type: ignore[arg-type]
+        if buffer is not None:  # what made this a miss may concern compiled code
+            buffer.fill()
+        return value
+
+    def _derive(
+        self, flight: Flight, function: Callable[[], Any], call: _Call
+    ) -> tuple[Any, Entry | None]:
+        """Derive a value, and make an entry of it if it can be stored.
+
+        If the device's memory does not suffice, all goes that may be evicted there, and the value
+        is derived once more. Then everything there goes, what is pinned and what compiled code
+        reads included, and the value is derived as if there were no cache, and not stored. If
+        memory does not suffice for that, nor would it without a cache.
+        """
+        # No attempt is made in an exception's handler: the exception holds what it came from, and
+        # with it the memory of the failed attempt.
+        for everything in (False, True):
+            with suppress(torch.OutOfMemoryError):
+                value, cost = self._timed(function)
+                break
+            self._relieve(call.dependencies, everything=everything)
+        else:
+            return self._timed(function)[0], None
+        for last in (False, True):
+            with suppress(torch.OutOfMemoryError), torch.inference_mode(mode=False):
+                kept = _storable(value, flight.stamp)
+                break
+            if last:
+                return value, None
+            self._relieve(call.dependencies)
+        if kept is None:
+            return value, None
+        tensors = kept if isinstance(kept, tuple) else (kept,)
+        return value, Entry(kept, flight.stamp, cost, Ready.now(tensors))
+
+    @staticmethod
+    def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
+        """Derive a value, and say how many seconds that took."""
+        began = time.perf_counter()
+        with torch.inference_mode(mode=False), torch.no_grad():
+            value = function()
+        return value, time.perf_counter() - began
+
+    def _relieve(self, dependencies: Iterable[object], *, everything: bool = False) -> None:
+        """Free memory on the devices that a value is derived on.
+
+        Args:
+            dependencies: what it is derived from.
+            everything: also what is pinned, and what compiled code reads.
+        """
+        devices = {tensor.device for tensor in tensors_in(dependencies)}
+        with self._locked():
+            names = ", ".join(sorted(map(str, devices))) or "the device"
+            text = (
+                f"deriving a value ran out of memory on {names}: entries were evicted to make room "
+                "for it, and values are derived again; a smaller cap leaves more room"
+            )
+            self._warn_once("out of memory", text)
+            self._evict(devices, everything=everything)
+
+
+def _storable(value: object, stamp: Stamp) -> Value | None:
+    """Return what to store for a result: it owns its memory and has no graph. None: nothing.
+
+    A view would keep more memory alive than it shows, and an alias of a dependency would change
+    with it, so both are copied.
+    """
+    if type(value) is tuple and value:
+        parts = [_storable(part, stamp) for part in value if isinstance(part, Tensor)]
+        tensors = tuple(part for part in parts if isinstance(part, Tensor))
+        return tensors if len(tensors) == len(value) else None
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    try:
+        sign([value])  # the same doubts as for dependencies: inference tensors, fake ones, ...
+    except UncheckableError:
+        return None
+    tensor = value.detach() if type(value) is not Tensor or value.requires_grad else value
+    own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+    return tensor if own and storage_id(tensor) not in stamp.storages else tensor.clone()
+
+
+def _spelled(derivation: Derivation, binding: Binding, args: tuple[Any, ...]) -> Hashable:
+    """Return what stands for a call as it is spelled; None if an argument is not plain."""
+    if binding._owner is None:
+        rest = args
+    elif len(args) == 2:  # noqa: PLR2004 - the owner, and an adapter's name most often
+        one = args[1]
+        return (derivation.number, one) if type(one) in PLAIN_KEYS else None
+    else:
+        rest = args[1:]
+    for value in rest:
+        if type(value) not in PLAIN_KEYS:
+            return None
+    return (derivation.number, rest)
