@@ -29,12 +29,12 @@ def compress(places: Tensor, values: Tensor, outputs: int, inputs: int) -> Spars
         inputs: the number of columns.
 
     Returns:
-        For each row the number of entries before it, the columns, and the values: what
-        :func:`multiply` takes.
+        For each row the number of entries before it, the columns (both int32), and the values:
+        what :func:`multiply` takes.
     """
     places, order = places.long().sort(stable=True)
     counts = bincount(places // inputs, minlength=outputs)
-    return counts.cumsum(0) - counts, places % inputs, values[order]
+    return (counts.cumsum(0) - counts).int(), (places % inputs).int(), values[order]
 
 
 def multiply(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def multiply(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tens
 def fits(base: Any, entries: int) -> bool:
     """Whether a delta with so many entries is worth keeping sparse beside a base layer.
 
-    At an eighth of the weight's entries it takes three eighths of its bytes in float32.
+    At an eighth of the weight's entries it takes a quarter of its bytes in float32.
     """
     return type(base) is nn.Linear and 8 * entries <= base.weight.numel()
 

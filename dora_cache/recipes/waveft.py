@@ -1,8 +1,7 @@
 """WaveFT (https://arxiv.org/abs/2505.12532): the dense inverse transform of a few wavelets.
 
 Without the transform (``use_idwt=False``) the delta is the few numbers themselves. Under
-``numerics="fast"`` these are stored row by row, and summed up by ``embedding_bag``: that is a
-sparse matrix times a dense one, without a tensor of a sparse layout.
+``numerics="fast"`` these are stored row by row.
 """
 
 from __future__ import annotations
@@ -11,17 +10,16 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import WaveFTConfig
 from peft.tuners.waveft.layer import WaveFTLayer, WaveFTLinear
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold, is_large
 from dora_cache.recipes.hooks import LayerRecipe, active_in, memo, parameter
 from dora_cache.recipes.peft_layers import base_layer
+from dora_cache.recipes.sparse import compress, multiply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,12 +48,10 @@ _delta = memo(
 
 @cached("WaveFT entries", adapter="adapter", depends_on=_depends_on)
 def _entries(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Derive the delta's entries row by row: their columns, where rows begin, and the numbers."""
+    """Derive the delta's entries row by row; see ``sparse.compress``."""
     delta = WaveFTLayer.get_delta_weight(layer, adapter)  # which of two in one place holds
-    rows, columns = delta.nonzero(as_tuple=True)
-    starts = torch.zeros(delta.shape[0] + 1, dtype=torch.int32, device=delta.device)
-    starts[1:] = torch.bincount(rows, minlength=delta.shape[0]).cumsum(0)
-    return columns.int(), starts, delta[rows, columns]
+    places = delta.flatten().nonzero().squeeze(1)
+    return compress(places, delta.flatten()[places], *delta.shape)
 
 
 def _is_sparse(layer: Any, adapter: str) -> bool:
@@ -67,21 +63,13 @@ def _is_sparse(layer: Any, adapter: str) -> bool:
 
 def _sparse(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "waveft_spectrum")
-    if not all([_is_sparse(layer, adapter) for adapter in adapters]):  # noqa: C419 - faster
+    if not x.numel() or not all([_is_sparse(layer, adapter) for adapter in adapters]):  # noqa: C419 - faster
         return None
     result: Tensor = layer.base_layer(x)
     for adapter in adapters:
-        columns, starts, numbers = _entries(layer, adapter)
+        starts, columns, numbers = _entries(layer, adapter)
         inputs = layer._cast_input_dtype(x, numbers.dtype)
-        outputs = embedding_bag(
-            columns,
-            inputs.reshape(-1, inputs.shape[-1]).t().contiguous(),
-            starts,
-            mode="sum",
-            per_sample_weights=numbers,
-            include_last_offset=True,
-        )
-        result = result + outputs.t().reshape(result.shape)
+        result = result + multiply(inputs, starts, columns, numbers)
     return result.to(x.dtype)
 
 
