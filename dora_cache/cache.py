@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from dora_cache.binding import ALL_ADAPTERS, Binding, concerns
@@ -124,11 +125,14 @@ class AdapterCache(Lookup):
                 rest.remove(self.token)
             bypassed_here.set(tuple(rest))
 
-    def warm(self, adapters: Iterable[str] | None = None) -> int:
+    def warm(self, adapters: Iterable[str] | None = None, *, progress: bool = False) -> int:
         """Derive values ahead of their first use, in the present autocast state.
+
+        Layer by layer, so that it takes no more memory than the largest one's derivation.
 
         Args:
             adapters: names of the adapters to derive for; by default all that the model has.
+            progress: show a progress bar on the terminal.
 
         Returns:
             How many values were derived; those that were there already do not count.
@@ -150,7 +154,7 @@ class AdapterCache(Lookup):
             raise ValueError(msg)
         before = self.stats().misses
         with torch.no_grad():
-            for job in jobs:
+            for job in track(jobs, "deriving values") if progress else jobs:
                 job()
         return self.stats().misses - before
 

@@ -404,6 +404,17 @@ def test_warm_calls_what_needs_no_argument():
             cache.warm(adapters=["c"])
 
 
+def test_warm_can_show_how_far_it_is(capsys):
+    """warm(progress=True) derives as much, and draws a bar; by default it draws nothing."""
+    model = nn.Sequential(Default(), Default())
+    with dora_cache.attach(model) as cache:
+        assert cache.warm() == 2
+        assert not capsys.readouterr().out
+        cache.invalidate()
+        assert cache.warm(progress=True) == 2
+        assert "100%" in capsys.readouterr().out
+
+
 def test_module_arguments_are_followed_and_never_confused():
     """A module argument counts with all its state, and not for another module at its address."""
 

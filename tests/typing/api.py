@@ -70,7 +70,7 @@ def use(model: nn.Module) -> None:
         assert_type(cache, AdapterCache)
         assert_type(cache.stats(), CacheStats)
         assert_type(cache.stats().hit_rate, float)
-        assert_type(cache.warm(adapters=["a"]), int)
+        assert_type(cache.warm(adapters=["a"], progress=True), int)
         assert_type(cache.invalidate(adapter="a"), int)
         with cache.bypass():
             model(torch.ones(1))
