@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import plain_class
-from dora_cache.recipes.peft_layers import follow_layer
-from dora_cache.stamps import untraceable
+from dora_cache.recipes.peft_layers import follow_layer, is_hooked
+from dora_cache.stamps import UncheckableError, untraceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,8 +38,8 @@ __all__ = ["Hook", "LayerRecipe", "UnusualError", "active_in", "guard", "memo", 
 Warm = "Callable[[Any, str], object]"
 
 
-class UnusualError(Exception):
-    """A layer is not as a recipe knows it; PEFT's own forward runs."""
+class UnusualError(UncheckableError):
+    """A layer is not as a recipe knows it; PEFT's own code runs, and nothing is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,8 @@ def guard(
     """Return a hook that puts a forward of one's own in front of PEFT's.
 
     It runs in the usual case: one input and no other arguments, in eval mode, adapters enabled and
-    not merged, no gradients wanted by any parameter of the layer, no tracing, no ``bypass()``.
+    not merged, no gradients wanted by any parameter of the layer, no tracing, no hooks on all
+    modules, no ``bypass()``.
     PEFT's own forward runs otherwise.
 
     Args:
@@ -123,6 +124,7 @@ def guard(
                     or binding.cache.bypassing
                     or untraceable()
                     or wants_gradients(self)
+                    or is_hooked()
                 ):
                     binding.cache.passed_by()
                 elif not (self._disable_adapters or self.merged_adapters):  # some have the class's
@@ -152,7 +154,9 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
 
     Raises:
         UnusualError: the attribute is none of these, as when ``parametrize`` computes one of its
-            members. Under :func:`guard` PEFT's forward runs then: call it before the base layer.
+            members, or what it has for an active adapter is no parameter, as when that is pruned or
+            a view of a flat one. Under :func:`guard` PEFT's forward runs then: call it before the
+            base layer.
     """
     state = layer.__dict__
     there = state["_modules"][attribute]
@@ -169,8 +173,14 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
         raise UnusualError(msg)
     active = state["_active_adapter"]
     if type(active) is str:
-        return (active,) if active in names else ()
-    return tuple([name for name in active if name in names])
+        active = (active,)
+    found = tuple([name for name in active if name in names])
+    if len(found) != len(active) and kind is nn.ParameterDict:
+        for name in active:
+            if name not in names and name in there._keys:
+                msg = f"{attribute}[{name!r}] is no parameter of its own"
+                raise UnusualError(msg)
+    return found
 
 
 def parameter(layer: Any, attribute: str, adapter: str) -> Any:

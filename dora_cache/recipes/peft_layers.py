@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.keys import own_state
@@ -24,6 +25,7 @@ __all__ = [
     "follow_layer",
     "follow_part",
     "follow_tuner",
+    "is_hooked",
     "memoised",
     "weights_of",
 ]
@@ -63,6 +65,21 @@ def base_layer(layer: nn.Module) -> nn.Module:
         if inner is None:
             return base
         base = inner
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of these modules is more than its class's forward.
+
+    That is so with hooks, its own or those of all modules, and with a ``forward`` set on the
+    instance. What a recipe would do in the module's place may not be done then.
+    """
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
+    for module in modules:
+        state = module.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            return True
+    return False
 
 
 def weights_of(base: nn.Module) -> Sequence[Any]:
