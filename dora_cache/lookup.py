@@ -393,10 +393,19 @@ class Lookup(Store):
 
     @staticmethod
     def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
-        """Derive a value, and say how many seconds that took."""
+        """Derive a value, and say how many seconds that took.
+
+        Without autocast's own cache of weights that it has cast: it does not notice writes, and
+        lives shorter than the value.
+        """
         began = time.perf_counter()
-        with torch.inference_mode(mode=False), torch.no_grad():
-            value = function()
+        caching = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                value = function()
+        finally:
+            torch.set_autocast_cache_enabled(caching)
         return value, time.perf_counter() - began
 
     def _relieve(self, dependencies: Iterable[object], *, everything: bool = False) -> None:

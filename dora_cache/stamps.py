@@ -26,6 +26,7 @@ __all__ = [
     "Stamp",
     "UncheckableError",
     "environment",
+    "functorch_stack",
     "sign",
     "tensors_in",
     "untraceable",
@@ -61,10 +62,11 @@ def _is_plain(kind: type) -> bool:
 def sign(dependencies: Iterable[object]) -> tuple[Signature, bool]:
     """Sign tensors and scalars, in order.
 
-    A tensor's signature is its identity, version counter, storage, address, dtype, shape and
-    strides. Any in-place operation that PyTorch counts, any replacement of the tensor or of its
-    data, and any move changes it. The storage part is sound only while a :class:`Stamp` made of the
-    same tensors is alive, since a weak reference keeps the storage's number from being used again.
+    A tensor's signature is its identity, version counter, storage, address, dtype, shape, strides,
+    and whether it is to be read negated or conjugated. Any in-place operation that PyTorch counts,
+    any replacement of the tensor or of its data, and any move changes it. The storage part is sound
+    only while a :class:`Stamp` made of the same tensors is alive, since a weak reference keeps the
+    storage's number from being used again.
 
     Args:
         dependencies: tensors, plain scalars (None, numbers, strings, dtypes, devices, enums), and
@@ -92,7 +94,9 @@ def sign(dependencies: Iterable[object]) -> tuple[Signature, bool]:
                         item._version,
                         _storage_address(item),
                         item.data_ptr(),
-                        hash((item.dtype, item.size(), item.stride())),
+                        hash(
+                            (item.dtype, item.size(), item.stride(), item.is_neg(), item.is_conj())
+                        ),
                     )
                 )
                 if item.requires_grad:
@@ -212,7 +216,7 @@ def untraceable() -> bool:
     """
     if (
         _tracing_state() is not None
-        or _functorch_stack() is not None
+        or functorch_stack() is not None
         or forward_ad._current_level >= 0
     ):
         return True
@@ -227,4 +231,4 @@ def untraceable() -> bool:
 
 
 _tracing_state = torch._C._get_tracing_state
-_functorch_stack = torch._C._functorch.peek_interpreter_stack
+functorch_stack = torch._C._functorch.peek_interpreter_stack

@@ -177,7 +177,7 @@ def _(patch):
 
 @mutant("used in training mode", ModelMachine)
 def _(patch):
-    patch.setattr(dora, "_stands_aside", lambda layer, adapter: False)
+    patch.setattr(dora, "_is_unusual", lambda layer, adapter: False)
     patch.setattr(Binding, "serves", lambda self, args: args[0] is self.owner)
 
 
@@ -188,7 +188,7 @@ def _(patch):
 
 @mutant("hooks on adapter modules ignored", ModelMachine, rare=True)
 def _(patch):
-    patch.setattr(dora, "_stands_aside", lambda layer, adapter: layer.training)
+    patch.setattr(dora, "_is_unusual", lambda layer, adapter: layer.training)
 
 
 @mutant("entries stored under inference_mode", InferenceMachine)

@@ -58,12 +58,12 @@ def _unfollow(cache: AdapterCache | None) -> None:
 
 def _steps(optimizer: Optimizer, *_: Any) -> None:
     # By the time of the other hook the optimizer's own hooks may have cleared the gradients.
-    _stepping[threading.get_ident(), id(optimizer)] = _with_gradients(optimizer)
+    _stepping[threading.get_ident(), id(optimizer)] = _may_write(optimizer)
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
     before = _stepping.pop((threading.get_ident(), id(optimizer)), [])
-    _touched([*before, *_with_gradients(optimizer)])
+    _touched([*before, *_may_write(optimizer)])
 
 
 @functools.wraps(_update_parameters)
@@ -79,5 +79,15 @@ def _touched(tensors: list[Tensor]) -> None:
         cache.touched(tensors)
 
 
-def _with_gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _may_write(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters that a step may write: those that have gradients now.
+
+    A fused step may write any: its own hooks, or its closure, may make gradients after this
+    module's first hook and clear them before its second, and no version counter shows it.
+    """
+    return [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None or group.get("fused")
+    ]

@@ -134,6 +134,7 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
 
     from dora_cache.recipes.fingerprints import changed
     from dora_cache.recipes.hotswap import follow_hotswap
+    from dora_cache.recipes.merging import follow_merges
     from dora_cache.recipes.peft_layers import follow_layer, follow_tuner
 
     recipes = load_recipes(cache)
@@ -163,6 +164,7 @@ def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
             if isinstance(part, BaseTunerLayer):
                 follow_layer(cache, part, other)
         follow_hotswap(cache)
+        follow_merges(cache)
         for part in list(model.modules()):
             if isinstance(part, BaseTuner):
                 follow_tuner(cache, part, scan)

@@ -8,12 +8,14 @@ touched again until one of them changes.
 from __future__ import annotations
 
 import functools
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer, _DoraConvNdLayer
 from peft.tuners.lora.layer import Linear, LoraLayer, _ConvNd
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
@@ -33,6 +35,7 @@ from dora_cache.recipes import kernels
 from dora_cache.recipes.compiled import Buffer, prepare
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d, embedding
 from dora_cache.recipes.peft_layers import base_layer, follow_layer, weights_of
+from dora_cache.stamps import functorch_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,7 +93,7 @@ class _Dora:
         binding = follow_layer(cache, layer, self, {"forward": _forward} if usual else None)
         if binding.warmers is None:
             binding.warmers = _warmers
-            binding.undo.callback(_restore, layer.lora_variant)
+            binding.undo.callback(_restore, weakref.ref(layer))
         for adapter, variant in known.items():
             if not isinstance(variant, _CachedVariant):
                 plain: Any = type(variant)
@@ -100,6 +103,17 @@ class _Dora:
 
 
 RECIPE = _Dora()
+
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+_KNOWN_PARTS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    DoraLinearLayer,
+    DoraEmbeddingLayer,
+    _DoraConvNdLayer,
+)
 
 
 def _kind(variant: Any) -> str:
@@ -169,7 +183,7 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
                     buffers = buffer.values
             return forward(module, active_adapter, x, result, buffers)
         binding = module.__dict__.get(SLOT)
-        if binding is None or binding.cache.bypassing or _stands_aside(module, active_adapter):
+        if binding is None or binding.cache.bypassing or _is_unusual(module, active_adapter):
             if binding is not None:
                 binding.cache.passed_by()
             return plain.forward(
@@ -187,18 +201,46 @@ def _cached_variant(plain: Any, numerics: str) -> Any:
 
 
 def _stands_aside(layer: Any, adapter: str) -> bool:
-    """Whether PEFT's own code has to run.
-
-    In training mode; and where hooks may change what it derives or does by calling modules.
-    """
+    """Whether compiled code has to run PEFT's own: see :func:`_is_unusual`."""
     if layer.training:
         return True
     modules = layer._modules
-    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+    for name in _PARTS:
         part = modules[name]._modules.get(adapter)
         if part is not None and (part._forward_hooks or part._forward_pre_hooks):
             return True
     return False
+
+
+def _is_unusual(layer: Any, adapter: str) -> bool:
+    """Whether PEFT's own code has to run.
+
+    In training mode; under vmap and its like, which allow no writes in place; and where what it
+    derives or does by calling the adapter's modules may not be what they were made for: with hooks,
+    theirs or those of all modules, with a ``forward`` set on one, or with one of another class.
+    """
+    if layer.training or _has_any_global_hook() or functorch_stack() is not None:  # type: ignore[no-untyped-call]
+        return True
+    modules = layer._modules
+    for name in _PARTS:
+        part = modules[name]._modules.get(adapter)
+        if part is not None:
+            state, kind = part.__dict__, part.__class__
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or "forward" in state
+                or not _is_known(kind)
+            ):
+                return True
+    return False
+
+
+@functools.cache
+def _is_known(kind: Any) -> bool:
+    """Whether modules of a class do what PEFT's do; subclasses that change nothing are fine."""
+    forward: Any = getattr(kind, "forward", None)
+    return any(forward is known.forward for known in _KNOWN_PARTS)
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -215,7 +257,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             state["_disable_adapters"]
             or state["merged_adapters"]
             or state[SLOT].cache.bypassing
-            or _stands_aside(self, adapter)
+            or _is_unusual(self, adapter)
         ):
             modules = state["_modules"]
             result: Tensor = modules["base_layer"](x)
@@ -227,7 +269,9 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return Linear.forward(self, x, *args, **kwargs)
 
 
-def _restore(variants: dict[str, Any]) -> None:
+def _restore(layer: weakref.ref[Any]) -> None:
+    living = layer()
+    variants = {} if living is None else living.lora_variant
     for adapter, variant in variants.items():
         if isinstance(variant, _CachedVariant):
             variants[adapter] = variant.original
@@ -247,14 +291,15 @@ def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> l
             layer.scaling[adapter],
             magnitude,
             lora_a["weight"],
+            lora_a["bias"],  # None, unless somebody has put another module there
             lora_b["weight"],
             lora_b["bias"],
         ]
     except KeyError:  # an embedding, or weights that are parametrized
         found = [layer.scaling[adapter], layer.lora_magnitude_vector[adapter].weight]
         if adapter in layer.lora_A:
-            lora_b = layer.lora_B[adapter]
-            found += [layer.lora_A[adapter].weight, lora_b.weight, lora_b.bias]
+            for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
+                found += [part.weight, part.bias]
         else:
             found += [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
     found += weights_of(base_layer(layer))
