@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from dora_cache.binding import ALL_ADAPTERS, Binding, concerns
@@ -153,8 +152,13 @@ class AdapterCache(Lookup):
             msg = "nothing is cached in training mode: call model.eval() before warm()"
             raise ValueError(msg)
         before = self.stats().misses
+        steps: Iterable[Callable[[], object]] = jobs
+        if progress:
+            from rich.progress import track  # slow to import
+
+            steps = track(jobs, "deriving values")
         with torch.no_grad():
-            for job in track(jobs, "deriving values") if progress else jobs:
+            for job in steps:
                 job()
         return self.stats().misses - before
 
