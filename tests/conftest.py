@@ -45,7 +45,10 @@ def pytest_terminal_summary(terminalreporter):
     if found["machine"]:
         terminalreporter.section("state machines")
         terminalreporter.line(f"{'machine':25}{'runs':>8}{'steps':>9}  outcome")
-        for machine, runs, steps, outcome in sorted(found["machine"]):
+        for machine in sorted({row[0] for row in found["machine"]}):
+            rows = [row for row in found["machine"] if row[0] == machine]
+            runs, steps = (sum(row[column] for row in rows) for column in (1, 2))
+            outcome = "failed" if "failed" in {row[3] for row in rows} else "passed"
             terminalreporter.line(f"{machine:25}{runs:>8}{steps:>9}  {outcome}")
     if found["mutant"]:
         terminalreporter.section("seeded bugs")

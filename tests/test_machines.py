@@ -12,24 +12,25 @@ from model_machine import (
     ModelMachine,
 )
 
-MACHINES = {
-    # The decorator's machine is fast, so it may run longer.
-    DecoratorMachine: 2.5,
-    ModelMachine: 1,
-    FastModelMachine: 0.25,
-    ContentModelMachine: 0.25,
-    CompiledModelMachine: 0.05,  # it compiles again and again
-    KindsMachine: 0.25,
-    FastKindsMachine: 0.1,
-}
+# Runs in the quick profile and in the deep one. The model's machine has two rows, for two workers.
+MACHINES = [
+    (DecoratorMachine, 125, 5000),
+    (ModelMachine, 25, 1000),
+    (ModelMachine, 25, 1000),
+    (FastModelMachine, 12, 250),
+    (ContentModelMachine, 12, 250),
+    (CompiledModelMachine, 2, 40),  # it compiles again and again
+    (KindsMachine, 12, 250),
+    (FastKindsMachine, 5, 100),
+]
 
 
 @pytest.mark.machine
 @pytest.mark.timeout(4 * 3600)
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)
-def test_machine(machine, record_property):
+@pytest.mark.parametrize(("machine", "quick", "deep"), MACHINES)
+def test_machine(machine, quick, deep, record_property):
     """No run of any machine finds a wrong output, a wrong sum, too many bytes, or a deadlock."""
-    runs = int(settings.default.max_examples * MACHINES[machine])
+    runs = deep if settings.get_current_profile_name() == "deep" else quick
 
     class Counted(machine):
         runs = 0
