@@ -295,8 +295,9 @@ def test_a_module_whose_call_is_followed(name, attribute, change, numerics):
     check(name, steps, numerics=numerics)
 
 
+@pytest.mark.parametrize("numerics", BOTH)
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith("DoRA")])
-def test_hooks_on_all_modules(name):
+def test_hooks_on_all_modules(name, numerics):
     """Hooks on all modules see in the cached model the calls that they see in the other one."""
 
     def steps(model, x):
@@ -313,7 +314,7 @@ def test_hooks_on_all_modules(name):
             yield run(model, x)
         yield seen
 
-    check(name, steps)
+    check(name, steps, numerics=numerics)
 
 
 def test_a_forward_set_on_a_part_of_a_prompt_encoder():
