@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.functional import linear
 
-from dora_cache.recipes.hooks import Hook, active_in, guard, memo
+from dora_cache.recipes.hooks import Hook, active_in, guard, memo, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -40,13 +40,14 @@ def bank_hooks(
     """
 
     def forward(layer: Any, x: Tensor) -> Tensor:
+        found = [(name, parameter(layer, bank, name)) for name in active_in(layer, adapters)]
         dtype = x.dtype
         result: Tensor = layer.base_layer(x)
-        modules = layer._modules
-        for adapter in active_in(layer, adapters):
+        dropouts = layer._modules[dropout]._modules
+        for adapter, vectors in found:
             first, second = layer._get_lora_matrices(adapter)
-            x = x.to(modules[bank]._parameters[adapter].dtype)
-            inner = linear(modules[dropout]._modules[adapter](x), first)
+            x = x.to(vectors.dtype)
+            inner = linear(dropouts[adapter](x), first)
             result = result + linear(inner, second)
         return result.to(dtype)
 

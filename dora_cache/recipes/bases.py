@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from dora_cache.recipes.peft_layers import base_layer
+from dora_cache.recipes.peft_layers import base_layer, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,15 +34,12 @@ def replaceable(layer: nn.Module) -> bool:
         return False
     state = base.__dict__
     return not (
-        "forward" in state
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
+        is_hooked(base)
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or base._compiled_call_impl
         or type(base).forward is not known
         or state.get("padding_mode", "zeros") != "zeros"
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 

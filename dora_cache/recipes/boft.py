@@ -18,7 +18,7 @@ from dora_cache.decorator import cached
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, weights_of
+from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,12 @@ def _depends_on(
 ) -> list[object]:
     del dtype, device
     state = layer.__dict__
-    found = [state["_buffers"]["boft_P"], state["fbd_cuda_available"]]
+    found = [
+        state["_buffers"]["boft_P"],
+        state["fbd_cuda_available"],
+        state["in_features"],
+        state["out_features"],
+    ]
     for adapter in adapters:
         found.append(parameter(layer, "boft_R", adapter))
         found.append(parameter(layer, "boft_s", adapter))
@@ -39,9 +44,11 @@ def _depends_on(
 
 
 def _usual(layer: Any, adapters: Sequence[str]) -> bool:
-    """Whether there are adapters, and none of them drops blocks."""
+    """Whether there are adapters, and none of them drops blocks or has a hook where it might."""
     dropouts = layer._modules["boft_dropout"]._modules
-    return bool(adapters) and not any(dropouts[adapter].training for adapter in adapters)
+    return bool(adapters) and not any(
+        dropouts[adapter].training or is_hooked(dropouts[adapter]) for adapter in adapters
+    )
 
 
 # PEFT's values, by its operations

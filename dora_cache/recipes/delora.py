@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer
+from dora_cache.recipes.peft_layers import base_layer, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,14 +45,15 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
         return None
     modules = layer._modules
     adapters = active_in(layer, "delora_A")
+    lasts = [parameter(layer, "delora_B", adapter) for adapter in adapters]
     base_result: Tensor = layer.base_layer(x)
     added = torch.zeros_like(base_result)
-    for adapter in adapters:
+    for adapter, last in zip(adapters, lasts, strict=True):
         dropped = modules["delora_dropout"]._modules[adapter](x)
         norms = modules["delora_w_norm"]._buffers[adapter]
         hidden = linear(dropped * norms, parameter(layer, "delora_A", adapter))
         hidden = hidden * _scale(layer, adapter)
-        added += linear(hidden, parameter(layer, "delora_B", adapter))
+        added += linear(hidden, last)
     return (base_result + added.to(base_result.dtype)).to(x.dtype)
 
 
@@ -78,20 +79,21 @@ def _fast_forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "delora_A")
     if not all([_scales(layer, adapter, x.dtype) for adapter in adapters]):  # noqa: C419 - faster
         return _forward(layer, x)
+    lasts = [parameter(layer, "delora_B", adapter) for adapter in adapters]
     result: Tensor = layer.base_layer(x)
-    for adapter in adapters:
+    for adapter, last in zip(adapters, lasts, strict=True):
         scaled = _scaled(layer, adapter)
         hidden = linear(x.to(scaled.dtype), scaled)
-        result = result + linear(hidden, parameter(layer, "delora_B", adapter))
+        result = result + linear(hidden, last)
     return result.to(x.dtype)
 
 
 def _scales(layer: Any, adapter: str, dtype: torch.dtype) -> bool:
-    """Whether ``x`` times the norms has the dtype of ``A``, and there is no dropout."""
+    """Whether ``x`` times the norms has the dtype of ``A``, and there is no dropout or hook."""
     modules = layer._modules
     norms = modules["delora_w_norm"]._buffers[adapter].dtype
     dropout = modules["delora_dropout"]._modules[adapter]
-    if type(dropout) is not nn.Identity and dropout.training:
+    if (type(dropout) is not nn.Identity and dropout.training) or is_hooked(dropout):
         return False
     expected = parameter(layer, "delora_A", adapter).dtype
     return dtype == norms == expected or torch.promote_types(dtype, norms) == expected

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.nn.modules import module as torch_module
 
 from dora_cache.decorator import cached
-from dora_cache.recipes.hooks import guard
+from dora_cache.recipes.bases import dense_base, replaceable
+from dora_cache.recipes.hooks import guard, own_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,18 +41,9 @@ def is_large(layer: Any) -> bool:
 def plain_linear(layer: Any) -> nn.Linear | None:
     """Return a layer's base if it is an ordinary linear layer whose call nobody follows."""
     base: nn.Module = layer._modules["base_layer"]
-    if (
-        type(base) is not nn.Linear
-        or "forward" in base.__dict__
-        or base._forward_hooks
-        or base._forward_pre_hooks
-        or base._backward_hooks
-        or base._backward_pre_hooks
-        or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        or type(base._parameters["weight"]) is not nn.Parameter
-    ):
-        return None
-    return base
+    if type(base) is nn.Linear and replaceable(layer) and dense_base(layer) is base:
+        return base
+    return None
 
 
 def fold(
@@ -128,7 +119,8 @@ def fold(
         base = base_for(layer, names)
         if base is None or x.dtype is not base._parameters["weight"].dtype:  # type: ignore[union-attr]
             return otherwise(layer, x)
-        return linear(x, folded(layer, *names), base._parameters["bias"])
+        bias = own_parameter(base, "bias")
+        return linear(x, folded(layer, *names), bias)
 
     def warm(layer: Any, adapter: str) -> object:
         if base_for(layer, (adapter,)) is None:

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer
+from dora_cache.recipes.peft_layers import base_layer, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +142,7 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def _plain(layer: Any, adapters: Any, x: Tensor) -> bool:
-    """Whether no dropout is in training, and the base weight stays where it is."""
+    """Whether no dropout is in training or hooked, and the base weight stays where it is."""
     if x.device != base_layer(layer).weight.device or not x.is_floating_point():
         return False
     dropouts = layer._modules["frod_dropout"]._modules
@@ -150,7 +150,7 @@ def _plain(layer: Any, adapters: Any, x: Tensor) -> bool:
         dropout = dropouts[adapter]
         if layer.runtime_offload_base_weight.get(adapter):
             return False
-        if dropout.training and type(dropout) is not nn.Identity:
+        if (dropout.training and type(dropout) is not nn.Identity) or is_hooked(dropout):
             return False
     return True
 

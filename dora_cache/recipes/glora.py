@@ -24,8 +24,8 @@ from dora_cache.decorator import cached
 from dora_cache.recipes.bases import dense_base, replaceable
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example
 from dora_cache.recipes.examples import linear as linear_base
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard
-from dora_cache.recipes.peft_layers import base_layer, weights_of
+from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter
+from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 __all__ = ["RECIPE"]
 
 _PATHS = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
+_WEIGHTS: dict[type, tuple[str, ...]] = {
+    GloraLoraPath: ("Xd", "Xu"),
+    GloraVectorPath: ("X",),
+    GloraScalarPath: ("X",),
+    GloraEmptyPath: (),
+}
 
 
 def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
@@ -41,8 +47,10 @@ def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
     yield base.bias
     for name in _PATHS:
         path = modules[name]._modules[adapter]
-        yield from path._parameters.values()
-        yield from path._buffers.values()
+        for weight in _WEIGHTS[type(path)]:
+            yield own_parameter(path, weight)
+        if type(path) is GloraEmptyPath:
+            yield path._buffers["zeros"] if "zeros" in path._buffers else path.zeros
 
 
 @cached("GLoRA weight", adapter="adapter", depends_on=_depends_on)
@@ -60,9 +68,6 @@ def _weight(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     return total, bias + bias * d + e + torch.matmul(weight, c).squeeze(-1)
 
 
-_KINDS = frozenset({GloraLoraPath, GloraVectorPath, GloraScalarPath, GloraEmptyPath})
-
-
 def _usable(layer: Any, adapters: Sequence[str]) -> bool:
     """Whether the base layer is dense and the paths are PEFT's own, without hooks."""
     base, modules = dense_base(layer), layer._modules
@@ -71,7 +76,7 @@ def _usable(layer: Any, adapters: Sequence[str]) -> bool:
     for adapter in adapters:
         for name in _PATHS:
             path = modules[name]._modules[adapter]
-            if type(path) not in _KINDS or path._forward_hooks or path._forward_pre_hooks:
+            if type(path) not in _WEIGHTS or is_hooked(path):
                 return False
     return True
 

@@ -18,7 +18,7 @@ from dora_cache.decorator import cached
 from dora_cache.recipes.bases import dense_base, foldable, when_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d, embedding
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, weights_of
+from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +88,7 @@ def _folds(layer: Any, adapter: str, x: Tensor | None = None) -> bool:
     a, b = parameter(layer, "hira_A", adapter), parameter(layer, "hira_B", adapter)
     dropout = layer._modules["hira_dropout"]._modules[adapter]
     inert = type(dropout) is nn.Identity or not dropout.training
-    return inert and foldable(layer, x, a, b)
+    return inert and not is_hooked(dropout) and foldable(layer, x, a, b)
 
 
 def _warm_linear(layer: Any, adapter: str) -> object:
@@ -215,11 +215,11 @@ def _fast_embedding(layer: Any, x: Tensor) -> Tensor | None:
     if base is None:
         return None
     adapters = active_in(layer, "hira_embedding_A")
+    factors = [parameter(layer, "hira_embedding_B", adapter) for adapter in adapters]
     result = layer.base_layer(x)
     dtype = result.dtype
     weight = base._parameters["weight"]
-    for adapter in adapters:
-        b = parameter(layer, "hira_embedding_B", adapter)
+    for adapter, b in zip(adapters, factors, strict=True):
         factor = F.linear(F.embedding(x, _rows(layer, adapter)), b)
         result = result + F.embedding(x, weight) * factor
     return result.to(dtype)

@@ -33,7 +33,17 @@ if TYPE_CHECKING:
     from dora_cache.cache import AdapterCache
     from dora_cache.recipes.examples import Example
 
-__all__ = ["Hook", "LayerRecipe", "UnusualError", "active_in", "guard", "memo", "parameter"]
+__all__ = [
+    "Hook",
+    "LayerRecipe",
+    "UnusualError",
+    "active_in",
+    "guard",
+    "memo",
+    "optional_parameter",
+    "own_parameter",
+    "parameter",
+]
 
 Warm = "Callable[[Any, str], object]"
 
@@ -194,6 +204,34 @@ def parameter(layer: Any, attribute: str, adapter: str) -> Any:
     except KeyError:
         msg = f"{attribute}[{adapter!r}] is no parameter"
         raise UnusualError(msg) from None
+
+
+def optional_parameter(layer: Any, attribute: str, adapter: str) -> Any:
+    """Return ``layer.attribute[adapter]``, of a ParameterDict; None if that has no such key.
+
+    Raises:
+        UnusualError: it is no parameter of its own; see :func:`parameter`.
+    """
+    there = layer._modules[attribute]
+    found = there._parameters.get(adapter)
+    if found is None and (type(there) is not nn.ParameterDict or adapter in there._keys):
+        msg = f"{attribute}[{adapter!r}] is no parameter"
+        raise UnusualError(msg)
+    return found
+
+
+def own_parameter(module: nn.Module, name: str) -> Any:
+    """Return ``module.name``, a parameter; None if it is None.
+
+    Raises:
+        UnusualError: it is something else: pruned, a buffer, a plain tensor, or computed.
+    """
+    state = module.__dict__
+    found = state["_parameters"].get(name)
+    if found is None and name not in state["_parameters"] and state.get(name, state) is not None:
+        msg = f"{name!r} of {type(module).__name__} is no parameter"
+        raise UnusualError(msg)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,8 @@ def _depends_on(layer: Any, device: torch.device, *adapters: str) -> list[object
     found = [
         layer._modules["base_layer"]._parameters["weight"],
         layer.__dict__.get("cast_input_dtype_enabled"),
+        layer.in_features,
+        layer.out_features,
     ]
     for adapter in adapters:
         found += _vectors(layer, adapter)
@@ -54,10 +56,11 @@ def _weight(layer: Any, device: torch.device, *adapters: str) -> Tensor:
         It, of the base weight's shape and the adapters' dtype.
     """
     weight = layer.base_layer.weight.data
-    shape = weight.shape
+    shape, inputs = weight.shape, layer.in_features
     if weight.dim() > 2:  # noqa: PLR2004 - a convolution's
-        weight = weight.view(shape[0], -1)
-    product = torch.eye(weight.shape[1], device=device)
+        inputs *= layer.base_layer.kernel_size[0] ** 2
+        weight = weight.view(layer.out_features, inputs)
+    product = torch.eye(inputs, device=device)
     for adapter in adapters:
         reflections = layer.get_delta_weight(adapter)
         product = torch.mm(product.to(reflections.dtype), reflections)

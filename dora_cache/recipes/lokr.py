@@ -23,7 +23,7 @@ from dora_cache.decorator import cached
 from dora_cache.recipes import folding
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d
 from dora_cache.recipes.folding import fold, is_large
-from dora_cache.recipes.hooks import LayerRecipe, guard
+from dora_cache.recipes.hooks import LayerRecipe, guard, optional_parameter
 from dora_cache.recipes.lycoris import delta_hook, factors_of
 from dora_cache.recipes.peft_layers import base_layer
 
@@ -60,13 +60,12 @@ def _factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
 
 
 def _parameters(layer: Any, adapter: str) -> list[Any]:
-    modules = layer._modules
-    return [modules[name]._parameters.get(adapter) for name in _FACTORS]
+    return [optional_parameter(layer, name, adapter) for name in _FACTORS]
 
 
 def _active(layer: Any) -> Sequence[str]:
     modules = layer._modules
-    whole, parts = modules["lokr_w1"]._parameters, modules["lokr_w1_a"]._parameters
+    whole, parts = modules["lokr_w1"]._keys, modules["lokr_w1_a"]._keys
     return [name for name in layer.active_adapters if name in whole or name in parts]
 
 

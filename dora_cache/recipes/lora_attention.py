@@ -14,6 +14,7 @@ forward, and those are stored. With several, the weights keep moving, and nothin
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import Base, Example
-from dora_cache.recipes.hooks import active_in
-from dora_cache.recipes.peft_layers import follow_layer
+from dora_cache.recipes.hooks import UnusualError, active_in, own_parameter
+from dora_cache.recipes.peft_layers import follow_layer, is_hooked
 from dora_cache.recipes.substitutes import (
     Plan,
     gate_for,
@@ -54,14 +55,14 @@ def _parts(layer: Any) -> tuple[Any, Any, Any]:
 
 def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
     base, out, projection = _parts(layer)
-    yield base._parameters["in_proj_weight"]
-    yield projection._parameters["weight"]
+    yield own_parameter(base, "in_proj_weight")
+    yield own_parameter(projection, "weight")
     yield out.fan_in_fan_out
     for part in (layer, out):
         modules = part._modules
         yield part.scaling[adapter]
-        yield modules["lora_A"]._modules[adapter]._parameters["weight"]
-        yield modules["lora_B"]._modules[adapter]._parameters["weight"]
+        yield own_parameter(modules["lora_A"]._modules[adapter], "weight")
+        yield own_parameter(modules["lora_B"]._modules[adapter], "weight")
 
 
 @cached("LoRA attention", adapter="adapter", depends_on=_depends_on)
@@ -110,6 +111,7 @@ def _adapter(layer: Any) -> str | None:
         or adapter in out.lora_variant
         or out.lora_bias.get(adapter)
         or adapter not in out._modules["lora_A"]._modules
+        or is_hooked(base)  # a hook may write to the weights, as that of pruning does
     ):
         return None
     for module, name in ((base, "in_proj_weight"), (projection, "weight")):
@@ -123,7 +125,7 @@ def _adapter(layer: Any) -> str | None:
 def _wants_gradients(layer: Any, adapter: str) -> bool:
     # Not layer.parameters(), with which PEFT makes new parameters of the old ones.
     return torch.is_grad_enabled() and any(
-        part._modules[name]._modules[adapter]._parameters["weight"].requires_grad
+        own_parameter(part._modules[name]._modules[adapter], "weight").requires_grad
         for part in (layer, _parts(layer)[1])
         for name in ("lora_A", "lora_B")
     )
@@ -159,8 +161,10 @@ def _covered(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tens
 def _moving(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run PEFT's own forward, and see whether it has left the weights settled."""
     result = plain_class(type(layer)).forward(layer, query, *args, **kwargs)  # type: ignore[attr-defined]
-    if not (layer.training or layer.__dict__[SLOT].cache.bypassing):
-        _plan(layer, kwargs)
+    binding = layer.__dict__.get(SLOT)
+    if not (layer.training or binding is None or binding.cache.bypassing):
+        with suppress(UnusualError):
+            _plan(layer, kwargs)
     return result
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dora_cache.decorator import SLOT, cached, derivations_of
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import Base, Example
-from dora_cache.recipes.hooks import active_in, wants_gradients
+from dora_cache.recipes.hooks import active_in, own_parameter, wants_gradients
 from dora_cache.recipes.peft_layers import base_layer, follow_layer
 from dora_cache.recipes.substitutes import (
     Plan,
@@ -41,13 +41,14 @@ __all__ = ["RECIPE"]
 
 def _depends_on(layer: Any, *adapters: str) -> Iterator[object]:
     modules = layer._modules
-    yield base_layer(layer)._parameters[layer.parameter_name]
+    yield own_parameter(base_layer(layer), layer.parameter_name)
     yield layer.num_experts
     yield layer._did_swap_in_out_features
+    yield layer.fan_in_fan_out
     for adapter in adapters:
         yield layer.scaling[adapter]
-        yield modules["lora_A"]._modules[adapter]._parameters["weight"]
-        yield modules["lora_B"]._modules[adapter]._parameters["weight"]
+        yield own_parameter(modules["lora_A"]._modules[adapter], "weight")
+        yield own_parameter(modules["lora_B"]._modules[adapter], "weight")
 
 
 @cached("LoRA parameter", adapter="adapters", depends_on=_depends_on)
@@ -113,7 +114,7 @@ def _is_usual(parameter: Tensor | None) -> bool:
     )
 
 
-def _covered(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _covered(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return layer.base_layer(x, *args, **kwargs)
 
 

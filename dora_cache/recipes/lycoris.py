@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
-from dora_cache.recipes.hooks import Hook
+from dora_cache.recipes.hooks import Hook, optional_parameter
 from dora_cache.recipes.peft_layers import base_layer
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ def factors_of(attributes: Sequence[str]) -> Callable[[Any, str], Iterator[objec
 
     def depends_on(layer: Any, adapter_name: str) -> Iterator[object]:
         yield layer.scaling[adapter_name]
-        modules = layer._modules
         for attribute in attributes:
-            yield modules[attribute]._parameters.get(adapter_name)
+            yield optional_parameter(layer, attribute, adapter_name)
 
     return depends_on
 

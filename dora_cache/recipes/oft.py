@@ -18,6 +18,7 @@ from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import TARGETS, Example, conv2d, embedding
+from dora_cache.recipes.hooks import own_parameter
 from dora_cache.recipes.peft_layers import follow_layer, follow_part
 from dora_cache.stamps import untraceable
 
@@ -35,7 +36,7 @@ def _depends_on(rotation: Any) -> list[object]:
     state = rotation.__dict__
     buffers = state["_buffers"]
     return [
-        state["_parameters"]["weight"],
+        own_parameter(rotation, "weight"),
         buffers["rows"],
         buffers["cols"],
         state["block_size"],
@@ -91,7 +92,7 @@ def _forward(self: Any, x: Any) -> Any:
 
 def _rotated(rotation: Any, x: Tensor) -> Tensor | None:
     blocks = _blocks(rotation)
-    if blocks is None:
+    if blocks is None or (rotation.block_share and len(blocks) > 1):
         return None
     size: int = rotation.block_size
     count = rotation.in_features // size if rotation.block_share else rotation.r

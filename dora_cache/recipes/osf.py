@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.recipes.bases import foldable
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, guard
+from dora_cache.recipes.hooks import LayerRecipe, guard, own_parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ _INITIAL = ("_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init")
 
 def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
     modules = layer._modules
-    trained = modules["osf_svd_params"]._modules[adapter]._parameters
+    trained = modules["osf_svd_params"]._modules[adapter]
     for name in _TRAINED:
-        yield trained[name]
+        yield own_parameter(trained, name)
     for name in _INITIAL:
         yield modules[name]._buffers[adapter]
 
@@ -94,8 +94,9 @@ def _total(layer: Any, adapter: str) -> Tensor:
 
 def _is_dense(layer: Any, adapter: str) -> bool:
     """Whether the delta is smaller than its factors."""
-    trained = layer._modules["osf_svd_params"]._modules[adapter]._parameters
-    (outputs, rank), inputs = trained["U_low"].shape, trained["V_low"].shape[1]
+    trained = layer._modules["osf_svd_params"]._modules[adapter]
+    outputs, rank = own_parameter(trained, "U_low").shape
+    inputs = own_parameter(trained, "V_low").shape[1]
     smaller: bool = 2 * rank * (inputs + outputs) > inputs * outputs
     return smaller
 

@@ -21,8 +21,8 @@ from transformers.activations import ACT2FN
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold, is_large
-from dora_cache.recipes.hooks import LayerRecipe, active_in, memo
-from dora_cache.recipes.peft_layers import base_layer, weights_of
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, memo, own_parameter
+from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,18 +33,33 @@ __all__ = ["RECIPE"]
 def _hidden_depends_on(layer: Any, adapter: str) -> Iterator[object]:
     modules = layer._modules
     yield from weights_of(base_layer(layer))
-    yield from modules["peanut_A"]._modules[adapter]._parameters.values()
-    for attribute in ("peanut_encoders", "peanut_decoders"):
-        for part in modules[attribute]._modules[adapter]._modules.values():
-            yield from part._parameters.values()
+    yield own_parameter(modules["peanut_A"]._modules[adapter], "weight")
+    parts = [
+        *modules["peanut_encoders"]._modules[adapter]._modules.values(),
+        *modules["peanut_decoders"]._modules[adapter]._modules.values(),
+    ]
+    yield from _weights(*parts)
     yield layer.act_fn[adapter]
     yield layer.scaling[adapter]
     yield layer.res_num[adapter]
 
 
+def _weights(*parts: nn.Module) -> Iterator[object]:
+    """Yield the weights of layers that PEFT calls."""
+    if is_hooked(*parts):
+        msg = "a layer of the network is hooked"
+        raise UnusualError(msg)
+    for part in parts:
+        if type(part) is not nn.Linear:
+            msg = f"a layer of the network is a {type(part).__name__}"
+            raise UnusualError(msg)
+        yield own_parameter(part, "weight")
+        yield own_parameter(part, "bias")
+
+
 def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
     yield from _hidden_depends_on(layer, adapter)
-    yield from layer._modules["peanut_B"]._modules[adapter]._parameters.values()
+    yield from _weights(layer._modules["peanut_B"]._modules[adapter])
 
 
 _delta = memo(Linear, "get_delta_weight", "PEANuT delta", adapter="adapter", depends_on=_depends_on)
@@ -69,11 +84,13 @@ def _hidden(layer: Any, adapter: str) -> Tensor:
 
 
 def _is_small(layer: Any, adapter: str) -> bool:
-    """Whether the last layer is as PEFT makes it, and narrow."""
+    """Whether the last layer is as PEFT makes it, without hooks, and narrow."""
     last: Any = layer._modules["peanut_B"]._modules[adapter]
-    weight = last._parameters["weight"]
+    if type(last) is not nn.Linear or is_hooked(last):
+        return False
+    weight = own_parameter(last, "weight")
     narrow: bool = 2 * weight.shape[1] <= weight.shape[0]
-    return narrow and type(last) is nn.Linear and last._parameters["bias"] is None
+    return narrow and own_parameter(last, "bias") is None
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor | None:

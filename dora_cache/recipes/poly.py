@@ -14,7 +14,8 @@ from peft.tuners.poly.layer import Linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter, parameter
+from dora_cache.recipes.peft_layers import is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,7 @@ def _depends_on(layer: Any, adapter: str, *_: object) -> Iterator[object]:
     yield parameter(layer, "poly_lora_A", adapter)
     yield parameter(layer, "poly_lora_B", adapter)
     router = layer._modules["poly_router"]._modules[adapter]
-    yield router._parameters["module_logits"]
+    yield own_parameter(router, "module_logits")
     yield router.n_tasks
     yield router.n_splits
     yield router.n_skills
@@ -121,7 +122,7 @@ def _tasks(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> list[int]:
     routers = layer._modules["poly_router"]._modules
     for adapter in adapters:
         router = routers[adapter]
-        if router.training or router._forward_hooks or router._forward_pre_hooks:
+        if router.training or is_hooked(router):
             return []
         if not all(0 <= task < router.n_tasks for task in tasks):
             return []

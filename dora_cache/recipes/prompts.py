@@ -17,12 +17,13 @@ from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig
 from peft.tuners.p_tuning.model import PromptEncoder
 from peft.tuners.prefix_tuning.model import PrefixEncoder
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.recipes.examples import Base, Example
+from dora_cache.recipes.hooks import UnusualError
+from dora_cache.recipes.peft_layers import is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from dora_cache.cache import AdapterCache
 
 __all__ = ["RECIPE"]
-
-_UNSIGNABLE = object()
 
 
 class _Here(threading.local):
@@ -61,13 +60,21 @@ def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _depends_on(encoder: Any, *_: object) -> Iterator[object]:
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]  # they would see its layers run
-        yield _UNSIGNABLE
-    for module in encoder.modules():
-        if module is encoder:
-            yield from module._parameters.values()
-            yield encoder.__dict__.get("encoder_type")
-            yield encoder.__dict__.get("prefix_projection")
+    _, *inner = encoder.modules()
+    if is_hooked(*inner):
+        msg = "hooks would see the encoder's layers run"
+        raise UnusualError(msg)
+    yield from encoder._parameters.values()
+    yield encoder.__dict__.get("encoder_type")
+    yield encoder.__dict__.get("prefix_projection")
+    for module in inner:
+        if module.training:
+            msg = "one of the encoder's layers is in training"
+            raise UnusualError(msg)
+        if module._modules:
+            if type(module) is not nn.Sequential:
+                msg = f"{type(module).__name__} is not of PEFT's encoder"
+                raise UnusualError(msg)
         elif isinstance(module, nn.LSTM):  # it has attributes that cannot be compared
             yield from module._parameters.values()
             yield list(module._flat_weights)  # those that it reads
@@ -75,12 +82,8 @@ def _depends_on(encoder: Any, *_: object) -> Iterator[object]:
             yield module.bidirectional
             yield module.batch_first
             yield module.proj_size
-        elif not module._modules:
+        else:
             yield from own_state(module)
-        if module is not encoder and (
-            module.training or module._forward_hooks or module._forward_pre_hooks
-        ):
-            yield _UNSIGNABLE
 
 
 @cached("prompt", depends_on=_depends_on)
@@ -99,10 +102,11 @@ def _encoded(encoder: Any, tokens: Tensor, rows: int, columns: int) -> Tensor:
     return found[:1] if bool((found == found[:1]).all()) else found
 
 
-def _forward(self: Any, indices: Tensor) -> Any:
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # the input has another name in each
     original = plain_class(type(self)).forward  # type: ignore[attr-defined]
-    if torch.compiler.is_dynamo_compiling():
-        return original(self, indices)
+    if torch.compiler.is_dynamo_compiling() or kwargs or len(args) != 1:
+        return original(self, *args, **kwargs)
+    indices = args[0]
     binding, tokens = self.__dict__.get(SLOT), _here.tokens
     if (
         binding is None

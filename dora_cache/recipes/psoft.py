@@ -16,7 +16,8 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard
+from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter
+from dora_cache.recipes.peft_layers import is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +31,12 @@ def _factor(layer: Any, which: str, adapter: str) -> Any:
 
 
 def _depends_on(layer: Any, adapter: str) -> list[object]:
-    state = layer._modules["psoft_R"]._modules[adapter].__dict__
+    rotation = layer._modules["psoft_R"]._modules[adapter]
+    state = rotation.__dict__
     return [
-        *state["_parameters"].values(),
+        own_parameter(rotation, "weight"),
+        own_parameter(rotation, "vector_a"),
+        own_parameter(rotation, "vector_b"),
         *state["_buffers"].values(),
         state["size"],
         state["orth"],
@@ -58,8 +62,7 @@ def _usual(layer: Any) -> Sequence[str]:
         if (
             modules["psoft_dropout"]._modules[adapter].training
             or plain_class(type(rotation)) is not OrthLayer
-            or rotation._forward_hooks
-            or rotation._forward_pre_hooks
+            or is_hooked(rotation)
         ):
             return ()
     return adapters

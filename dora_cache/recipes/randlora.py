@@ -22,13 +22,13 @@ from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer
+from dora_cache.recipes.peft_layers import base_layer, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["RECIPE"]
 
@@ -91,9 +91,10 @@ def _bases(layer: Any, adapter: str, device: torch.device) -> tuple[Tensor, Tens
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
+    adapters = active_in(layer, "randlora_lambda")
     dtype = x.dtype
     result: Tensor = layer.base_layer(x)
-    for adapter in active_in(layer, "randlora_lambda"):
+    for adapter in adapters:
         first, second = _bases(layer, adapter, x.device)
         x = x.to(second.dtype)
         dropout = layer._modules["randlora_dropout"]._modules[adapter]
@@ -120,14 +121,19 @@ _delta = cached("RandLoRA delta", adapter="adapter", depends_on=_delta_depends_o
 
 
 def _dense(layer: Any, x: Tensor) -> Tensor:
+    adapters = active_in(layer, "randlora_lambda")
     dtype = x.dtype
     result: Tensor = layer.base_layer(x)
-    for adapter in active_in(layer, "randlora_lambda"):
+    for adapter in adapters:
         delta = _delta(layer, adapter, x.device)
         x = x.to(delta.dtype)
         dropout = layer._modules["randlora_dropout"]._modules[adapter]
         result = result + linear(dropout(x), delta)
     return result.to(dtype)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return dropout.training or is_hooked(dropout)
 
 
 _folded = fold(
@@ -136,7 +142,7 @@ _folded = fold(
     delta=lambda layer, adapter: _product(layer, adapter, _device(layer)),
     depends_on=_delta_depends_on,
     weights=_weights,
-    unless=lambda layer, adapter: layer.randlora_dropout[adapter].training,
+    unless=lambda layer, adapter: _drops(layer.randlora_dropout[adapter]),
     otherwise=_dense,
     warm_otherwise=lambda layer, adapter: _delta(layer, adapter, _device(layer)),
 )

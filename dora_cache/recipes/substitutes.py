@@ -19,7 +19,8 @@ import torch
 
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import Observer, observe, plain_class
-from dora_cache.recipes.peft_layers import base_layer
+from dora_cache.recipes.hooks import UnusualError
+from dora_cache.recipes.peft_layers import base_layer, is_hooked
 from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
@@ -214,32 +215,36 @@ def substituting(
 
     Args:
         plan: called with the outermost layer of a base module and the keyword arguments; returns
-            what to use, or None where PEFT's own forward has to change the weights.
+            what to use, or None where PEFT's own forward has to change the weights. It may also
+            raise an :class:`UnusualError`.
         covered: called with a layer that the plan covers and its arguments, in place of its
             forward.
         otherwise: called in place of the layer's own forward where there is no plan.
     """
 
-    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # PEFT's name for the input varies
         original = plain_class(type(self)).forward  # type: ignore[attr-defined]
         if torch.compiler.is_dynamo_compiling():
-            return original(self, x, *args, **kwargs)
+            return original(self, *args, **kwargs)
         gate = _gates.get(base_layer(self))
         if gate is None or SLOT not in self.__dict__:
-            return original(self, x, *args, **kwargs)
+            return original(self, *args, **kwargs)
         if gate in _here.gates:
             outer = _here.gates[gate]
             if outer is not None and id(self) in outer.layers:
-                return covered(self, x, *args, **kwargs)
-            return original(self, x, *args, **kwargs)
+                return covered(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         with _Passage(gate, alone=False) as passage:
-            found = plan(self, kwargs) if passage.entered else None
+            try:
+                found = plan(self, kwargs) if passage.entered else None
+            except UnusualError:
+                found = None
             if found is not None:
                 passage.use(found)
                 run = covered if id(self) in found.layers else original
-                return run(self, x, *args, **kwargs)
+                return run(self, *args, **kwargs)
         with _Passage(gate, alone=True):
-            return (otherwise or original)(self, x, *args, **kwargs)
+            return (otherwise or original)(self, *args, **kwargs)
 
     return forward
 
@@ -249,7 +254,7 @@ def stands_aside(layer: Any) -> bool:
     binding = layer.__dict__.get(SLOT)
     if binding is None:
         return True
-    if layer.__dict__["training"] or binding.cache.bypassing or untraceable():
+    if layer.__dict__["training"] or binding.cache.bypassing or untraceable() or is_hooked():
         binding.cache.passed_by()
         return True
     return False
