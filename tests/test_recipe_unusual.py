@@ -296,7 +296,7 @@ def test_a_module_whose_call_is_followed(name, attribute, change, numerics):
 
 
 @pytest.mark.parametrize("numerics", BOTH)
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith("DoRA")])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_hooks_on_all_modules(name, numerics):
     """Hooks on all modules see in the cached model the calls that they see in the other one."""
 
