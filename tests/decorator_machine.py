@@ -121,6 +121,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.may_pass = False
         self.voiding = 0  # events that are on their way
         self.signed = {}  # by thread: how many events there had been when it signed
+        # How many there had been when each derivation under way signed, and when it began.
         self.deriving = {name: set() for name in NAMES}
         self.begun = {}  # by thread: the same, of the derivation it is in
         # What the cap may be now; empty without one.
@@ -141,16 +142,22 @@ class DecoratorMachine(RuleBasedStateMachine):
     # What the owner tells
 
     def signs(self, name):
-        if self.voiding:  # which values hold is not settled: take each as its own
-            self.events[name] += 1
-        self.signed[threading.get_ident()] = self.events[name]  # the last time before it derives
+        self.signed[threading.get_ident()] = self.count(name)  # the last time before it derives
 
     def begins(self, name):
-        events = self.signed.get(threading.get_ident())
-        if events is not None:  # else it goes past the cache
+        signed = self.signed.get(threading.get_ident())
+        if signed is not None:  # else it goes past the cache
+            # An event between the two keeps it from waiting for another that signed with it.
+            events = signed, self.count(name)
             assert events not in self.deriving[name], "one value is derived twice"
             self.deriving[name].add(events)
-        self.begun[threading.get_ident()] = events
+            self.begun[threading.get_ident()] = events
+
+    def count(self, name):
+        """Return how many events there have been."""
+        if self.voiding:  # which values hold is not settled: take each as its own
+            self.events[name] += 1
+        return self.events[name]
 
     def ends(self, name):
         self.deriving[name].discard(self.begun.pop(threading.get_ident(), None))
