@@ -135,9 +135,11 @@ class DecoratorMachine(RuleBasedStateMachine):
         try:
             self.failing = False
             self.all_go_on()
-            self.cache.detach()
         finally:
             store.threading = self.real
+            # Some task may have the lock and never go on; and what hears of all optimizers must go.
+            self.cache._lock = threading.RLock()
+            self.cache.detach()
 
     # What the owner tells
 
