@@ -52,6 +52,15 @@ def error(found, exact):
     return (found.double() - exact).square().mean().sqrt().item()
 
 
+def condition(found):
+    """Return how much larger a relative error of ``s`` may be than one of ``W`` and ``g B A``."""
+    weight = found.get_base_layer().weight.double()
+    lora_a, lora_b = found.lora_A["default"].weight, found.lora_B["default"].weight
+    delta = found.scaling["default"] * lora_b.double() @ lora_a.double()
+    parts = weight.norm(dim=1) + delta.norm(dim=1)
+    return (parts / (weight + delta).norm(dim=1)).max().item()
+
+
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
@@ -64,7 +73,12 @@ def error(found, exact):
     seed=st.integers(0, 2**16),
 )
 def test_error_is_at_most_pefts(rows, columns, rank, dtype, cast, bias, alpha, special, seed):
-    """Root mean square over all outputs; up to what one more rounding of them would be."""
+    """Root mean square over all outputs; up to one more rounding of what goes into them.
+
+    That is the base layer's outputs and the scales, either of which may all but cancel.
+
+    In a small layer few roundings decide, and PEFT's may happen to be exact.
+    """
     model = layer(
         rows, columns, rank, dtype=dtype, cast=cast, bias=bias, alpha=alpha, special=special,
         seed=seed,
@@ -76,5 +90,9 @@ def test_error_is_at_most_pefts(rows, columns, rank, dtype, cast, bias, alpha, s
     with dora_cache.attach(model, numerics="fast"):
         fast = run(model, x)
     assert fast.dtype is peft.dtype
-    rounding = torch.finfo(dtype).eps * exact.square().mean().sqrt().item() / 4
+    size = exact.square().mean().sqrt().item()
+    with model.disable_adapter():
+        size += run(model, x).double().square().mean().sqrt().item()
+    rounding = torch.finfo(dtype).eps * size / 4
+    rounding += condition(model.base_model.model[0]) * torch.finfo(torch.float32).eps * size / 2
     assert error(fast, exact) <= error(peft, exact) + rounding
