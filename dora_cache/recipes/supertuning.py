@@ -79,13 +79,16 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if not _is_small(layer, adapters):
         return _forward(layer, x)
-    base: Any = base_layer(layer)
-    if not 0 < x.numel() <= _TOKENS * base.weight.shape[1]:
+    if not x.numel():
         return None
     warn_of_hooks(layer, peft_supertuning)
-    result = linear(x, base.weight, base.bias)
-    for adapter in adapters:
-        result = result + multiply(x, *_values(layer, adapter, x.dtype)).to(result.dtype)
+    base: Any = base_layer(layer)
+    if x.numel() > _TOKENS * base.weight.shape[1]:
+        result = linear(x, _weight.__wrapped__(layer, *adapters), base.bias)
+    else:
+        result = linear(x, base.weight, base.bias)
+        for adapter in adapters:
+            result = result + multiply(x, *_values(layer, adapter, x.dtype)).to(result.dtype)
     return _with_lora(layer, x, result, adapters)
 
 
