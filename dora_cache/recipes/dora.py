@@ -548,9 +548,13 @@ def _rows(layer: Any, adapter: str, dtype: torch.dtype) -> Iterator[Tensor]:
         a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         weight, bias = weight.T, None
     else:
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        # PEFT finds B A by sending the identity through both layers, lora_B's bias included.
-        bias = layer.lora_B[adapter].bias if weight.dim() == 2 else None  # noqa: PLR2004
+        first, last = layer.lora_A[adapter], layer.lora_B[adapter]
+        a, b = first.weight, last.weight
+        # PEFT finds B A by sending the identity through both layers, their biases included.
+        bias = last.bias if weight.dim() == 2 else None  # noqa: PLR2004
+        if first.bias is not None and weight.dim() == 2:  # noqa: PLR2004
+            through = b.to(dtype) @ first.bias.to(dtype)
+            bias = through if bias is None else through + bias.to(dtype)
         if getattr(layer, "fan_in_fan_out", False):
             weight = weight.T
     rank, scaling = a.shape[0], layer.scaling[adapter]
