@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.optimizer import (
@@ -17,43 +16,35 @@ from torch.optim.optimizer import (
 )
 from torch.optim.swa_utils import AveragedModel
 
+from dora_cache.lifecycle.followers import Followers
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import ExitStack
 
     from torch import Tensor
-    from torch.utils.hooks import RemovableHandle
 
     from dora_cache.cache import AdapterCache
 
 __all__ = ["follow_optimizers"]
 
-_lock = threading.Lock()
-_followers: weakref.WeakSet[AdapterCache] = weakref.WeakSet()
-_handles: list[RemovableHandle] = []
 _stepping: dict[tuple[int, int], list[Tensor]] = {}
 _update_parameters: Callable[..., Any] = AveragedModel.update_parameters
 
 
 def follow_optimizers(cache: AdapterCache) -> None:
     """Void values derived from whatever PyTorch steps or averages, until the cache detaches."""
-    with _lock:
-        _followers.add(cache)
-        if not _handles:
-            _handles.append(register_optimizer_step_pre_hook(_steps))
-            _handles.append(register_optimizer_step_post_hook(_stepped))
-            AveragedModel.update_parameters = _averaging  # type: ignore[method-assign]  # no hooks
-    reference = weakref.ref(cache)
-    cache.on_detach(lambda: _unfollow(reference()))
+    _followers.add(cache)
 
 
-def _unfollow(cache: AdapterCache | None) -> None:
-    with _lock:
-        if cache is not None:
-            _followers.discard(cache)
-        if not _followers and _handles:
-            while _handles:
-                _handles.pop().remove()
-            AveragedModel.update_parameters = _update_parameters  # type: ignore[method-assign]
+def _begin(undo: ExitStack) -> None:
+    undo.callback(register_optimizer_step_pre_hook(_steps).remove)
+    undo.callback(register_optimizer_step_post_hook(_stepped).remove)
+    AveragedModel.update_parameters = _averaging  # type: ignore[method-assign]  # it has no hooks
+    undo.callback(setattr, AveragedModel, "update_parameters", _update_parameters)
+
+
+_followers = Followers(_begin)
 
 
 def _steps(optimizer: Optimizer, *_: Any) -> None:
@@ -75,7 +66,7 @@ def _averaging(self: AveragedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def _touched(tensors: list[Tensor]) -> None:
-    for cache in list(_followers):
+    for cache in _followers:
         cache.touched(tensors)
 
 

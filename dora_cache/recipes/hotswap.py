@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-import threading
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from peft.utils import hotswap
 
 from dora_cache.decorator import SLOT
+from dora_cache.lifecycle import Followers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import ExitStack
 
     from torch import nn
 
     from dora_cache.cache import AdapterCache
 
 __all__ = ["follow_hotswap"]
-
-_lock = threading.Lock()
-_followers: weakref.WeakSet[AdapterCache] = weakref.WeakSet()
-_originals: dict[str, Callable[..., Any]] = {}
 
 
 def follow_hotswap(cache: AdapterCache) -> None:
@@ -35,30 +31,24 @@ def follow_hotswap(cache: AdapterCache) -> None:
     the one that swaps, for an event once all is written; and the one it calls for each layer, for
     those who imported the first before it was wrapped.
     """
-    with _lock:
-        _followers.add(cache)
-        if not _originals:
-            _wrap("hotswap_adapter_from_state_dict", _swapped)
-            _wrap("_update_scaling", _swapping)
-    reference = weakref.ref(cache)
-    cache.on_detach(lambda: _unfollow(reference()))
+    _followers.add(cache)
 
 
-def _unfollow(cache: AdapterCache | None) -> None:
-    with _lock:
-        if cache is not None:
-            _followers.discard(cache)
-        if not _followers:
-            for name, original in _originals.items():
-                setattr(hotswap, name, original)
-            _originals.clear()
+def _begin(undo: ExitStack) -> None:
+    for name, event in (
+        ("hotswap_adapter_from_state_dict", _swapped),
+        ("_update_scaling", _swapping),
+    ):
+        original = getattr(hotswap, name, None)
+        if original is not None:
+            setattr(hotswap, name, _wrapped(original, event))
+            undo.callback(setattr, hotswap, name, original)
 
 
-def _wrap(name: str, event: Callable[..., None]) -> None:
-    original = getattr(hotswap, name, None)
-    if original is None:
-        return
+_followers = Followers(_begin)
 
+
+def _wrapped(original: Callable[..., Any], event: Callable[..., None]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -66,20 +56,19 @@ def _wrap(name: str, event: Callable[..., None]) -> None:
         finally:
             event(*args, **kwargs)
 
-    _originals[name] = original
-    setattr(hotswap, name, wrapper)
+    return wrapper
 
 
 def _swapped(model: nn.Module, *_: Any, **__: Any) -> None:
     caches = {_cache_of(module) for module in model.modules()}
-    for follower in list(_followers):
+    for follower in _followers:
         if follower in caches:
             follower.invalidate()
 
 
 def _swapping(lora_module: nn.Module, *_: Any, **__: Any) -> None:
     cache = _cache_of(lora_module)
-    for follower in list(_followers) if cache is None else [cache]:
+    for follower in _followers if cache is None else [cache]:
         follower.suspect()  # the weights are written after this
 
 

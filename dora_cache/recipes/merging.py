@@ -6,14 +6,15 @@ An attached layer's own merges are followed by its observer, see ``peft_layers.f
 from __future__ import annotations
 
 import functools
-import threading
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
+from dora_cache.lifecycle import Followers
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import ExitStack
 
     from torch import Tensor
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["follow_merges"]
 
 _METHODS = ("merge_adapter", "unmerge_adapter", "merge_and_unload")
-_lock = threading.Lock()
-_followers: weakref.WeakSet[AdapterCache] = weakref.WeakSet()
-_originals: dict[str, Callable[..., Any]] = {}
 
 
 def follow_merges(cache: AdapterCache) -> None:
@@ -33,24 +31,17 @@ def follow_merges(cache: AdapterCache) -> None:
     PEFT offers no hook, so while any cache is attached three methods of its ``BaseTuner`` are
     wrapped. Calls of a layer's own ``merge`` outside the attached model are not noticed.
     """
-    with _lock:
-        _followers.add(cache)
-        if not _originals:
-            for name in _METHODS:
-                _originals[name] = getattr(BaseTuner, name)
-                setattr(BaseTuner, name, _wrapped(_originals[name]))
-    reference = weakref.ref(cache)
-    cache.on_detach(lambda: _unfollow(reference()))
+    _followers.add(cache)
 
 
-def _unfollow(cache: AdapterCache | None) -> None:
-    with _lock:
-        if cache is not None:
-            _followers.discard(cache)
-        if not _followers:
-            for name, original in _originals.items():
-                setattr(BaseTuner, name, original)
-            _originals.clear()
+def _begin(undo: ExitStack) -> None:
+    for name in _METHODS:
+        original = getattr(BaseTuner, name)
+        setattr(BaseTuner, name, _wrapped(original))
+        undo.callback(setattr, BaseTuner, name, original)
+
+
+_followers = Followers(_begin)
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +51,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(self, *args, **kwargs)
         finally:
-            for follower in list(_followers):
+            for follower in _followers:
                 follower.touched(weights)
 
     return wrapper
