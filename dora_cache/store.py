@@ -150,15 +150,8 @@ class Store:
         Returns:
             How many entries went.
         """
-        touched = set()
-        for tensor in tensors:
-            try:
-                touched.add(storage_id(tensor))
-            except (RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
-                continue
-        for flight in chain.from_iterable(self._flights.values()):
-            if not touched.isdisjoint(flight.stamp.storages):
-                flight.touched = True
+        touched = _storages_of(tensors)
+        self._spoil(touched)
         for binding in self._bindings.values():
             for buffer in binding.buffers.values():
                 if buffer.derived_from(touched):
@@ -166,6 +159,22 @@ class Store:
         self._refill_later(self._bindings.values())
         keys = [key for storage in touched for key in self._by_storage.get(storage, ())]
         return sum(self._discard(key) for key in dict.fromkeys(keys))
+
+    def replaced(self, tensors: Sequence[Tensor]) -> None:
+        """Store nothing that is being derived from tensors one of which takes another's place.
+
+        Needs no lock. What is put in place before a derivation's end is noted before it is in
+        place, so before the dependencies are signed again and the note is read.
+        """
+        if self._flights:
+            self._spoil(_storages_of(tensors))
+
+    def _spoil(self, storages: set[int]) -> None:
+        """Have what is being derived from some memory not stored."""
+        for flying in list(self._flights.values()):
+            for flight in list(flying):
+                if not storages.isdisjoint(flight.stamp.storages):
+                    flight.touched = True
 
     @exclusive
     def revalidate(self, binding: Binding) -> int:
@@ -418,3 +427,11 @@ class Store:
 def _fill_stale(buffer: Buffer) -> None:
     if buffer.stale:
         buffer.fill()
+
+
+def _storages_of(tensors: Iterable[Tensor]) -> set[int]:
+    found = set()
+    for tensor in tensors:
+        with suppress(RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
+            found.add(storage_id(tensor))
+    return found

@@ -7,6 +7,7 @@ A call must see every write that was over, and noticed, before the call began.
 import contextlib
 import itertools
 import threading
+from types import SimpleNamespace
 
 import torch
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from schedule import Schedule
 from torch import nn
 
 import dora_cache
-from dora_cache import backends, cached, store
+from dora_cache import backends, cached, lookup, store
 
 NAMES = ("a", "b")
 BYTES = 8  # of one value
@@ -107,7 +108,10 @@ class DecoratorMachine(RuleBasedStateMachine):
         global _machine  # noqa: PLW0603 - a backend is made by its name and knows of no machine
         _machine = self
         self.schedule = Schedule()
-        self.real, store.threading = store.threading, self.schedule.threading()
+        self.real = store.threading, lookup.time
+        store.threading = self.schedule.threading()
+        # What the budget keeps goes by what values cost, and a run that is repeated must repeat.
+        lookup.time = SimpleNamespace(perf_counter=itertools.count().__next__)
         self.owner = make_owner(self)
         self.failing = False
         self.failures = 0
@@ -136,7 +140,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             self.failing = False
             self.all_go_on()
         finally:
-            store.threading = self.real
+            store.threading, lookup.time = self.real
             # Some task may have the lock and never go on; and what hears of all optimizers must go.
             self.cache._lock = threading.RLock()
             self.cache.detach()

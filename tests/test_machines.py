@@ -69,3 +69,21 @@ def test_a_call_that_signed_earlier_displaces_nobody(how):
         assert later.done
     finally:
         machine.teardown()
+
+
+def test_a_weight_replaced_for_a_while_spoils_what_is_derived():
+    """A value of two weights is not stored, though the first is back when it is finished."""
+    machine = DecoratorMachine()
+    machine.start(which={"backend": "paused-dict"})
+    try:
+        machine.calls_value(name="b", keyword=False, far=0)
+        (task,) = machine.schedule.tasks
+        while not machine.deriving["b"]:
+            machine.resume(task, 0)
+        machine.replaces(name="b", back=False)
+        machine.resume(task, 0)  # reads the other
+        machine.replaces(name="b", back=True)
+        machine.all_go_on()
+        assert task.done
+    finally:
+        machine.teardown()

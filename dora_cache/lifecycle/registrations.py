@@ -1,0 +1,44 @@
+"""Parameters and buffers that modules are given while a value is derived.
+
+One that is replaced during a derivation, and put back before its end, leaves no trace: the
+signatures before and after are the same, and the value is of both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from dora_cache.lifecycle.followers import Followers
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from dora_cache.cache import AdapterCache
+
+__all__ = ["follow_registrations"]
+
+
+def follow_registrations(cache: AdapterCache) -> None:
+    """Store nothing that was derived while a dependency was replaced, until the cache detaches."""
+    _followers.add(cache)
+
+
+def _begin(undo: ExitStack) -> None:
+    undo.callback(register_module_parameter_registration_hook(_registers).remove)
+    undo.callback(register_module_buffer_registration_hook(_registers).remove)
+
+
+_followers = Followers(_begin)
+
+
+def _registers(module: nn.Module, name: str, new: Tensor | None) -> None:
+    found = (module._parameters.get(name), module._buffers.get(name), new)
+    tensors = [tensor for tensor in found if isinstance(tensor, Tensor)]
+    for cache in _followers:
+        cache.replaced(tensors)
