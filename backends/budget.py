@@ -243,10 +243,10 @@ class BudgetBackend:
         self._max_bytes = checked_cap(max_bytes)
         self._settle()
         while self._used > max_bytes and (lowest := self._pop()) is not None:
-            self._release(lowest)
+            self._evict(lowest)
         if self._used > max_bytes:
             for known in sorted(self._held.values(), key=self._worth):
-                self._release(known)
+                self._evict(known)
                 if self._used <= max_bytes:
                     break
 
@@ -379,9 +379,18 @@ class BudgetBackend:
                 missing += known.nbytes
                 needless.append(known)
             else:
-                self._release(known)
+                self._evict(known)
         self._enter_all(needless)
         return True
+
+    def evicted(self, key: Hashable, entry: Entry) -> None:
+        """Take note that an entry has gone to make room; subclasses may do something."""
+
+    def _evict(self, known: _Known) -> None:
+        entry = known.entry
+        assert entry is not None  # noqa: S101 - for the type checker
+        self._release(known)
+        self.evicted(known.key, entry)
 
     def _enter_all(self, several: Iterable[_Known]) -> None:
         for known in several:

@@ -1,62 +1,87 @@
-"""Keep entries in host memory, with an optional bounded tier on the device."""
+"""Keep entries in host memory, and on the device what pays most there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from dora_cache.backends.budget import BudgetBackend
 from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
-from dora_cache.backends.protocol import Entry, Value
-from dora_cache.backends.storage import Ready
+from dora_cache.backends.prefetch import Prefetch
+from dora_cache.backends.storage import checked_cap
+from dora_cache.backends.transfer import HostEntry, Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable
+    from collections.abc import Callable, Collection, Hashable
+
+    from dora_cache.backends.protocol import Entry
 
 __all__ = ["CPUBackend"]
 
+_AHEAD = 4
+"""How many of the largest values may be on their way to the device at once."""
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _HostEntry(Entry):
-    """An entry whose tensors were copied to the host; ``devices`` says where they belong."""
 
-    devices: tuple[torch.device, ...] = ()
+class _DeviceTier(BudgetBackend):
+    """The bounded tier on the device: what it evicts may go to the host."""
+
+    def __init__(self, max_bytes: int, evicted: Callable[[Hashable, Entry], object]) -> None:
+        super().__init__(max_bytes)
+        self._evicted = evicted
+
+    def evicted(self, key: Hashable, entry: Entry) -> None:
+        self._evicted(key, entry)
 
 
 class _HostTier(LRUBackend):
-    """The bounded host tier: what it evicts leaves the device as well."""
+    """The bounded host tier: what leaves it cannot be fetched any more."""
 
-    def __init__(self, max_bytes: int, device: LRUBackend | None) -> None:
+    def __init__(self, max_bytes: int, left: Callable[[Hashable], object]) -> None:
         super().__init__(max_bytes)
-        self._device = device
+        self._left = left
 
     def removed(self, key: Hashable, entry: Entry) -> None:
         super().removed(key, entry)
-        if self._device is not None:
-            self._device.delete(key)
+        self._left(key)
 
 
 class CPUBackend:
     """Store entries in host memory, pinned where CUDA is present, and copy them back on use.
 
-    The most recently used ones also stay on their device, within ``device_bytes``. Values that
-    live on the CPU anyway are stored as they are.
+    With ``device_bytes``, the entries that save the most time per byte stay on their device, as
+    ``budget`` keeps them. Those that have to leave it go to the host. The order in which entries
+    are asked for is learned, and the next ones are copied back ahead, on a stream of their own, so
+    that the copies run beside the model's own work. The copies on their way count as well.
+
+    An entry that takes less time to derive than to copy is not worth a place on the host. Values
+    that live on the CPU anyway are stored as they are.
 
     Args:
         max_bytes: cap on the host's bytes (least recently used go first); None for no cap.
-        device_bytes: cap on the bytes of the copies kept on the device; None for no such copies.
+        device_bytes: cap on the device's bytes; None for nothing there.
+
+    Attributes:
+        fetches: how often an entry was copied back for a ``get``.
+        prefetched: how many of these copies had begun before.
+        copying: seconds that these copies took by themselves, as estimated from those timed.
     """
 
     host_sizes = frozenset({"max_bytes"})
     """Settings that are sizes of host memory, whatever device the model is on."""
 
     def __init__(self, max_bytes: int | None = None, device_bytes: int | None = None) -> None:
-        self._device = None if device_bytes is None else LRUBackend(device_bytes)
+        self.fetches = 0
+        self.prefetched = 0
+        self.copying = 0.0
+        self._transfer = Transfer()
+        self._device_bytes = 0 if device_bytes is None else checked_cap(device_bytes)
+        self._device = None if device_bytes is None else _DeviceTier(device_bytes, self._offload)
+        self._prefetch = Prefetch()
+        self._window = 0  # of the device's bytes, those for copies on their way
+        self._largest = 0  # bytes of the largest entry offloaded
+        self._away: set[Hashable] = set()  # keys of what is on the host alone
         self._host: DictBackend | _HostTier = (
-            DictBackend() if max_bytes is None else _HostTier(max_bytes, self._device)
+            DictBackend() if max_bytes is None else _HostTier(max_bytes, self._left_host)
         )
 
     @property
@@ -64,7 +89,7 @@ class CPUBackend:
         """The caps of both tiers together; None where the host's is unbounded."""
         if self._host.max_bytes is None:
             return None
-        return self._host.max_bytes + (0 if self._device is None else self._device.max_bytes)
+        return self._host.max_bytes + self._device_bytes
 
     @property
     def nbytes(self) -> int:
@@ -73,22 +98,49 @@ class CPUBackend:
 
     @property
     def device_nbytes(self) -> int:
-        """Bytes of the copies held on the device."""
-        return 0 if self._device is None else self._device.nbytes
+        """Bytes held on the device, copies on their way there included."""
+        return self._prefetch.nbytes + (0 if self._device is None else self._device.nbytes)
 
     def get(self, key: Hashable) -> Entry | None:
         """Return the entry under ``key`` with its tensors on their own device, or None."""
-        stored = self._host.get(key)
-        if not isinstance(stored, _HostEntry):
-            return stored
-        if self._device is not None:
-            resident = self._device.get(key)
-            if resident is not None:
-                return resident
-        entry = _to_devices(stored)
-        if self._device is not None:
-            self._device.put(key, entry)
+        if self._device is None:
+            stored = self._host.get(key)
+            return self._fetched(stored) if isinstance(stored, HostEntry) else stored
+        entry = self._device.get(key)
+        if entry is None and key in self._away:
+            entry = self._host.get(key)
+            if isinstance(entry, HostEntry):
+                entry = self._fetched(entry, self._prefetch.take(key))
+                if self._device.put(key, entry):
+                    self._away.discard(key)
+        self._prefetch.asked(key)
+        if self._largest:
+            self._apportion()
+            self._fill(key)
         return entry
+
+    def _fetched(self, stored: HostEntry, ahead: Entry | None = None) -> Entry:
+        self.fetches += 1
+        self.prefetched += ahead is not None
+        self.copying += self._transfer.seconds(stored.nbytes)
+        return ahead or self._transfer.to_device(stored)
+
+    def _fill(self, key: Hashable) -> None:
+        """Have copies of what follows on their way."""
+        coming = self._prefetch.next(key, self._away)
+        if not coming:
+            return
+        entries = {key: self._host.get(key) for key in coming}
+        stored = {key: entry for key, entry in entries.items() if isinstance(entry, HostEntry)}
+        try:
+            self._prefetch.fill(
+                stored,
+                self._window,
+                lambda key: stored[key].nbytes,
+                lambda key: self._transfer.to_device(stored[key]),
+            )
+        except RuntimeError:  # no memory there for what is not needed yet
+            self._prefetch.clear()
 
     def resize(self, max_bytes: int) -> None:
         """Change the cap on the host's bytes; what was used least recently goes at once.
@@ -98,77 +150,82 @@ class CPUBackend:
         if isinstance(self._host, _HostTier):
             self._host.resize(max_bytes)
             return
-        bounded = _HostTier(max_bytes, self._device)
+        bounded = _HostTier(max_bytes, self._left_host)
         for key in list(self._host.keys()):
             entry = self._host.get(key)
             self._host.delete(key)
             if entry is not None and not bounded.put(key, entry):
-                self._drop_copy(key)
+                self._left_host(key)
         self._host = bounded
 
     def put(self, key: Hashable, entry: Entry) -> bool:
-        """Store ``entry`` on the host, and on its device while it is recent."""
-        self._drop_copy(key)
-        stored = _to_host(entry)
-        kept = self._host.put(key, stored)
-        if kept and stored is not entry and self._device is not None:
-            self._device.put(key, entry)
-        return kept
+        """Store ``entry`` on its device, or else on the host if that is worth it."""
+        self.delete(key)
+        if not self._transfer.is_elsewhere(entry):
+            kept = self._host.put(key, entry)
+            if kept:
+                self._away.add(key)
+            return kept
+        if self._device is None or not self._device.put(key, entry):
+            return self._offload(key, entry)
+        self._apportion()
+        return True
 
     def delete(self, key: Hashable) -> bool:
         """Drop the entry under ``key``; return whether there was one."""
-        self._drop_copy(key)
-        return self._host.delete(key)
+        resident = self._device is not None and self._device.delete(key)
+        stored = self._host.delete(key)
+        self._left_host(key)
+        return resident or stored
 
     def clear(self) -> None:
         """Drop every entry."""
         self._host.clear()
+        self._prefetch.clear()
+        self._away.clear()
         if self._device is not None:
             self._device.clear()
 
     def keys(self) -> Collection[Hashable]:
         """Return the keys held now."""
-        return self._host.keys()
+        return self._away if self._device is None else self._away | set(self._device.keys())
 
     def __len__(self) -> int:
         """Return the number of entries."""
-        return len(self._host)
+        return len(self._away) + (0 if self._device is None else len(self._device))
 
     def close(self) -> None:
         """Drop every entry."""
         self.clear()
 
-    def _drop_copy(self, key: Hashable) -> None:
-        if self._device is not None:
-            self._device.delete(key)
+    def _offload(self, key: Hashable, entry: Entry) -> bool:
+        """Have an entry that is not on the device any more on the host, if that is worth it."""
+        if key in self._host.keys():  # noqa: SIM118 - a backend is no dict
+            self._away.add(key)
+            return True
+        nbytes = entry.nbytes
+        cost = entry.cost  # of what has just been derived, without what the device still does
+        if entry.ready is not None:
+            cost = max(cost, entry.ready.seconds() or 0.0)
+        if 0.0 < cost < self._transfer.seconds(nbytes):
+            return False
+        try:
+            stored = self._transfer.to_host(entry, cost)
+        except RuntimeError:  # the host has no memory to pin
+            return False
+        if not self._host.put(key, stored):
+            return False
+        self._away.add(key)
+        self._largest = max(self._largest, nbytes)
+        return True
 
+    def _left_host(self, key: Hashable) -> None:
+        self._away.discard(key)
+        self._prefetch.take(key)
 
-def _like(value: Value, tensors: tuple[Tensor, ...]) -> Value:
-    return tensors if isinstance(value, tuple) else tensors[0]
-
-
-def _to_host(entry: Entry) -> Entry:
-    """Copy an entry to the host; one that is there already is returned as it is."""
-    if all(tensor.device.type == "cpu" for tensor in entry.tensors):
-        return entry
-    # Preserves strides, so that what comes back is used exactly as what was derived.
-    copies = tuple(
-        torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
-        for tensor in entry.tensors
-    )
-    return _HostEntry(
-        value=_like(entry.value, copies),
-        stamp=entry.stamp,
-        cost=entry.cost,
-        devices=tuple(tensor.device for tensor in entry.tensors),
-    )
-
-
-def _to_devices(stored: _HostEntry) -> Entry:
-    tensors = tuple(
-        tensor.to(device, non_blocking=True)
-        for tensor, device in zip(stored.tensors, stored.devices, strict=True)
-    )
-    ready = Ready.now(tensors)
-    value = _like(stored.value, tensors)
-    return Entry(value=value, stamp=stored.stamp, cost=stored.cost, ready=ready)
+    def _apportion(self) -> None:
+        """Leave a part of the device's bytes to copies on their way, once there can be any."""
+        window = min(self._device_bytes // 2, _AHEAD * self._largest)
+        if self._device is not None and window > self._window:
+            self._window = window
+            self._device.resize(self._device_bytes - window)

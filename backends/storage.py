@@ -14,7 +14,15 @@ from dora_cache.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Ledger", "Ready", "checked_cap", "storage_bytes", "storage_id", "storages"]
+__all__ = [
+    "Ledger",
+    "Ready",
+    "checked_cap",
+    "storage_bytes",
+    "storage_id",
+    "storages",
+    "timing_event",
+]
 
 
 def checked_cap(max_bytes: int) -> int:
@@ -49,6 +57,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     A view keeps its whole storage alive, so the whole storage counts, not the view's elements.
     """
     return sum(storages(tensors).values())
+
+
+def timing_event() -> torch.cuda.Event:
+    """Return an event that can tell the time."""
+    return torch.cuda.Event(enable_timing=True)
 
 
 class Ledger:
@@ -88,23 +101,49 @@ class Ready:
 
     A tensor written on one stream and read on another needs two things: the reader waits for the
     writer, and the allocator learns of the reader, so that the memory is not reused too early.
+
+    Attributes:
+        device: the device's index.
+        stream: the stream, as CUDA knows it.
+        event: the point.
+        began: where on the same device's streams the work that made the data began, if known.
     """
 
     device: int
     stream: int
     event: torch.cuda.Event
+    began: torch.cuda.Event | None = None
 
     @classmethod
-    def now(cls, tensors: Iterable[Tensor]) -> Ready | None:
+    def now(cls, tensors: Iterable[Tensor], began: torch.cuda.Event | None = None) -> Ready | None:
         """Mark the present point of the current stream; None if no tensor is on CUDA.
 
         The tensors of one value are on one device.
+
+        Args:
+            tensors: the value.
+            began: an event that can tell the time, from :meth:`begin`.
         """
         for tensor in tensors:
             if tensor.is_cuda:
                 current = torch.cuda.current_stream(tensor.device)
-                return cls(current.device_index, current.cuda_stream, current.record_event())
+                event = current.record_event(None if began is None else timing_event())
+                return cls(current.device_index, current.cuda_stream, event, began)
         return None
+
+    @staticmethod
+    def begin(tensors: Iterable[Tensor]) -> torch.cuda.Event | None:
+        """Mark where work on some tensors begins, to tell later what it took; None off CUDA."""
+        for tensor in tensors:
+            if tensor.is_cuda:
+                return torch.cuda.current_stream(tensor.device).record_event(timing_event())
+        return None
+
+    def seconds(self) -> float | None:
+        """Return what the work took on its stream; None if that is not known, or not yet."""
+        if self.began is None or not self.event.query():
+            return None
+        return self.began.elapsed_time(self.event) / 1e3
 
     def join(self, tensors: Iterable[Tensor]) -> None:
         """Make the current stream wait until the data is there, if it is another stream."""

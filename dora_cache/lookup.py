@@ -374,6 +374,7 @@ class Lookup(Store):
         # with it the memory of the failed attempt.
         for everything in (False, True):
             with suppress(torch.OutOfMemoryError):
+                began = Ready.begin(tensors_in(call.dependencies))
                 value, cost = self._timed(function)
                 break
             self._relieve(call.dependencies, everything=everything)
@@ -389,7 +390,7 @@ class Lookup(Store):
         if kept is None:
             return value, None
         tensors = kept if isinstance(kept, tuple) else (kept,)
-        return value, Entry(kept, flight.stamp, cost, Ready.now(tensors))
+        return value, Entry(kept, flight.stamp, cost, Ready.now(tensors, began))
 
     @staticmethod
     def _timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from peft import LoHaConfig, get_peft_model
 from torch import nn
 from zoo import CASES, activate, dora_model, run, sample
 
@@ -159,6 +160,106 @@ def test_the_cpu_backend_frees_device_memory():
         assert cache.stats().entries == 6
         assert cache.stats().hits == 6
     assert torch.cuda.memory_allocated() == before
+
+
+def test_copies_ahead_are_whole():
+    """Thousands of values, copied back ahead on another stream and used on four, are all whole."""
+    names = "abcdefghijkl"
+    owner = Big(names)
+    expected = {name: owner.power(name) for name in names}
+    torch.cuda.synchronize()
+    wrong = []
+
+    def serve(forwards):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            bad = torch.zeros((), device="cuda")
+            for _ in range(forwards):
+                for name in names:
+                    bad += (owner.power(name) != expected[name]).any()
+                    torch.randn(1024, 1024, device="cuda")  # reuses freed memory
+            wrong.append(bad.item())
+
+    with dora_cache.attach(owner, backend="cpu", device_bytes="33MiB") as cache:
+        serve(20)  # alone: the order is always the same
+        backend = cache._backend
+        assert backend.prefetched > 0.9 * backend.fetches > 20
+        threads = [threading.Thread(target=serve, args=(60,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(200)
+        assert backend.device_nbytes <= 33 * 2**20
+    assert wrong == [0.0] * 5
+
+
+def test_the_cpu_backend_under_inference_mode():
+    """What is stored and copied back under inference_mode serves gradients as well."""
+    names = "abcdef"
+    owner = Big(names)
+    expected = {name: owner.power(name) for name in names}
+    with dora_cache.attach(owner, backend="cpu", device_bytes="9MiB") as cache:
+        for _ in range(3):
+            with torch.inference_mode():
+                for name in names:
+                    assert torch.equal(owner.power(name), expected[name])
+        for name in names:
+            x = torch.ones(1024, device="cuda", requires_grad=True)
+            (owner.power(name) * x).sum().backward()
+            assert torch.equal(x.grad, expected[name].sum(0))
+        assert cache.stats().misses == len(names)
+
+
+class Stack(nn.Module):
+    """Linear layers in a row."""
+
+    def __init__(self, layers, size):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"backend": "lru", "max_bytes": "1GiB"},
+        {"backend": "budget", "max_bytes": "1GiB"},
+        {"backend": "cpu", "device_bytes": "1GiB"},
+    ],
+    ids=lambda settings: settings["backend"],
+)
+def test_the_allocator_confirms_the_cap(settings):
+    """Dense values of three adapters: never more than the cap, and what is being used, on top."""
+    size, layers, adapters = 4096, 8, ("first", "second", "third")
+    with torch.random.fork_rng(devices=[0]):
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            names = [f"layers.{index}" for index in range(layers)]
+            config = LoHaConfig(r=4, target_modules=names, init_weights=False)
+            model = get_peft_model(Stack(layers, size), config, "first").eval()
+            for adapter in adapters[1:]:
+                model.add_adapter(adapter, config)
+            model.cuda().requires_grad_(requires_grad=False)
+            x = torch.randn(4, size)
+    expected, value = {}, 4 * size * size
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for adapter in adapters:
+        model.set_adapter(adapter)
+        expected[adapter] = run(model, x)
+    uncached = torch.cuda.max_memory_allocated()
+    with dora_cache.attach(model, **settings) as cache:
+        torch.cuda.reset_peak_memory_stats()
+        for adapter in adapters * 4:
+            model.set_adapter(adapter)
+            for _ in range(2):
+                assert torch.equal(run(model, x), expected[adapter])
+        grown = torch.cuda.max_memory_allocated() - uncached
+        assert cache.stats().hits > 0
+    assert grown <= 2**30 + value
 
 
 def test_captured_graphs_follow_their_weights():

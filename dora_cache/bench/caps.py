@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
 from dora_cache.attachment import attach
+from dora_cache.backends import CPUBackend
 from dora_cache.bench.measure import decode
 from dora_cache.bench.report import format_bytes
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from dora_cache.cache import AdapterCache
 
 __all__ = ["KINDS", "Capped", "Caps", "as_dict", "draw", "measure_caps", "random_adapter", "table"]
 
@@ -36,6 +39,14 @@ def _fourierft(config: Any) -> Any:
     return config.FourierFTConfig(n_frequency=1000, target_modules="all-linear")
 
 
+def _oft(config: Any) -> Any:
+    return config.OFTConfig(r=0, oft_block_size=32, target_modules="all-linear", init_weights=False)
+
+
+def _hra(config: Any) -> Any:
+    return config.HRAConfig(r=8, target_modules="all-linear", init_weights=False)
+
+
 def _dora(config: Any) -> Any:
     return config.LoraConfig(
         r=8, use_dora=True, target_modules="all-linear", init_lora_weights=False
@@ -46,6 +57,8 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "LoHa": _loha,
     "LoKr": _lokr,
     "FourierFT": _fourierft,
+    "OFT": _oft,
+    "HRA": _hra,
     "DoRA": _dora,
 }
 """Adapters to try, by name; each makes a config of the module that is given, ``peft``."""
@@ -63,6 +76,9 @@ class Capped:
         held: bytes held at the end.
         hit_rate: hits per lookup while it was timed.
         gain: share of the time that an unbounded cache saves: 0 for uncached, 1 for everything.
+        copy_ms: milliseconds per token that copies from the host take by themselves; 0 without any.
+        ahead: share of these copies that had begun before they were needed; None without any.
+        hidden: share of their time that decoding took no longer for, against everything cached.
     """
 
     backend: str
@@ -72,6 +88,20 @@ class Capped:
     held: int
     hit_rate: float
     gain: float
+    copy_ms: float = 0.0
+    ahead: float | None = None
+    hidden: float | None = None
+
+
+class _Seen(NamedTuple):
+    """What a setting's last turn showed besides its times."""
+
+    cap: int
+    held: int
+    hit_rate: float
+    copies: int = 0
+    ahead: int = 0
+    copying: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +139,8 @@ def measure_caps(
     Args:
         model: a PEFT model of a causal language model, in eval mode.
         input_ids: the prompt, int64, shape (1, length).
-        backends: names of backends that take ``max_bytes``.
+        backends: names of backends that take ``max_bytes``, or ``cpu``, for which the cap is that
+            of the device.
         shares: caps, as shares of the working set.
         tokens: tokens that are timed, each time.
         rounds: how often each setting has its turn. Each time the cache starts empty and settles
@@ -122,7 +153,7 @@ def measure_caps(
     settings: list[tuple[str, float]] = [("", 0.0), ("dict", 1.0)]
     settings += [(backend, share) for share in shares for backend in backends]
     times: dict[tuple[str, float], list[float]] = {setting: [] for setting in settings}
-    seen: dict[tuple[str, float], tuple[int, int, float]] = {}
+    seen: dict[tuple[str, float], _Seen] = {}
     for index in range(rounds):
         for backend, share in settings[index % 2 :: 2] + settings[1 - index % 2 :: 2]:
             times[backend, share] += _time(
@@ -133,9 +164,23 @@ def measure_caps(
     uncached, cached = medians["", 0.0], medians["dict", 1.0]
     rows = []
     for backend, share in settings[2:]:
-        cap, held, rate = seen[backend, share]
-        gain = (uncached - medians[backend, share]) / (uncached - cached)
-        rows.append(Capped(backend, share, cap, medians[backend, share], held, rate, gain))
+        turn, taken = seen[backend, share], medians[backend, share]
+        gain = (uncached - taken) / (uncached - cached)
+        copy_ms = 1e3 * turn.copying / (1 + tokens)
+        rows.append(
+            Capped(
+                backend,
+                share,
+                turn.cap,
+                taken,
+                turn.held,
+                turn.hit_rate,
+                gain,
+                copy_ms,
+                turn.ahead / turn.copies if turn.copies else None,
+                min(max(1 - (taken - cached) / copy_ms, 0.0), 1.0) if turn.copies else None,
+            )
+        )
     return Caps(uncached, cached, working_set, tuple(rows))
 
 
@@ -146,30 +191,42 @@ def _time(
     share: float,
     working_set: int,
     tokens: int,
-    seen: dict[tuple[str, float], tuple[int, int, float]],
+    seen: dict[tuple[str, float], _Seen],
 ) -> list[float]:
     if not backend:
         return list(decode(model, input_ids, 1 + tokens).step_ms)
     cap = int(share * working_set)
-    limits: dict[str, Any] = {} if backend == "dict" else {"max_bytes": cap}
+    limits: dict[str, Any] = {"dict": {}, "cpu": {"device_bytes": cap}}.get(
+        backend, {"max_bytes": cap}
+    )
     with attach(model, backend=backend, **limits) as cache:
         decode(model, input_ids, _WARM_UP_TOKENS)
-        before = cache.stats()
+        before, copied = cache.stats(), _copied(cache)
         found = decode(model, input_ids, 1 + tokens)
         after = cache.stats()
         lookups = after.lookups - before.lookups
         rate = (after.hits - before.hits) / lookups if lookups else 0.0
-        seen[backend, share] = (cap, after.nbytes, rate)
+        copies = [new - old for new, old in zip(_copied(cache), copied, strict=True)]
+        seen[backend, share] = _Seen(cap, after.nbytes, rate, *copies)
     return list(found.step_ms)
+
+
+def _copied(cache: AdapterCache) -> tuple[Any, ...]:
+    backend = cache._backend
+    if isinstance(backend, CPUBackend):
+        return backend.fetches, backend.prefetched, backend.copying
+    return 0, 0, 0.0
 
 
 def table(found: Caps) -> Table:
     """Return one row for each backend and cap."""
     rows = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     rows.add_column("")
-    for column in ("cap", "held", "ms per token", "tokens/s", "hit rate", "of the gain"):
+    copying = any(row.ahead is not None for row in found.rows)
+    columns = ["cap", "held", "ms per token", "tokens/s", "hit rate", "of the gain"]
+    for column in columns + ["ms of copies", "ahead", "hidden"] * copying:
         rows.add_column(column, justify="right")
-    rows.add_row("PEFT uncached", "", "", *_speed(found.uncached_ms), "", "0 %")
+    rows.add_row("PEFT uncached", "", "", *_speed(found.uncached_ms), "", "0%")
     for row in found.rows:
         rows.add_row(
             row.backend,
@@ -178,10 +235,17 @@ def table(found: Caps) -> Table:
             *_speed(row.token_ms),
             f"{row.hit_rate:.0%}",
             f"{row.gain:.0%}",
+            *_copies(row),
         )
     whole = format_bytes(found.working_set)
     rows.add_row("everything cached", "", whole, *_speed(found.cached_ms), "100%", "100%")
     return rows
+
+
+def _copies(row: Capped) -> tuple[str, ...]:
+    if row.ahead is None or row.hidden is None:
+        return ()
+    return f"{row.copy_ms:.1f}", f"{row.ahead:.0%}", f"{row.hidden:.0%}"
 
 
 def _speed(milliseconds: float) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -20,6 +20,7 @@ from dora_cache.cli.options import AdapterOption, DeviceOption, OutOption
 __all__ = ["caps"]
 
 _PROMPT_TOKENS = 8
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def caps(
@@ -31,12 +32,18 @@ def caps(
     shape: Annotated[
         str | None, typer.Option(metavar="NAME", help="Instead of MODEL, random weights.")
     ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="With --shape: make only so many layers.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="With --shape: of the weights.")
+    ] = "fp32",
     adapter: AdapterOption = None,
     kind: Annotated[
         str, typer.Option(help="Without --adapter: a random one of this kind on all linear layers.")
     ] = "LoHa",
     backends: Annotated[
-        str, typer.Option(metavar="LIST", help="Backends that take a cap.")
+        str, typer.Option(metavar="LIST", help="Backends that take a cap; cpu's is the device's.")
     ] = "lru,budget",
     shares: Annotated[
         str, typer.Option(metavar="LIST", help="Caps, in percent of the working set.")
@@ -66,7 +73,7 @@ def caps(
             base: Any = (
                 load_model(model, where)
                 if model is not None
-                else make_shape(shape or "", where, layers=None, dtype=torch.float32)
+                else make_shape(shape or "", where, layers=layers, dtype=_DTYPES[dtype])
             )
             wrapped = load_adapters(base, paths) if paths else measuring.random_adapter(base, kind)
             input_ids = bench.random_prompt(base, 1, _PROMPT_TOKENS)
