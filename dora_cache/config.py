@@ -107,7 +107,7 @@ class CacheConfig(BaseSettings):
     max_bytes: Size | None = None
     """Cap on the bytes held over the whole model; a share is of the free memory at attach."""
     device_bytes: Size | None = None
-    """For ``cpu``: cap on the copies kept on the device."""
+    """For ``cpu``: cap on what is kept on the device, copies on their way there included."""
     numerics: Literal["peft", "fast"] = "peft"
     """``peft``: bit for bit PEFT's eager output. ``fast``: fewer operations, no less accurate."""
     guard: Literal["version", "content"] = "version"

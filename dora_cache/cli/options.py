@@ -37,7 +37,7 @@ MaxBytesOption: TypeAlias = Annotated[
 ]
 DeviceBytesOption: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="For the cpu backend: cap on copies on the device.", metavar="SIZE"),
+    typer.Option(help="For the cpu backend: cap on what is on the device.", metavar="SIZE"),
 ]
 NumericsOption: TypeAlias = Annotated[
     Literal["peft", "fast"] | None,
