@@ -131,8 +131,11 @@ class Lookup(Store):
         depends_on = derivation.depends_on
         if depends_on is None or (entry is None and self._keeps_everything):
             return None
-        if not binding.serves(args):
-            return None
+        reference = binding._owner  # what binding.serves() does, without a call
+        if reference is not None:
+            owner = args[0]
+            if reference() is not owner or getattr(owner, "training", False):
+                return None
         try:
             if not shortcut.check(depends_on(*args), shortcut):  # type: ignore[arg-type]
                 return None
@@ -149,7 +152,11 @@ class Lookup(Store):
                     return None
                 if entry is None or entry.stamp is not stamp or shortcut.stamp is not stamp:
                     return None
-        if not entry.intact:
+        value = entry.value
+        if type(value) is Tensor:
+            if value._version != entry._versions[0]:
+                return None
+        elif not entry.intact:
             return None
         if entry.ready is not None:
             entry.ready.join(entry.tensors)
@@ -455,6 +462,10 @@ def _spelled(derivation: Derivation, binding: Binding, args: tuple[Any, ...]) ->
     elif len(args) == 2:  # noqa: PLR2004 - the owner, and an adapter's name most often
         one = args[1]
         return (derivation.number, one) if type(one) in PLAIN_KEYS else None
+    elif len(args) == 3:  # noqa: PLR2004 - DoRA's
+        _, one, two = args
+        plain = type(one) in PLAIN_KEYS and type(two) in PLAIN_KEYS
+        return (derivation.number, one, two) if plain else None
     else:
         rest = args[1:]
     for value in rest:
