@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
+
+import torch
 
 from dora_cache.backends.budget import BudgetBackend
 from dora_cache.backends.dict import DictBackend
@@ -21,6 +24,9 @@ __all__ = ["CPUBackend"]
 _AHEAD = 4
 """How many of the largest values may be on their way to the device at once."""
 
+_PATIENCE = 256
+"""Lookups without copies ahead, after one for which there was no memory."""
+
 
 class _DeviceTier(BudgetBackend):
     """The bounded tier on the device: what it evicts may go to the host."""
@@ -28,6 +34,11 @@ class _DeviceTier(BudgetBackend):
     def __init__(self, max_bytes: int, evicted: Callable[[Hashable, Entry], object]) -> None:
         super().__init__(max_bytes)
         self._evicted = evicted
+
+    @property
+    def room(self) -> int:
+        """Bytes that are free."""
+        return self._max_bytes - self._used
 
     def evicted(self, key: Hashable, entry: Entry) -> None:
         self._evicted(key, entry)
@@ -79,7 +90,8 @@ class CPUBackend:
         self._prefetch = Prefetch()
         self._window = 0  # of the device's bytes, those for copies on their way
         self._largest = 0  # bytes of the largest entry offloaded
-        self._away: set[Hashable] = set()  # keys of what is on the host alone
+        self._patience = 0  # lookups until copies are begun ahead again
+        self._away: dict[Hashable, int] = {}  # bytes of what is on the host alone, by key
         self._host: DictBackend | _HostTier = (
             DictBackend() if max_bytes is None else _HostTier(max_bytes, self._left_host)
         )
@@ -111,36 +123,39 @@ class CPUBackend:
             entry = self._host.get(key)
             if isinstance(entry, HostEntry):
                 entry = self._fetched(entry, self._prefetch.take(key))
-                if self._device.put(key, entry):
-                    self._away.discard(key)
+                # Never in another's place: only put() may lose an entry.
+                if entry.nbytes <= self._device.room and self._device.put(key, entry):
+                    self._away.pop(key, None)
         self._prefetch.asked(key)
-        if self._largest:
-            self._apportion()
-            self._fill(key)
+        if self._away and self._window:
+            if self._patience:
+                self._patience -= 1
+            else:
+                self._fill(key)
         return entry
 
     def _fetched(self, stored: HostEntry, ahead: Entry | None = None) -> Entry:
         self.fetches += 1
         self.prefetched += ahead is not None
         self.copying += self._transfer.seconds(stored.nbytes)
-        return ahead or self._transfer.to_device(stored)
+        if ahead is not None:
+            return ahead
+        with suppress(torch.OutOfMemoryError):
+            return self._transfer.to_device(stored)
+        self._prefetch.clear()  # not needed yet, and this is
+        return self._transfer.to_device(stored)
 
     def _fill(self, key: Hashable) -> None:
-        """Have copies of what follows on their way."""
-        coming = self._prefetch.next(key, self._away)
-        if not coming:
-            return
-        entries = {key: self._host.get(key) for key in coming}
-        stored = {key: entry for key, entry in entries.items() if isinstance(entry, HostEntry)}
+        """Have copies of what is expected next on their way."""
         try:
-            self._prefetch.fill(
-                stored,
-                self._window,
-                lambda key: stored[key].nbytes,
-                lambda key: self._transfer.to_device(stored[key]),
-            )
+            self._prefetch.fill(key, self._away, self._window, self._load)
         except RuntimeError:  # no memory there for what is not needed yet
             self._prefetch.clear()
+            self._patience = _PATIENCE
+
+    def _load(self, key: Hashable) -> Entry | None:
+        stored = self._host.get(key)
+        return self._transfer.to_device(stored) if isinstance(stored, HostEntry) else None
 
     def resize(self, max_bytes: int) -> None:
         """Change the cap on the host's bytes; what was used least recently goes at once.
@@ -164,12 +179,14 @@ class CPUBackend:
         if not self._transfer.is_elsewhere(entry):
             kept = self._host.put(key, entry)
             if kept:
-                self._away.add(key)
+                self._away[key] = entry.nbytes
             return kept
-        if self._device is None or not self._device.put(key, entry):
+        if self._device is None:
             return self._offload(key, entry)
+        if not self._device.put(key, entry):
+            self._offload(key, entry)
         self._apportion()
-        return True
+        return key in self._away or key in self._device.keys()  # noqa: SIM118 - no dict
 
     def delete(self, key: Hashable) -> bool:
         """Drop the entry under ``key``; return whether there was one."""
@@ -183,12 +200,15 @@ class CPUBackend:
         self._host.clear()
         self._prefetch.clear()
         self._away.clear()
+        self._window = self._largest = 0
         if self._device is not None:
             self._device.clear()
+            self._device.resize(self._device_bytes)
 
     def keys(self) -> Collection[Hashable]:
         """Return the keys held now."""
-        return self._away if self._device is None else self._away | set(self._device.keys())
+        held = self._away.keys()
+        return held if self._device is None else held | self._device.keys()
 
     def __len__(self) -> int:
         """Return the number of entries."""
@@ -200,32 +220,32 @@ class CPUBackend:
 
     def _offload(self, key: Hashable, entry: Entry) -> bool:
         """Have an entry that is not on the device any more on the host, if that is worth it."""
-        if key in self._host.keys():  # noqa: SIM118 - a backend is no dict
-            self._away.add(key)
-            return True
-        nbytes = entry.nbytes
-        cost = entry.cost  # of what has just been derived, without what the device still does
-        if entry.ready is not None:
-            cost = max(cost, entry.ready.seconds() or 0.0)
-        if 0.0 < cost < self._transfer.seconds(nbytes):
-            return False
         try:
-            stored = self._transfer.to_host(entry, cost)
-        except RuntimeError:  # the host has no memory to pin
+            stored = self._host.get(key)  # a copy made earlier
+            if stored is None:
+                cost = entry.cost  # without what the device may still do
+                if entry.ready is not None:
+                    cost = max(cost, entry.ready.seconds() or 0.0)
+                if 0.0 < cost < self._transfer.seconds(entry.nbytes) or not entry.intact:
+                    return False
+                stored = self._transfer.to_host(entry, cost)
+                if not self._host.put(key, stored):
+                    return False
+        except Exception:  # noqa: BLE001 - no memory to pin, or worse: the device's tier must go on
             return False
-        if not self._host.put(key, stored):
-            return False
-        self._away.add(key)
-        self._largest = max(self._largest, nbytes)
+        self._away[key] = stored.nbytes
+        if isinstance(stored, HostEntry):
+            self._largest = max(self._largest, stored.nbytes)
         return True
 
     def _left_host(self, key: Hashable) -> None:
-        self._away.discard(key)
+        self._away.pop(key, None)
         self._prefetch.take(key)
 
     def _apportion(self) -> None:
         """Leave a part of the device's bytes to copies on their way, once there can be any."""
-        window = min(self._device_bytes // 2, _AHEAD * self._largest)
+        half = self._device_bytes // 2
+        window = min(half, _AHEAD * self._largest) if self._largest <= half else 0
         if self._device is not None and window > self._window:
             self._window = window
             self._device.resize(self._device_bytes - window)

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Mapping
 
     from dora_cache.backends.protocol import Entry
 
@@ -50,50 +50,53 @@ class Prefetch:
             self._successors[last] = key
         self._last[thread] = key
 
-    def next(self, key: Hashable, among: Collection[Hashable]) -> list[Hashable]:
-        """Return those of some keys that are expected after ``key``, the next one first."""
-        found: list[Hashable] = []
-        following: Hashable = key
-        for _ in range(_STEPS):
-            following = self._successors.get(following)
-            if following is None or following == key or following in found:
-                break
-            if following in among:
-                found.append(following)
-        return found
-
     def fill(
         self,
-        keys: Iterable[Hashable],
+        after: Hashable,
+        sizes: Mapping[Hashable, int],
         room: int,
-        size: Callable[[Hashable], int],
-        load: Callable[[Hashable], Entry],
+        load: Callable[[Hashable], Entry | None],
     ) -> None:
-        """Have copies of some keys' entries on their way; older copies of others make room.
+        """Have copies of the entries expected after a key's on their way.
+
+        Copies that are not among them make room for them, the oldest first.
 
         Args:
-            keys: the one needed first comes first.
+            after: the key asked for last.
+            sizes: bytes of the entries that can be copied, by key.
             room: bytes that all copies may take.
-            size: says how many a key's entry has.
-            load: begins to copy a key's entry.
+            load: begins to copy a key's entry; None if it cannot be copied after all.
         """
-        wanted, left = [], room
-        for key in keys:
-            left -= size(key)
+        copies, left = self._copies, room
+        expected: list[Hashable] = []
+        missing = 0
+        following: Hashable = after
+        for _ in range(_STEPS):
+            following = self._successors.get(following)
+            if following is None or following == after:
+                break
+            nbytes = sizes.get(following)
+            if nbytes is None:
+                continue
+            left -= nbytes
             if left < 0:
                 break
-            wanted.append(key)
-        missing = [key for key in wanted if key not in self._copies]
+            expected.append(following)
+            if following not in copies:
+                missing += nbytes
         if not missing:
             return
-        most = room - sum(size(key) for key in missing)
-        for key in [key for key in self._copies if key not in wanted]:
-            if self.nbytes <= most:
-                break
-            self.take(key)
-        for key in missing:
-            self._copies[key] = entry = load(key)
-            self.nbytes += entry.nbytes
+        if self.nbytes + missing > room:
+            for key in [key for key in copies if key not in expected]:
+                self.take(key)
+                if self.nbytes + missing <= room:
+                    break
+        for key in expected:
+            if key not in copies:
+                entry = load(key)
+                if entry is not None:
+                    copies[key] = entry
+                    self.nbytes += entry.nbytes
 
     def take(self, key: Hashable) -> Entry | None:
         """Hand over the copy of a key's entry; None if there is none."""

@@ -61,7 +61,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def timing_event() -> torch.cuda.Event:
     """Return an event that can tell the time."""
-    return torch.cuda.Event(enable_timing=True)
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class Ledger:
@@ -141,7 +141,7 @@ class Ready:
 
     def seconds(self) -> float | None:
         """Return what the work took on its stream; None if that is not known, or not yet."""
-        if self.began is None or not self.event.query():
+        if self.began is None or not self.event.query():  # type: ignore[no-untyped-call]
             return None
         return self.began.elapsed_time(self.event) / 1e3
 

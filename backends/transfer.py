@@ -83,12 +83,14 @@ class Transfer:
         with self._on_stream(device) as stream:
             if stream is not None and entry.ready is not None:
                 stream.wait_event(entry.ready.event)
-            elif stream is not None:
+            elif stream is not None and current is not None:
                 stream.wait_stream(current)
             copies = tuple(_host_copy(tensor) for tensor in entry.tensors)
             for tensor in entry.tensors:
                 if stream is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
+        if stream is not None and current is not None:
+            current.wait_event(stream.record_event())  # whoever writes into them next does so later
         devices = tuple(tensor.device for tensor in entry.tensors)
         return HostEntry(_like(entry.value, copies), entry.stamp, cost, devices=devices)
 
@@ -121,7 +123,7 @@ class Transfer:
                 return
             stream = self._streams.get(device)
             if stream is None:
-                stream = self._streams[device] = torch.cuda.Stream(device)
+                stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 yield stream
 

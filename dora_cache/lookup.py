@@ -143,8 +143,8 @@ class Lookup(Store):
             return None
         if entry is None:
             stamp = shortcut.stamp
-            if stamp is None or self._lock._is_owned():
-                return None
+            if stamp is None or self._memory.reserved or self._lock._is_owned():
+                return None  # the backend may copy it to the device, and caps are held elsewhere
             with self._lock:
                 try:
                     entry = self._backend.get(shortcut.key)

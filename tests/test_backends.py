@@ -335,7 +335,8 @@ def test_cuda_value_fetched_on_one_stream_is_right_on_another():
     backend = CPUBackend(device_bytes=1 << 26)
     expected = torch.randn(1 << 22, device="cuda")
     assert backend.put("a", Entry(expected.clone()))
-    backend._device.clear()
+    backend._device.resize(0)  # to the host
+    backend._device.resize(1 << 26)
     torch.cuda.synchronize()
     fetcher, reader = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(fetcher):

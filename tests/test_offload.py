@@ -92,7 +92,8 @@ class Machine(BackendConformance):
         )
         held = [entry for tier in tiers for entry in tier]
         if {id(entry.stamp) for entry in entries} != {id(entry.stamp) for entry in held}:
-            return sum(tensor.nbytes for entry in entries for tensor in entry.tensors)
+            tensors = [tensor for entry in entries for tensor in entry.tensors]
+            return min(storage_bytes(tensors), sum(tensor.nbytes for tensor in tensors))
         return sum(
             storage_bytes(tensor for entry in tier for tensor in entry.tensors) for tier in tiers
         )
@@ -244,3 +245,28 @@ def test_the_device_tier_yields_to_copies_on_their_way():
     assert cycle(backend, 14) == 0
     assert backend.device_nbytes <= 10 * SIZE
     assert backend._device.max_bytes == 6 * SIZE
+
+
+def test_what_was_written_into_is_not_offloaded():
+    """A value that a caller has changed is gone with its place on the device."""
+    backend = make(device_bytes=4 * SIZE)
+    cycle(backend, 4)
+    key = next(iter(backend._device.keys()))
+    backend._device._held[key].entry.value.mul_(5)
+    backend._device.resize(0)
+    assert backend.get(key) is None
+    assert len(backend) == 3
+
+
+def test_memory_is_found_for_what_is_needed_now():
+    """Copies that are on their way early give their memory up, and none are begun for a while."""
+    backend = make(device_bytes=8 * SIZE)
+    cycle(backend, 20)
+    cycle(backend, 20)
+    away = next(key for key in backend._away if key not in backend._prefetch._copies)
+    backend._transfer.broken = True
+    with pytest.raises(torch.OutOfMemoryError):
+        backend.get(away)
+    assert backend._prefetch.nbytes == 0
+    backend._transfer.broken = False
+    assert backend.get(away).stamp == away
