@@ -373,24 +373,28 @@ class BudgetBackend:
                 self._enter_all(victims)
                 return False
             missing -= lowest.nbytes
-        needless = []
+        needless, gone = [], []
         for known in reversed(victims):
             if missing + known.nbytes <= 0:  # the others make enough room
                 missing += known.nbytes
                 needless.append(known)
             else:
-                self._evict(known)
+                gone.append(known)
         self._enter_all(needless)
+        self._evict(*gone)
         return True
 
     def evicted(self, key: Hashable, entry: Entry) -> None:
         """Take note that an entry has gone to make room; subclasses may do something."""
 
-    def _evict(self, known: _Known) -> None:
-        entry = known.entry
-        assert entry is not None  # noqa: S101 - for the type checker
-        self._release(known)
-        self.evicted(known.key, entry)
+    def _evict(self, *several: _Known) -> None:
+        # First all of them go: what a subclass then does may fail.
+        entries = [(known.key, known.entry) for known in several]
+        for known in several:
+            self._release(known)
+        for key, entry in entries:
+            if entry is not None:
+                self.evicted(key, entry)
 
     def _enter_all(self, several: Iterable[_Known]) -> None:
         for known in several:

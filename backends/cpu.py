@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from dora_cache.backends.lru import LRUBackend
 from dora_cache.backends.prefetch import Prefetch
 from dora_cache.backends.storage import checked_cap
 from dora_cache.backends.transfer import HostEntry, Transfer
+from dora_cache.errors import CacheWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable
@@ -90,6 +92,7 @@ class CPUBackend:
         self._prefetch = Prefetch()
         self._window = 0  # of the device's bytes, those for copies on their way
         self._largest = 0  # bytes of the largest entry offloaded
+        self._warned = False
         self._patience = 0  # lookups until copies are begun ahead again
         self._away: dict[Hashable, int] = {}  # bytes of what is on the host alone, by key
         self._host: DictBackend | _HostTier = (
@@ -231,12 +234,21 @@ class CPUBackend:
                 stored = self._transfer.to_host(entry, cost)
                 if not self._host.put(key, stored):
                     return False
-        except Exception:  # noqa: BLE001 - no memory to pin, or worse: the device's tier must go on
+        except RuntimeError as error:  # no memory to pin, most often
+            self._warn(error)
             return False
         self._away[key] = stored.nbytes
         if isinstance(stored, HostEntry):
             self._largest = max(self._largest, stored.nbytes)
         return True
+
+    def _warn(self, error: RuntimeError) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        text = f"a value could not be copied to the host, so it is derived again: {error}"
+        with suppress(CacheWarning):  # never an error, whatever the filters
+            warnings.warn(text, CacheWarning, stacklevel=2)
 
     def _left_host(self, key: Hashable) -> None:
         self._away.pop(key, None)

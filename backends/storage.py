@@ -127,6 +127,8 @@ class Ready:
         for tensor in tensors:
             if tensor.is_cuda:
                 current = torch.cuda.current_stream(tensor.device)
+                if began is not None and began.device != tensor.device:
+                    began = None  # times of two devices cannot be compared
                 event = current.record_event(None if began is None else timing_event())
                 return cls(current.device_index, current.cuda_stream, event, began)
         return None

@@ -43,8 +43,9 @@ class Transfer:
     """Copies entries to the host and back, and knows what that takes.
 
     On CUDA all copies of a device go through one stream, in order: so one to the host is over
-    before one back from it begins, and no other stream waits for either, except where the data is
-    used. Host memory is pinned there.
+    before one back from it begins. A copy back waits for nothing else, and whoever uses it waits
+    for it alone; the stream that a copy to the host is asked for on waits until it is made. Host
+    memory is pinned there.
     """
 
     def __init__(self) -> None:

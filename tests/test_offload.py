@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 
+from dora_cache import CacheWarning
 from dora_cache.backends import CPUBackend, Entry, storage_bytes
 from dora_cache.backends.transfer import HostEntry, Transfer
 from dora_cache.testing import BackendConformance
@@ -231,8 +232,10 @@ def test_without_memory_values_are_derived_again():
     resident = next(iter(backend._device.keys()))
     assert backend.get(resident).stamp == resident
     assert backend._prefetch.nbytes == 0
-    assert not backend.put("new", entry(1, cost=1e-9))
-    backend._host.clear()
+    with pytest.warns(CacheWarning, match="derived again: no host memory"):
+        assert not backend.put("new", entry(1))
+    assert not backend.put("newer", entry(1))  # one warning says it
+    assert len(backend) == 10
 
 
 def test_the_device_tier_yields_to_copies_on_their_way():

@@ -73,7 +73,7 @@ class Capped:
         share: the cap as a share of the working set.
         max_bytes: the cap.
         token_ms: milliseconds per token, the median over tokens and rounds.
-        held: bytes held at the end.
+        held: bytes held at the end, by ``cpu`` also those in host memory.
         hit_rate: hits per lookup while it was timed.
         gain: share of the time that an unbounded cache saves: 0 for uncached, 1 for everything.
         copy_ms: milliseconds per token that copies from the host take by themselves; 0 without any.

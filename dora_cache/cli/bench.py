@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from dora_cache import bench as measurement
 from dora_cache.cli.choosing import all_ways, choose_ways, parse_prefill
 from dora_cache.cli.console import CliError, make_folder, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
+    check_source,
     load_adapters,
     load_model,
     make_shape,
@@ -21,10 +21,13 @@ from dora_cache.cli.loading import (
 )
 from dora_cache.cli.measuring import measure, measure_more, save, show, show_more
 from dora_cache.cli.options import (
+    DTYPES,
     AdapterOption,
     BackendOption,
     DeviceBytesOption,
     DeviceOption,
+    Dtype,
+    LayersOption,
     MaxBytesOption,
     NumericsOption,
     OutOption,
@@ -32,12 +35,13 @@ from dora_cache.cli.options import (
 )
 from dora_cache.config import CacheConfig
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["bench"]
 
 _PROMPT_TOKENS = 16
 _RANDOM = ("a", "b")
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_Dtype = Literal["bf16", "fp32"]
 
 
 def bench(
@@ -53,11 +57,9 @@ def bench(
             help=f"Instead of MODEL, random weights: {', '.join(measurement.SHAPES)}.",
         ),
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="With --shape: make only so many layers.")
-    ] = None,
+    layers: LayersOption = None,
     dtype: Annotated[
-        _Dtype | None,
+        Dtype | None,
         typer.Option(help="Of the weights; by default the model's, or of a shape bf16 on a GPU."),
     ] = None,
     adapter: AdapterOption = None,
@@ -65,7 +67,7 @@ def bench(
         int, typer.Option(min=1, help="Without --adapter: rank of two random DoRA adapters.")
     ] = 8,
     adapter_dtype: Annotated[
-        _Dtype | None, typer.Option(help="Without --adapter: dtype of these; fp32 as with PEFT.")
+        Dtype | None, typer.Option(help="Without --adapter: dtype of these; fp32 as with PEFT.")
     ] = None,
     ways: Annotated[
         str | None, typer.Option(metavar="LIST", help="Only these, e.g. lora,peft,dora-cache.")
@@ -117,7 +119,7 @@ def bench(
                     load_adapters(base, paths)
                     if paths
                     else measurement.random_dora(
-                        base, names, rank=rank, dtype=_DTYPES[adapter_dtype or "fp32"]
+                        base, names, rank=rank, dtype=DTYPES[adapter_dtype or "fp32"]
                     )
                 )
             sizes = measurement.working_set(wrapped, names)
@@ -182,15 +184,7 @@ def _check(
     *,
     adapters: bool,
 ) -> None:
-    if model is None and shape is None:
-        raise CliError("nothing to measure: give a MODEL folder, or a shape, as --shape tiny")
-    if model is not None and shape is not None:
-        raise CliError(f"there are two models: give either {model} or --shape {shape}")
-    if shape is not None and shape not in measurement.SHAPES:
-        known = ", ".join(measurement.SHAPES)
-        raise CliError(f"there is no shape {shape!r}: choose from {known}")
-    if shape is None and layers is not None:
-        raise CliError("--layers is for shapes: a MODEL has the layers that it has")
+    check_source(model, shape, layers)
     if shape is not None and adapters:
         raise CliError("--adapter is for a MODEL: a shape's adapters are random as well")
     if adapters and adapter_dtype is not None:
@@ -201,14 +195,14 @@ def _base(
     model: Path | None,
     shape: str | None,
     layers: int | None,
-    dtype: _Dtype | None,
+    dtype: Dtype | None,
     device: torch.device,
 ) -> Any:
     if model is not None:
         loaded = load_model(model, device)
-        return loaded if dtype is None else loaded.to(_DTYPES[dtype])
-    usual = "bf16" if device.type == "cuda" else "fp32"
-    return make_shape(shape or "", device, layers=layers, dtype=_DTYPES[dtype or usual])
+        return loaded if dtype is None else loaded.to(DTYPES[dtype])
+    usual: Dtype = "bf16" if device.type == "cuda" else "fp32"
+    return make_shape(shape or "", device, layers=layers, dtype=DTYPES[dtype or usual])
 
 
 def _one(ways: list[measurement.Way]) -> measurement.Way:

@@ -2,25 +2,31 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import typer
 
 from dora_cache.cli.console import CliError, make_folder, progress_bar, quiet, reported, results
 from dora_cache.cli.loading import (
+    check_source,
     load_adapters,
     load_model,
     make_shape,
     parse_adapters,
     parse_device,
 )
-from dora_cache.cli.options import AdapterOption, DeviceOption, OutOption
+from dora_cache.cli.options import (
+    DTYPES,
+    AdapterOption,
+    DeviceOption,
+    Dtype,
+    LayersOption,
+    OutOption,
+)
 
 __all__ = ["caps"]
 
 _PROMPT_TOKENS = 8
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def caps(
@@ -32,12 +38,10 @@ def caps(
     shape: Annotated[
         str | None, typer.Option(metavar="NAME", help="Instead of MODEL, random weights.")
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="With --shape: make only so many layers.")
-    ] = None,
+    layers: LayersOption = None,
     dtype: Annotated[
-        Literal["bf16", "fp32"], typer.Option(help="With --shape: of the weights.")
-    ] = "fp32",
+        Dtype | None, typer.Option(help="Of the weights; by default the model's, or float32.")
+    ] = None,
     adapter: AdapterOption = None,
     kind: Annotated[
         str, typer.Option(help="Without --adapter: a random one of this kind on all linear layers.")
@@ -58,10 +62,7 @@ def caps(
     from dora_cache.bench import caps as measuring
 
     with reported():
-        if (model is None) == (shape is None):
-            raise CliError("give a MODEL folder, or a shape, as --shape smollm2-135m")
-        if shape is not None and shape not in bench.SHAPES:
-            raise CliError(f"there is no shape {shape!r}: choose from {', '.join(bench.SHAPES)}")
+        check_source(model, shape, layers)
         if kind not in measuring.KINDS:
             raise CliError(f"--kind {kind}: choose from {', '.join(measuring.KINDS)}")
         percents = _percents(shares)
@@ -73,8 +74,10 @@ def caps(
             base: Any = (
                 load_model(model, where)
                 if model is not None
-                else make_shape(shape or "", where, layers=layers, dtype=_DTYPES[dtype])
+                else make_shape(shape or "", where, layers=layers, dtype=DTYPES[dtype or "fp32"])
             )
+            if model is not None and dtype is not None:
+                base = base.to(DTYPES[dtype])
             wrapped = load_adapters(base, paths) if paths else measuring.random_adapter(base, kind)
             input_ids = bench.random_prompt(base, 1, _PROMPT_TOKENS)
             total = rounds * (2 + len(percents) * len(names))

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_cache.bench import shaped
+from dora_cache.bench import SHAPES, shaped
 from dora_cache.cli.console import CliError, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "check_source",
     "load_adapters",
     "load_model",
     "make_shape",
@@ -111,6 +112,22 @@ def _check_model(path: Path) -> None:
     if not (path / "config.json").is_file():
         msg = f"{path} holds no model (no config.json): give the folder that save_pretrained() made"
         raise CliError(msg)
+
+
+def check_source(model: Path | None, shape: str | None, layers: int | None) -> None:
+    """Check that there is one model, in a folder or of a known shape.
+
+    Raises:
+        CliError: there is none, or there are two, or what is said of it does not go with it.
+    """
+    if model is None and shape is None:
+        raise CliError("there is no model: give a MODEL folder, or a shape, as --shape tiny")
+    if model is not None and shape is not None:
+        raise CliError(f"there are two models: give either {model} or --shape {shape}")
+    if shape is not None and shape not in SHAPES:
+        raise CliError(f"there is no shape {shape!r}: choose from {', '.join(SHAPES)}")
+    if shape is None and layers is not None:
+        raise CliError("--layers is for shapes: a MODEL has the layers that it has")
 
 
 def make_shape(name: str, device: torch.device, *, layers: int | None, dtype: torch.dtype) -> Any:

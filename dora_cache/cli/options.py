@@ -3,19 +3,26 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+import torch
 import typer
 
 __all__ = [
+    "DTYPES",
     "AdapterOption",
     "BackendOption",
     "DeviceBytesOption",
     "DeviceOption",
+    "Dtype",
+    "LayersOption",
     "MaxBytesOption",
     "ModelArgument",
     "NumericsOption",
     "OutOption",
     "given",
 ]
+
+Dtype: TypeAlias = Literal["bf16", "fp32"]
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 ModelArgument: TypeAlias = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Folder of a causal language model.")
@@ -46,6 +53,9 @@ NumericsOption: TypeAlias = Annotated[
 DeviceOption: TypeAlias = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, ...; by default the GPU if there is one.", metavar="NAME"),
+]
+LayersOption: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="With --shape: make only so many layers.")
 ]
 OutOption: TypeAlias = Annotated[
     Path, typer.Option("--out", help="Folder for the JSON file and the chart.", metavar="DIR")

@@ -13,11 +13,18 @@ from rich.table import Table
 from dora_cache import backends, planning
 from dora_cache.bench import SHAPES, shape_config
 from dora_cache.cli.console import CliError, quiet, reported, results, spinner
-from dora_cache.cli.loading import parse_adapters, parse_device, read_adapters, read_model
+from dora_cache.cli.loading import (
+    check_source,
+    parse_adapters,
+    parse_device,
+    read_adapters,
+    read_model,
+)
 from dora_cache.cli.options import (
     AdapterOption,
     BackendOption,
     DeviceOption,
+    LayersOption,
     MaxBytesOption,
     NumericsOption,
     given,
@@ -50,9 +57,7 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help=f"Instead of MODEL: {', '.join(SHAPES)}."),
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="With --shape: only so many layers.")
-    ] = None,
+    layers: LayersOption = None,
     adapter: AdapterOption = None,
     rank: Annotated[
         int, typer.Option(min=1, help="With --shape and no --adapter: rank of two DoRA adapters.")
@@ -120,14 +125,7 @@ def _takes_cap(backend: str) -> bool:
 
 
 def _check(model: Path | None, shape: str | None, layers: int | None, *, adapters: bool) -> None:
-    if model is None and shape is None:
-        raise CliError("nothing to plan: give a MODEL folder, or a shape, as --shape tiny")
-    if model is not None and shape is not None:
-        raise CliError(f"there are two models: give either {model} or --shape {shape}")
-    if shape is not None and shape not in SHAPES:
-        raise CliError(f"there is no shape {shape!r}: choose from {', '.join(SHAPES)}")
-    if shape is None and layers is not None:
-        raise CliError("--layers is for shapes: a MODEL has the layers that it has")
+    check_source(model, shape, layers)
     if shape is None and not adapters:
         raise CliError("no adapter given: write --adapter name=PATH")
 
