@@ -3,51 +3,18 @@
 What CUDA does with the copies is in test_cuda.py.
 """
 
-import dataclasses
 import threading
 
 import pytest
 import torch
 from hypothesis.stateful import run_state_machine_as_test
+from pretended import Pretended
 
 from dora_cache import CacheWarning
 from dora_cache.backends import CPUBackend, Entry, storage_bytes
-from dora_cache.backends.transfer import HostEntry, Transfer
 from dora_cache.testing import BackendConformance
 
 SIZE = 400  # bytes of a value
-
-
-class Pretended(Transfer):
-    """Takes every entry for one of a device, and copies within host memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.loads = []
-        self.broken = False
-
-    @staticmethod
-    def is_elsewhere(entry):
-        return not isinstance(entry, HostEntry)
-
-    def seconds(self, nbytes):
-        return nbytes / 1e5
-
-    def to_host(self, entry, cost):
-        if self.broken:
-            raise RuntimeError("no host memory")
-        stored = super().to_host(entry, cost)
-        copies = tuple(tensor.clone() for tensor in entry.tensors)
-        value = copies if isinstance(entry.value, tuple) else copies[0]
-        return dataclasses.replace(stored, value=value)
-
-    def to_device(self, stored):
-        if self.broken:
-            raise torch.OutOfMemoryError("no device memory")
-        self.loads.append(stored)
-        copies = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in stored.tensors)
-        value = copies if isinstance(stored.value, tuple) else copies[0]
-        return Entry(value, stored.stamp, stored.cost)
 
 
 def make(**sizes):

@@ -64,6 +64,10 @@ def _(scene: Scene, pick: Pick) -> None:
 
 @operation("adapters", "add_adapter, plain LoRA")
 def _(scene: Scene, pick: Pick) -> None:
+    _add_lora(scene, pick)
+
+
+def _add_lora(scene: Scene, pick: Pick) -> None:
     if "lora" not in scene.adapters:
         with quiet():
             scene.model.add_adapter("lora", scene.config(2, use_dora=False))
@@ -193,6 +197,13 @@ def _(scene: Scene, pick: Pick) -> list[Tensor]:
 @operation("merging", "merge of another adapter, and unmerge")
 def _(scene: Scene, pick: Pick) -> list[Tensor]:
     return _merged(scene, [pick.other] if pick.other in scene.adapters else None)
+
+
+@operation("merging", "merge of a plain LoRA adapter, and unmerge")
+def _(scene: Scene, pick: Pick) -> list[Tensor]:
+    # PEFT adds to the base weight where it is and takes away again, through .data both times.
+    _add_lora(scene, pick)
+    return _merged(scene, ["lora"])
 
 
 @operation("merging", "merge_adapter(safe_merge=True), and unmerge_adapter")

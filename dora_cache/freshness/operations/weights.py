@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,6 +206,7 @@ def _(scene: Scene, pick: Pick) -> None:
 
 @operation("weights", "torch.utils.swap_tensors")
 def _(scene: Scene, pick: Pick) -> None:
+    gc.collect()  # a graph in a reference cycle, of a backward pass that failed, holds its leaves
     for weight in scene.weights(pick):
         new = nn.Parameter(weight.detach() * pick.factor, requires_grad=weight.requires_grad)
         torch.utils.swap_tensors(weight, new)
@@ -222,6 +224,7 @@ def _(scene: Scene, pick: Pick) -> None:
 
 @operation("weights", "load_state_dict by swapping tensors")
 def _(scene: Scene, pick: Pick) -> None:
+    gc.collect()  # as above
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         scene.model.load_state_dict(scene.state(pick), strict=False)
