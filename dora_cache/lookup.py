@@ -29,7 +29,7 @@ from dora_cache.stamps import (
 from dora_cache.store import Flight, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from dora_cache.backends import Value
     from dora_cache.binding import Adapters, Binding
@@ -66,8 +66,14 @@ class Lookup(Store):
         spelled = None if kwargs else _spelled(derivation, binding, args)
         if spelled is not None and not bypassed:
             shortcut = binding.shortcuts.get(spelled)
-            if shortcut is not None:
-                entry = self._recall(shortcut, derivation, binding, args)
+            owner = binding._owner  # what binding.serves() does, without a call
+            if shortcut is not None and (
+                owner is None or (owner() is args[0] and not getattr(args[0], "training", False))
+            ):
+                try:
+                    entry = self.recall(shortcut, derivation.depends_on(*args))  # type: ignore[arg-type, misc]
+                except Exception:  # noqa: BLE001 - the long way deals with it
+                    entry = None
                 if entry is not None:
                     return entry.value
         if (
@@ -118,26 +124,25 @@ class Lookup(Store):
             with self._lock:  # the one waited for came to nothing: this was no lookup yet
                 usage.add(hit=True, count=-1)
 
-    def _recall(
-        self, shortcut: Shortcut, derivation: Derivation, binding: Binding, args: tuple[Any, ...]
-    ) -> Entry | None:
-        """Return what a shortcut leads to, if everything is as it was.
+    def recall(self, shortcut: Shortcut, dependencies: Sequence[object]) -> Entry | None:
+        """Return what a shortcut leads to, if everything is as it was; else make the call.
+
+        The caller sees to it that this thread does not bypass the cache, and that the shortcut is
+        its owner's own, outside training mode.
 
         Without the lock where the backend drops nothing of its own accord. That is safe: whatever
         voids an entry clears its shortcuts before it returns, so a call that comes later finds them
         empty; and a call that comes at the same time may be taken to have come before.
+
+        Args:
+            shortcut: of an earlier call, from ``binding.shortcuts``.
+            dependencies: what the derivation's ``depends_on`` returns, in its order.
         """
         entry = shortcut.entry
-        depends_on = derivation.depends_on
-        if depends_on is None or (entry is None and self._keeps_everything):
+        if entry is None and self._keeps_everything:
             return None
-        reference = binding._owner  # what binding.serves() does, without a call
-        if reference is not None:
-            owner = args[0]
-            if reference() is not owner or getattr(owner, "training", False):
-                return None
         try:
-            if not shortcut.check(depends_on(*args), shortcut):  # type: ignore[arg-type]
+            if not shortcut.check(dependencies, shortcut):
                 return None
         except Exception:  # noqa: BLE001 - other dependencies than before, or worse: the long way
             return None

@@ -45,6 +45,63 @@ def test_output_is_bit_equal_on_first_and_later_forwards(kind, bias, dtype, adap
                 assert stats.bypasses == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_inputs_of_every_shape(bias, dtype):
+    """Where the layer folds three dimensions into two, and where it does not: PEFT's bits."""
+    model = dora_model(bias=bias, dtype=dtype)
+    x = torch.randn(2, 6, 12).to(dtype)
+    shapes = [
+        x,
+        x[:, :1],  # one token of a prompt: not contiguous
+        x.transpose(0, 1),
+        x[:0],
+        x[0],
+        x[0, 0],
+        x.reshape(2, 2, 3, 12),
+        x[:, ::2],
+        torch.empty(6, 12, 2, dtype=dtype).copy_(x.permute(1, 2, 0)).permute(2, 0, 1),
+    ]
+    expected = [run(model, one) for one in shapes]
+    with dora_cache.attach(model):
+        for _ in range(2):
+            for one, wanted in zip(shapes, expected, strict=True):
+                found = run(model, one)
+                assert found.shape == wanted.shape
+                assert same(found, wanted)
+    with dora_cache.attach(model, numerics="fast"):
+        for one, wanted in zip(shapes, expected, strict=True):
+            assert run(model, one).shape == wanted.shape
+
+
+@pytest.mark.parametrize("numerics", ["peft", "fast"])
+def test_what_hangs_on_the_base_layer_runs(numerics):
+    """Hooks on it, and a forward of its own (as device maps give it), are not passed by."""
+    model = dora_model()
+    x = sample("linear")
+    base = model.base_model.model.layer.base_layer
+    with dora_cache.attach(model, numerics=numerics):
+        run(model, x)
+        plain = base.forward
+        base.forward = lambda x: plain(x) + 1
+        own = run(model, x)
+        del base.forward
+        with base.register_forward_hook(lambda _, __, result: result + 1):
+            hooked = run(model, x)
+        with base.register_forward_pre_hook(lambda _, args: (2 * args[0],)):
+            doubled = run(model, x)
+        with nn.modules.module.register_module_forward_hook(
+            lambda module, _, result: result + 1 if module is base else result
+        ):
+            of_all = run(model, x)
+    torch.testing.assert_close(own, hooked)
+    torch.testing.assert_close(own, of_all)
+    with base.register_forward_hook(lambda _, __, result: result + 1):
+        torch.testing.assert_close(hooked, run(model, x))
+    with base.register_forward_pre_hook(lambda _, args: (2 * args[0],)):
+        torch.testing.assert_close(doubled, run(model, x))
+
+
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
-from dora_cache.decorator import SLOT, cached
+from dora_cache.decorator import MARK, SLOT, cached
 from dora_cache.lifecycle import reduce_as_plain
 from dora_cache.recipes import kernels
 from dora_cache.recipes.compiled import Buffer, prepare
@@ -90,7 +90,8 @@ class _Dora:
         if not known:
             return False
         usual = type(layer).forward is Linear.forward
-        binding = follow_layer(cache, layer, self, {"forward": _forward} if usual else None)
+        forward = _forward_fast if cache.config.numerics == "fast" else _forward_exact
+        binding = follow_layer(cache, layer, self, {"forward": forward} if usual else None)
         if binding.warmers is None:
             binding.warmers = _warmers
             binding.undo.callback(_restore, weakref.ref(layer))
@@ -243,30 +244,148 @@ def _is_known(kind: Any) -> bool:
     return any(forward is known.forward for known in _KNOWN_PARTS)
 
 
-def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward_exact(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run the one active DoRA adapter of a linear layer, as PEFT's forward would, only sooner.
 
     Whatever is not that usual case is left to PEFT's forward.
     """
-    if not (args or kwargs or torch.compiler.is_dynamo_compiling()):
-        state = self.__dict__  # past nn.Module.__getattr__, which costs more than all the rest
-        active = state["_active_adapter"]
-        adapter: Any = active if type(active) is str else active[0] if len(active) == 1 else ""
-        variant = state["lora_variant"].get(adapter)
-        if isinstance(variant, _CachedVariant) and not (
-            state["_disable_adapters"]
-            or state["merged_adapters"]
-            or state[SLOT].cache.bypassing
-            or _is_unusual(self, adapter)
-        ):
-            modules = state["_modules"]
-            result: Tensor = modules["base_layer"](x)
-            dtype = modules["lora_A"]._modules[adapter].weight.dtype
-            if x.dtype is not dtype:
-                x = self._cast_input_dtype(x, dtype)
-            total = variant.arithmetic(self, adapter, x, result, None, result.dtype)
-            return total if total.dtype is result.dtype else total.to(result.dtype)
-    return Linear.forward(self, x, *args, **kwargs)
+    found = None
+    if not (args or kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            found = _traced(self, x, fast=False)
+        else:
+            found = _usual(self, x, fast=False)
+    return Linear.forward(self, x, *args, **kwargs) if found is None else found
+
+
+def _forward_fast(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Likewise with ``numerics="fast"``."""
+    found = None
+    if not (args or kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            found = _traced(self, x, fast=True)
+        else:
+            found = _usual(self, x, fast=True)
+    return Linear.forward(self, x, *args, **kwargs) if found is None else found
+
+
+def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
+    """Compute the output from what is buffered; None unless all is as it mostly is.
+
+    For torch.compile, which guards everything that is looked at here, for each layer and at each
+    call: so it is little, and without PEFT's properties and methods, each of which is guarded in
+    all base classes.
+    """
+    state = layer.__dict__
+    active = state["_active_adapter"]
+    if (
+        state["_disable_adapters"]
+        or state["merged_adapters"]
+        or isinstance(active, str)
+        or len(active) != 1
+        or state.get(SLOT) is None  # a copy that shares the variants
+        or torch.compiler._is_exporting_flag
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return None
+    adapter = active[0]
+    variant = state["lora_variant"].get(adapter)
+    modules: Any = (
+        layer._modules
+    )  # by this way alone: Dynamo guards in Python that two ways are one
+    base = modules["base_layer"]
+    if (
+        not isinstance(variant, _CachedVariant)
+        or type(base) is not nn.Linear
+        or _stands_aside(layer, adapter)
+    ):
+        return None
+    lora_a = modules["lora_A"]._modules[adapter]
+    lora_b = modules["lora_B"]._modules[adapter]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return None
+    a: Any = lora_a._parameters
+    b: Any = lora_b._parameters
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if "weight" not in a or "weight" not in b:  # pruned, for example
+        return None
+    buffer = variant.buffer
+    prepare(buffer.cache, adapter)
+    values = buffer.values
+    magnitude = modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]
+    parameters = (magnitude, a["weight"], b["weight"], b["bias"], weight, bias)
+    if values is None or a["bias"] is not None or not _same(buffer.parameters, parameters):
+        return None
+    result: Tensor = base(x)
+    if x.dtype is not a["weight"].dtype:
+        x = layer._cast_input_dtype(x, a["weight"].dtype)
+    delta = linear(linear(x, a["weight"]), b["weight"], b["bias"])
+    scale, *shift, scaling = values
+    if fast:
+        total = (result + delta.to(scale.dtype) * scaling) * scale
+        total = total + shift[0] if shift else total
+    else:
+        plain = result if bias is None else result - bias
+        total = result + ((scale - 1) * plain + scale * delta * scaling)
+    return total.to(result.dtype)
+
+
+def _usual(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
+    """Return the output; None unless all is as it mostly is."""
+    state = layer.__dict__  # past nn.Module.__getattr__, which costs more than all the rest
+    active = state["_active_adapter"]
+    adapter: Any = active if type(active) is str else active[0] if len(active) == 1 else ""
+    variant, binding = state["lora_variant"].get(adapter), state.get(SLOT)
+    if (
+        not isinstance(variant, _CachedVariant)
+        or binding is None  # detached meanwhile
+        or state["_disable_adapters"]
+        or state["merged_adapters"]
+        or binding.cache.bypassing
+        or _is_unusual(layer, adapter)
+    ):
+        return None
+    modules = state["_modules"]
+    base = modules["base_layer"]
+    # Matrix products of three dimensions come down to those of two: once here, not in each.
+    flat = (
+        type(x) is Tensor
+        and x.dim() == 3  # noqa: PLR2004
+        and torch._C._get_tracing_state() is None
+        and x.is_contiguous()
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and _is_bare(base)
+    )
+    shape = x.shape
+    if flat:
+        parameters = base._parameters
+        x = x.view(-1, shape[2])
+        result: Tensor = linear(x, parameters["weight"], parameters["bias"])
+    else:
+        result = base(x)
+    total = _few_rows(layer, adapter, x, result) if fast else None
+    if total is None:
+        dtype = modules["lora_A"]._modules[adapter].weight.dtype
+        if x.dtype is not dtype:
+            x = layer._cast_input_dtype(x, dtype)
+        total = variant.arithmetic(layer, adapter, x, result, None, result.dtype)
+        if total.dtype is not result.dtype:
+            total = total.to(result.dtype)
+    return total.view(shape[0], shape[1], -1) if flat else total
+
+
+def _is_bare(base: Any) -> bool:
+    """Whether calling a base layer comes to a matrix product with its weight."""
+    if not _is_just_linear(base):
+        return False
+    state = base.__dict__
+    return (
+        type(state["_parameters"]["weight"]) is nn.Parameter
+        and not state["_forward_hooks"]
+        and not state["_forward_pre_hooks"]
+    )
 
 
 def _restore(layer: weakref.ref[Any]) -> None:
@@ -280,22 +399,31 @@ def _restore(layer: weakref.ref[Any]) -> None:
 # What is derived
 
 
-def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> list[object]:  # noqa: ARG001
-    # Runs at every hit: straight to the dictionaries, past nn.Module.__getattr__.
+def _plain_parts(layer: Any, adapter: str) -> tuple[object, ...]:
+    """Return the scaling and an adapter's parameters, straight from the dictionaries.
+
+    It runs at every hit, and ``nn.Module.__getattr__`` would cost more than all the rest.
+
+    Raises:
+        KeyError: they are elsewhere: an embedding's, or parametrized ones.
+    """
     modules = layer._modules
+    lora_a = modules["lora_A"]._modules[adapter]._parameters
+    lora_b = modules["lora_B"]._modules[adapter]._parameters
+    return (
+        layer.scaling[adapter],
+        modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"],
+        lora_a["weight"],
+        lora_a["bias"],  # None, unless somebody has put another module there
+        lora_b["weight"],
+        lora_b["bias"],
+    )
+
+
+def _depends_on(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> list[object]:  # noqa: ARG001
     try:
-        lora_a = modules["lora_A"]._modules[adapter]._parameters
-        lora_b = modules["lora_B"]._modules[adapter]._parameters
-        magnitude = modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]
-        found = [
-            layer.scaling[adapter],
-            magnitude,
-            lora_a["weight"],
-            lora_a["bias"],  # None, unless somebody has put another module there
-            lora_b["weight"],
-            lora_b["bias"],
-        ]
-    except KeyError:  # an embedding, or weights that are parametrized
+        found = [*_plain_parts(layer, adapter)]
+    except KeyError:
         found = [layer.scaling[adapter], layer.lora_magnitude_vector[adapter].weight]
         if adapter in layer.lora_A:
             for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
@@ -365,6 +493,33 @@ def _stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) ->
     return scale if dtype is None else scale.view(1, -1)
 
 
+def _at_hand(layer: Any, derived: Any, adapter: str, dtype: torch.dtype | None = None) -> Any:
+    """Return what ``derived(layer, adapter, dtype)`` got last time, if it would get it again.
+
+    The way to a hit that most layers take at each token, without the calls in between. Only from
+    where it is known that the cache is not bypassed and that nothing is unusual.
+
+    Returns:
+        The value; None where it has to be asked for.
+    """
+    binding = layer.__dict__.get(SLOT)
+    if binding is None:  # detached meanwhile
+        return None
+    call = (derived.number, adapter) if dtype is None else (derived.number, adapter, dtype)
+    shortcut = binding.shortcuts.get(call)
+    if shortcut is None or binding._owner() is not layer:
+        return None
+    try:
+        base = layer._modules["base_layer"]._parameters
+        parts = (*_plain_parts(layer, adapter), base["weight"])
+        if dtype is None:
+            parts = (*parts, base["bias"])
+    except KeyError:
+        return None
+    entry = binding.cache.recall(shortcut, parts)
+    return None if entry is None else entry.value
+
+
 def _wants_gradient(layer: Any, adapter: str) -> bool:
     return torch.is_grad_enabled() and layer.lora_magnitude_vector[adapter].weight.requires_grad
 
@@ -372,7 +527,10 @@ def _wants_gradient(layer: Any, adapter: str) -> bool:
 def _scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return ``s``. The norm is a constant to autograd; the magnitude's gradient must flow."""
     if not _wants_gradient(layer, adapter):
-        return _stored_scale(layer, adapter, dtype)
+        found = None
+        if not (dtype is None or torch.compiler.is_dynamo_compiling()):
+            found = _at_hand(layer, _STORED, adapter, dtype)
+        return _stored_scale(layer, adapter, dtype) if found is None else found
     scale: Tensor = layer.lora_magnitude_vector[adapter].weight / _norm(layer, adapter, dtype)
     return scale if dtype is None else scale.view(1, -1)
 
@@ -477,8 +635,8 @@ def _embedding(
 def _projected(layer: Any, adapter: str, x: Tensor) -> Tensor:
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
-    if _is_just_linear(lora_a) and _is_just_linear(lora_b) and not _has_any_global_hook():  # type: ignore[no-untyped-call]
-        # What calling the modules comes to, at half its cost; hooks of theirs are checked before.
+    if _is_just_linear(lora_a) and _is_just_linear(lora_b):
+        # What calling the modules comes to, at half its cost; hooks are checked before.
         a, b = lora_a.__dict__["_parameters"], lora_b.__dict__["_parameters"]
         return linear(linear(x, a["weight"], a["bias"]), b["weight"], b["bias"])
     return lora_b(lora_a(x))
@@ -527,14 +685,39 @@ def _fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     weight = _dense(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     # The meta device has no autocast, and plans are made there.
-    plain = nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
+    as_it_is = weight.is_meta or not torch._C._is_any_autocast_enabled()
+    plain = nullcontext() if as_it_is else torch.autocast(weight.device.type, enabled=False)
     with plain:
-        norms = [torch.linalg.vector_norm(rows, dim=1) for rows in _rows(layer, adapter, dtype)]
+        norms = _norms_at_once(layer, adapter, weight)
+        if norms is None:
+            rows = _rows(layer, adapter, dtype)
+            norms = torch.cat([torch.linalg.vector_norm(some, dim=1) for some in rows])
         magnitude = layer.lora_magnitude_vector[adapter].weight.flatten().to(dtype)
-        scale = magnitude / (norms[0] if len(norms) == 1 else torch.cat(norms))
+        scale = magnitude / norms
         bias = _bias(base_layer(layer))
         parts = (scale,) if bias is None else (scale, (1 - scale) * bias.to(dtype))
         return tuple(part.view(_shape(layer, adapter, weight)) for part in parts)
+
+
+_STORED: Any = getattr(_stored_scale, MARK)
+_FAST: Any = getattr(_fast_scale, MARK)
+
+
+def _norms_at_once(layer: Any, adapter: str, weight: Tensor) -> Tensor | None:
+    """Return the norms of the rows of ``W + g B A`` by one kernel; None where it does not do."""
+    scaling = layer.scaling[adapter]
+    if (
+        not weight.is_cuda
+        or adapter not in layer.lora_A
+        or weight.dim() > 2  # noqa: PLR2004
+        or getattr(layer, "fan_in_fan_out", False)
+        or type(scaling) not in {int, float}
+    ):
+        return None
+    first, last = layer.lora_A[adapter], layer.lora_B[adapter]
+    if first.bias is not None or last.bias is not None:
+        return None
+    return kernels.norms(weight, first.weight.detach(), last.weight.detach(), scaling)
 
 
 def _rows(layer: Any, adapter: str, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -580,7 +763,9 @@ def _combine(
 ) -> Tensor:
     """Return ``s * (result + g * delta) + (1 - s) * bias``; the result already has the bias."""
     if buffers is None:
-        (scale, *shift), scaling = _fast_scale(layer, adapter), layer.scaling[adapter]
+        found = None if torch.compiler.is_dynamo_compiling() else _at_hand(layer, _FAST, adapter)
+        scale, *shift = found or _fast_scale(layer, adapter)
+        scaling = layer.scaling[adapter]
         if adapter in layer.lora_A and not _is_conv(layer) and _fusible(result, delta, scaling):
             bias = shift[0] if shift else None
             fused = kernels.combine_fast(result, delta, scale, bias, scaling, dtype)
@@ -621,6 +806,24 @@ def _fast_projected(
         exact = _conv if _is_conv(layer) else _linear
         return exact(layer, adapter, x, result)
     return _combine(layer, adapter, result, _projected(layer, adapter, x), buffers, dtype)
+
+
+def _few_rows(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor | None:
+    """Return a linear layer's output by two small kernels; None where they do not pay."""
+    scaling = layer.scaling[adapter]
+    modules = layer._modules
+    lora_a, lora_b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    if not (_fusible(result, x, scaling) and _is_just_linear(lora_a) and _is_just_linear(lora_b)):
+        return None
+    a, b = lora_a.__dict__["_parameters"], lora_b.__dict__["_parameters"]
+    if not a["bias"] is b["bias"] is None or (
+        x.dtype is not a["weight"].dtype and not getattr(layer, "cast_input_dtype_enabled", True)
+    ):
+        return None
+    scale, *shift = _at_hand(layer, _FAST, adapter) or _fast_scale(layer, adapter)
+    return kernels.adapted(
+        x, result, a["weight"], b["weight"], scale, shift[0] if shift else None, scaling
+    )
 
 
 def _fast_embedding(

@@ -1,47 +1,54 @@
-"""DoRA's elementwise arithmetic in one CUDA kernel, written in Triton; without Triton, none.
+"""What DoRA does beside the base layer, in CUDA kernels written in Triton; without Triton, none.
 
 Between the matrix products, a DoRA layer multiplies and adds elementwise. As separate operations
-that is six launches, and as many trips to memory. The kernel rounds after each operation as they
-do, so its result is theirs to the bit.
+that is six launches, and as many trips to memory. One kernel rounds after each operation as they
+do, so its result is theirs to the bit. Others are for ``numerics="fast"``.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_cache.errors import CacheWarning
 
-__all__ = ["combine", "combine_fast", "usable"]
+__all__ = ["adapted", "combine", "combine_fast", "norms", "usable"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _BLOCK = 1024
-_broken = False
+_FEW_ROWS = 32
+_LARGEST_RANK = 256
+_LARGEST_RANK_OF_NORMS = 64
+_ROWS_AT_ONCE = 16
+_broken: set[str] = set()
 
 
-def usable(result: Tensor, delta: Tensor) -> bool:
+def usable(result: Tensor, other: Tensor) -> bool:
     """Whether the kernels take these tensors, as far as the layer's weights do not matter.
 
     Args:
         result: what the base layer returned, shape (..., out).
-        delta: what the adapter's two factors returned, of the same shape.
+        other: what the adapter's two factors returned, of as many elements; or their input.
     """
     return (
         result.is_cuda
+        # Whoever records operations does not see a launch.
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and type(result) in {Tensor, nn.Parameter}
         and result.dtype in _DTYPES
-        and delta.dtype in _DTYPES
+        and other.dtype in _DTYPES
         and result.dim() > 1
-        and result.shape == delta.shape
         and result.numel() > 0
         and result.is_contiguous()
-        and delta.is_contiguous()
+        and other.is_contiguous()
         and result.get_device() == torch._C._cuda_getDevice()
-        and not _broken
         and _kernels() is not None
     )
 
@@ -58,7 +65,7 @@ def combine(
 
     Args:
         result: shape (..., out), see :func:`usable`.
-        delta: the same shape.
+        delta: the same shape, or (rows, out).
         scale: out elements, float32, bfloat16 or float16.
         bias: out elements of such a dtype, or None.
         scaling: a number.
@@ -73,7 +80,7 @@ def combine(
         return None
     final, names = plan
     output = torch.empty_like(result, dtype=dtype or final)
-    return _launch("combine", output, result, delta, scale, bias, scaling, names)
+    return _combined("combine", output, result, delta, scale, bias, scaling, names)
 
 
 def combine_fast(
@@ -88,7 +95,7 @@ def combine_fast(
 
     Args:
         result: shape (..., out), see :func:`usable`.
-        delta: the same shape.
+        delta: the same shape, or (rows, out).
         scale: out elements, float32.
         shift: likewise, or None.
         scaling: a number.
@@ -100,10 +107,109 @@ def combine_fast(
     if scale.dtype is not torch.float32:
         return None
     output = torch.empty_like(result, dtype=dtype or torch.float32)
-    return _launch("combine_fast", output, result, delta, scale, shift, scaling, ())
+    return _combined("combine_fast", output, result, delta, scale, shift, scaling, ())
 
 
-def _launch(
+def adapted(
+    x: Tensor,
+    result: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    scaling: float,
+) -> Tensor | None:
+    """Return ``scale * (result + scaling * (x @ first.T @ last.T)) + shift`` for a few rows.
+
+    So few that reading the factors is all the work: as in the decoding of some sequences. All is
+    accumulated in float32.
+
+    Args:
+        x: shape (..., in), float32, bfloat16 or float16.
+        result: shape (..., out), see :func:`usable`.
+        first: shape (rank, in), of such a dtype.
+        last: shape (out, rank), likewise.
+        scale: out elements, float32.
+        shift: likewise, or None.
+        scaling: a number.
+
+    Returns:
+        The sum in the dtype of ``result``; None where the kernels cannot run or would not pay.
+    """
+    columns, (rank, width) = result.shape[-1], first.shape
+    rows = result.numel() // columns
+    if not (
+        rows <= _FEW_ROWS
+        and rank <= _LARGEST_RANK
+        and x.dtype in _DTYPES
+        and first.dtype in _DTYPES
+        and last.dtype in _DTYPES
+        and scale.dtype is torch.float32
+        and x.numel() == rows * width
+        and last.shape == (columns, rank)
+        and x.is_contiguous()
+        and first.is_contiguous()
+        and last.is_contiguous()
+        and x.get_device() == first.get_device() == result.get_device()
+    ):
+        return None
+    projected = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
+    if not _launch("project", (rows, rank), (x, first, projected), (width, rank), (), (_BLOCK,)):
+        return None
+    output = torch.empty_like(result)
+    ranks = 1 << (rank - 1).bit_length()
+    block = max(16, 4096 // ranks)
+    done = _launch(
+        "expand",
+        (rows, -(-columns // block)),
+        (result, projected, last, scale, result if shift is None else shift, output),
+        (columns, rank),
+        (float(scaling),),
+        (shift is not None, ranks, block),
+    )
+    return output if done else None
+
+
+def norms(weight: Tensor, first: Tensor, last: Tensor, scaling: float) -> Tensor | None:
+    """Return the norms of the rows of ``weight + scaling * (last @ first)``, in one pass over them.
+
+    The sum itself is never in memory. It is accumulated in float32, as its squares are.
+
+    Args:
+        weight: shape (out, in), float32, bfloat16 or float16.
+        first: shape (rank, in), of such a dtype.
+        last: shape (out, rank), likewise.
+        scaling: a number.
+
+    Returns:
+        Shape (out,), float32; None where the kernel cannot run.
+    """
+    (rows, columns), rank = weight.shape, first.shape[0]
+    if not (
+        weight.dim() > 1
+        and usable(weight, first)
+        and last.dtype in _DTYPES
+        and last.is_contiguous()
+        and weight.get_device() == first.get_device() == last.get_device()
+        and first.shape == (rank, columns)
+        and last.shape == (rows, rank)
+        and 0 < rank <= _LARGEST_RANK_OF_NORMS
+    ):
+        return None
+    output = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    ranks = max(16, 1 << (rank - 1).bit_length())
+    done = _launch(
+        "norms",
+        (-(-rows // _ROWS_AT_ONCE), 1),
+        (weight, first, last, output),
+        (rows, columns, rank),
+        (float(scaling),),
+        (ranks, _ROWS_AT_ONCE, 128),
+    )
+    return output if done else None
+
+
+def _combined(
     name: str,
     output: Tensor,
     result: Tensor,
@@ -113,44 +219,70 @@ def _launch(
     scaling: float,
     names: tuple[str, ...],
 ) -> Tensor | None:
-    """Launch a kernel; at a tenth of Triton's own cost where one like it has been launched before.
+    columns = result.shape[-1]
+    done = _launch(
+        name,
+        (result.numel() // columns, -(-columns // _BLOCK)),
+        (result, delta, scale, result if bias is None else bias, output),
+        (columns,),
+        (float(scaling),),
+        (bias is not None, *names, _BLOCK),
+    )
+    return output if done else None
+
+
+def _launch(
+    name: str,
+    grid: tuple[int, int],
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    scalings: tuple[float, ...],
+    constants: tuple[object, ...],
+) -> bool:
+    """Launch a kernel; return whether it was, else it will not be any more.
 
     Triton compiles a kernel for each combination of dtypes, of what integers are divisible by, and
-    of how pointers are aligned, and finds that out anew at each launch.
+    of how pointers are aligned, and finds that out anew at each launch. So what has been compiled
+    is launched past that, at a tenth of the cost.
     """
-    global _broken  # noqa: PLW0603 - for the whole process: the next launch would fail as well
-    columns = result.shape[-1]
-    grid = (result.numel() // columns, -(-columns // _BLOCK), 1)
-    has_bias = bias is not None
-    other = bias if bias is not None else result
-    arguments = (result, delta, scale, other, output, columns, float(scaling), has_bias, *names)
-    pointers = result.data_ptr() | delta.data_ptr() | scale.data_ptr() | other.data_ptr()
+    if name in _broken:
+        return False
+    pointers = [tensor.data_ptr() for tensor in tensors]
     key = None
-    if not (pointers | output.data_ptr()) % 16:
-        device, dtypes = result.get_device(), (result.dtype, delta.dtype, scale.dtype, other.dtype)
-        key = (name, device, columns, dtypes, output.dtype, has_bias, names)
-    try:
+    if not functools.reduce(operator.or_, pointers) % 16:
+        device = tensors[0].get_device()
+        key = (name, device, sizes, constants, *[one.dtype for one in tensors])
         known = _compiled.get(key)
         if known is not None:
-            known[grid](*arguments, _BLOCK)
-            return output
-        compiled = getattr(_kernels(), name)[grid](
-            *arguments,
-            _BLOCK,
+            run, function, metadata = known
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            rest = (None, None, None, *pointers, *sizes, *scalings, *constants)
+            try:
+                run(*grid, 1, stream, function, metadata, *rest)
+            except Exception:  # noqa: BLE001 - no public interface: the public one may do
+                _compiled[key] = None
+            else:
+                return True
+    try:
+        compiled = getattr(_kernels(), name)[(*grid, 1)](
+            *tensors,
+            *sizes,
+            *scalings,
+            *constants,
             num_warps=4,
             enable_fp_fusion=False,  # a fused multiply-add rounds once, not twice
         )
     except Exception as error:  # noqa: BLE001 - it compiles at the first launch, with a compiler
-        _broken = True
-        text = (
-            f"a Triton kernel failed, so PyTorch's operations run: {type(error).__name__}: {error}"
-        )
+        _broken.add(name)  # for the whole process: the next launch would fail as well
+        kind = type(error).__name__
+        text = f"Triton kernel {name!r} failed, so PyTorch's operations run: {kind}: {error}"
         with suppress(CacheWarning):  # never an error, whatever the filters
             warnings.warn(text, CacheWarning, stacklevel=2)
-        return None
-    if key is not None:
-        _compiled[key] = compiled
-    return output
+        return False
+    if key is not None and key not in _compiled:
+        with suppress(AttributeError):
+            _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+    return True
 
 
 _compiled: dict[Any, Any] = {}
