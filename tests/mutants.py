@@ -159,7 +159,7 @@ def _(patch):
     patch.setattr(hotswap, "follow_hotswap", lambda cache: None)
 
 
-@mutant("no merge events", ModelMachine)
+@mutant("no merge events", ModelMachine, rare=True)
 def _(patch):
     follow = peft_layers.Observer
 

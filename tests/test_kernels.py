@@ -105,6 +105,7 @@ def test_many_rows_are_left_to_matrix_products():
     assert kernels.adapted(x, result, first.contiguous(), last, scale, None, 1.0) is not None
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("numerics", ["peft", "fast"])
 def test_nobody_records_a_launch(numerics):
     """Where operations are recorded, PyTorch's run: a launch would be missing from the record."""
