@@ -12,7 +12,7 @@ from model_machine import ModelMachine
 from dora_cache import AdapterCache, attachment, backends, lookup, memory, shortcut
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
-from dora_cache.recipes import dora, hotswap, peft_layers
+from dora_cache.recipes import dora, hotswap, merging, peft_layers
 from dora_cache.store import Flight
 
 SCALE = dora._stored_scale.__dora_cache_derivation__
@@ -159,8 +159,9 @@ def _(patch):
     patch.setattr(hotswap, "follow_hotswap", lambda cache: None)
 
 
-@mutant("no merge events", ModelMachine, rare=True)
+@mutant("no merge events", ModelMachine)
 def _(patch):
+    patch.setattr(merging, "follow_merges", lambda cache: None)
     follow = peft_layers.Observer
 
     def deaf(**arguments):
