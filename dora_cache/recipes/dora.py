@@ -291,9 +291,8 @@ def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
         return None
     adapter = active[0]
     variant = state["lora_variant"].get(adapter)
-    modules: Any = (
-        layer._modules
-    )  # by this way alone: Dynamo guards in Python that two ways are one
+    # By this way alone: that two ways lead to one object, Dynamo guards in Python.
+    modules: Any = layer._modules
     base = modules["base_layer"]
     if (
         not isinstance(variant, _CachedVariant)

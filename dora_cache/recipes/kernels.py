@@ -219,6 +219,8 @@ def _combined(
     scaling: float,
     names: tuple[str, ...],
 ) -> Tensor | None:
+    if delta.numel() != result.numel():  # the kernels do not broadcast
+        return None
     columns = result.shape[-1]
     done = _launch(
         name,
