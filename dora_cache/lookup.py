@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,8 @@ from dora_cache.stamps import (
 from dora_cache.store import Flight, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from dora_cache.backends import Value
     from dora_cache.binding import Adapters, Binding
@@ -386,14 +387,16 @@ class Lookup(Store):
         # with it the memory of the failed attempt.
         for everything in (False, True):
             with suppress(torch.OutOfMemoryError):
-                began = Ready.begin(tensors_in(call.dependencies))
+                # What the device takes is asked for where something has to be chosen by it.
+                timed = not self._keeps_everything
+                began = Ready.begin(tensors_in(call.dependencies)) if timed else None
                 value, cost = self._timed(function)
                 break
             self._relieve(call.dependencies, everything=everything)
         else:
             return self._timed(function)[0], None
         for last in (False, True):
-            with suppress(torch.OutOfMemoryError), torch.inference_mode(mode=False):
+            with suppress(torch.OutOfMemoryError), _plainly():
                 kept = _storable(value, flight.stamp)
                 break
             if last:
@@ -415,7 +418,7 @@ class Lookup(Store):
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with _plainly():
                 value = function()
         finally:
             torch.set_autocast_cache_enabled(caching)
@@ -437,6 +440,25 @@ class Lookup(Store):
             )
             self._warn_once("out of memory", text)
             self._evict(devices, everything=everything)
+
+
+def _plainly() -> AbstractContextManager[object]:
+    """Return a context without gradients and without inference mode; where it is so, an empty one.
+
+    To enter an inference mode costs more than most of what is done within.
+    """
+    if torch.is_inference_mode_enabled():
+        return _outside_inference_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def _storable(value: object, stamp: Stamp) -> Value | None:

@@ -13,9 +13,10 @@ from dora_cache import AdapterCache, attachment, backends, lookup, memory, short
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
 from dora_cache.recipes import dora, hotswap, merging, peft_layers
+from dora_cache.recipes.dora import linear, outputs, values, variants
 from dora_cache.store import Flight
 
-SCALE = dora._stored_scale.__dora_cache_derivation__
+SCALE = values.stored_scale.__dora_cache_derivation__
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,20 @@ def mutant(name, machine, *, rare=False):
     return enter
 
 
+def in_dora(patch, name, function):
+    """Replace a function of the recipe wherever it has been imported to."""
+    for module in (values, outputs, variants, linear):
+        if hasattr(module, name):
+            patch.setattr(module, name, function)
+
+
 def without(pick):
     """Return DoRA's dependencies but for those that ``pick`` names."""
 
     def depends_on(layer, adapter, dtype=None):
         left_out = {id(part) for part in pick(layer, adapter)}
         return [
-            part for part in dora._depends_on(layer, adapter, dtype) if id(part) not in left_out
+            part for part in values.depends_on(layer, adapter, dtype) if id(part) not in left_out
         ]
 
     return depends_on
@@ -73,7 +81,7 @@ def _(patch):
 
 @mutant("base weight missing from the stamp", ModelMachine)
 def _(patch):
-    patch.setattr(dora, "weights_of", lambda base: ())
+    patch.setattr(values, "weights_of", lambda base: ())
 
 
 def _signed_by(*what):
@@ -178,18 +186,18 @@ def _(patch):
 
 @mutant("used in training mode", ModelMachine)
 def _(patch):
-    patch.setattr(dora, "_is_unusual", lambda layer, adapter: False)
+    in_dora(patch, "is_unusual", lambda layer, adapter: False)
     patch.setattr(Binding, "serves", lambda self, args: args[0] is self.owner)
 
 
 @mutant("the magnitude's gradient forgotten", ModelMachine)
 def _(patch):
-    patch.setattr(dora, "_wants_gradient", lambda layer, adapter: False)
+    in_dora(patch, "wants_gradient", lambda layer, adapter: False)
 
 
 @mutant("hooks on adapter modules ignored", ModelMachine, rare=True)
 def _(patch):
-    patch.setattr(dora, "_is_unusual", lambda layer, adapter: layer.training)
+    in_dora(patch, "is_unusual", lambda layer, adapter: layer.training)
 
 
 @mutant("entries stored under inference_mode", InferenceMachine)
@@ -209,7 +217,7 @@ def _(patch):
     # The package's function of the same name hides the module.
     observe = importlib.import_module("dora_cache.lifecycle.observe")
     patch.setattr(observe, "_OWN_ATTRIBUTES", (observe._OBSERVER,))
-    for shared in (Binding, dora._CachedVariant):
+    for shared in (Binding, variants.CachedVariant):
         patch.setattr(shared, "__deepcopy__", lambda self, memo: self, raising=False)
     patch.setattr(Binding, "serves", lambda self, args: not args[0].training)
     # The tensors' identities in the stamps would show that it is another model.

@@ -7,7 +7,7 @@ import torch
 from zoo import dora_model, run, sample
 
 import dora_cache
-from dora_cache.recipes import kernels
+from dora_cache.recipes.dora import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ recipe stores what that returns; see :func:`memo`.
 needed. The recipe has a forward of its own for the usual case, and leaves every other one to
 PEFT's; see :func:`guard`.
 
-(The third shape, replacing a LoRA variant, has one user: ``dora.py``.)
+(The third shape, replacing a LoRA variant, has one user: ``dora``.)
 """
 
 from __future__ import annotations

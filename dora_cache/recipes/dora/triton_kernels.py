@@ -161,7 +161,7 @@ def norms(
         first = tl.load(first_pointer + of_first, known[:, None] & here[None, :], other=0.0)
         of_weight = row[:, None] * columns + column[None, :]
         weight = tl.load(weight_pointer + of_weight, inside[:, None] & here[None, :], other=0.0)
-        value = tl.dot(last, first.to(tl.float32), input_precision="ieee")
-        value += weight.to(tl.float32)
+        weight = weight.to(tl.float32)
+        value = tl.dot(last, first.to(tl.float32), weight, input_precision="ieee")
         squares += value * value
     tl.store(output_pointer + row, tl.sqrt(tl.sum(squares, 1)), inside)

@@ -186,8 +186,7 @@ def norms(weight: Tensor, first: Tensor, last: Tensor, scaling: float) -> Tensor
     """
     (rows, columns), rank = weight.shape, first.shape[0]
     if not (
-        weight.dim() > 1
-        and usable(weight, first)
+        usable(weight, first)
         and last.dtype in _DTYPES
         and last.is_contiguous()
         and weight.get_device() == first.get_device() == last.get_device()
@@ -204,7 +203,7 @@ def norms(weight: Tensor, first: Tensor, last: Tensor, scaling: float) -> Tensor
         (weight, first, last, output),
         (rows, columns, rank),
         (float(scaling),),
-        (ranks, _ROWS_AT_ONCE, 128),
+        (ranks, _ROWS_AT_ONCE, 4096 // ranks),
     )
     return output if done else None
 
@@ -316,7 +315,7 @@ def _kernels() -> Any:
     try:
         if not torch.cuda.is_available() or torch.version.hip:
             return None
-        from dora_cache.recipes import triton_kernels
+        from dora_cache.recipes.dora import triton_kernels
     except Exception:  # noqa: BLE001 - whatever is wrong with Triton, PyTorch's operations do
         return None
     return triton_kernels

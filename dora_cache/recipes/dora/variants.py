@@ -1,0 +1,192 @@
+"""Stand-ins for PEFT's DoRA variants, which use what is stored; and when they may not."""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer, _DoraConvNdLayer
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from dora_cache.decorator import SLOT
+from dora_cache.lifecycle import reduce_as_plain
+from dora_cache.recipes.compiled import Buffer, prepare
+from dora_cache.recipes.dora.outputs import FORWARDS
+from dora_cache.recipes.dora.values import (
+    buffered,
+    buffered_fast,
+    depends_on,
+    fast_depends_on,
+    parameters_of,
+    same,
+    wants_gradient,
+)
+from dora_cache.stamps import functorch_stack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dora_cache.binding import Binding
+
+__all__ = ["CachedVariant", "cached_variant", "is_unusual", "kind_of", "stands_aside"]
+
+
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+_KNOWN_PARTS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    DoraLinearLayer,
+    DoraEmbeddingLayer,
+    _DoraConvNdLayer,
+)
+
+
+def kind_of(variant: Any) -> str:
+    """Name the arithmetic of a variant class; empty if it is not one known here."""
+    for kind, known in (
+        ("linear", (DoraLinearVariant,)),
+        ("embedding", (DoraEmbeddingVariant,)),
+        ("conv", (DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)),
+    ):
+        if any(variant.forward is base.forward for base in known):
+            return kind
+    return ""
+
+
+class CachedVariant:
+    """Marks the variants that stand in for PEFT's; they copy and pickle as PEFT's."""
+
+    kind: str
+    numerics: str
+    arithmetic: Callable[..., Tensor]
+
+    def __init__(self, original: Any, binding: Binding, adapter: str) -> None:
+        self.original = original
+        fast = self.numerics == "fast"
+        self.buffer = Buffer(
+            binding,
+            adapter,
+            partial(fast_depends_on if fast else depends_on, adapter=adapter),
+            partial(buffered_fast if fast else buffered, kind=self.kind, adapter=adapter),
+            partial(parameters_of, adapter=adapter),
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduce_as_plain(self.original.__reduce_ex__(protocol))
+
+
+@functools.cache
+def cached_variant(plain: Any, numerics: str) -> Any:
+    """Return a subclass of a variant's class whose forward uses what is stored."""
+    kind = kind_of(plain)
+    forward = FORWARDS[numerics, kind]
+    readable = _readable if numerics == "fast" else _as_derived
+
+    def run(
+        module: Any,
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            if (
+                module.__dict__.get(SLOT) is None  # a copy that shares this variant
+                or torch.compiler._is_exporting_flag  # torch 2.11 takes is_exporting() for True
+                or stands_aside(module, active_adapter)
+            ):
+                return plain.forward(
+                    module, active_adapter=active_adapter, x=x, result=result, **kwargs
+                )
+            buffers = None
+            if readable(module, active_adapter, x):
+                buffer = module.lora_variant[active_adapter].buffer
+                prepare(buffer.cache, active_adapter)
+                if buffer.values is not None and same(
+                    buffer.parameters, parameters_of(module, active_adapter)
+                ):
+                    buffers = buffer.values
+            return forward(module, active_adapter, x, result, buffers)
+        binding = module.__dict__.get(SLOT)
+        if binding is None or binding.cache.bypassing or is_unusual(module, active_adapter):
+            if binding is not None:
+                binding.cache.passed_by()
+            return plain.forward(
+                module, active_adapter=active_adapter, x=x, result=result, **kwargs
+            )
+        return forward(module, active_adapter, x, result)
+
+    namespace = {
+        "forward": staticmethod(run),
+        "arithmetic": staticmethod(forward),
+        "kind": kind,
+        "numerics": numerics,
+    }
+    return type(plain.__name__, (CachedVariant, plain), namespace)
+
+
+def stands_aside(layer: Any, adapter: str) -> bool:
+    """Whether compiled code has to run PEFT's own: see :func:`is_unusual`."""
+    if layer.training:
+        return True
+    modules = layer._modules
+    for name in _PARTS:
+        part = modules[name]._modules.get(adapter)
+        if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+            return True
+    return False
+
+
+def is_unusual(layer: Any, adapter: str) -> bool:
+    """Whether PEFT's own code has to run.
+
+    In training mode; under vmap and its like, which allow no writes in place; and where what it
+    derives or does by calling the adapter's modules may not be what they were made for: with hooks,
+    theirs or those of all modules, with a ``forward`` set on one, or with one of another class.
+    """
+    if layer.training or _has_any_global_hook() or functorch_stack() is not None:  # type: ignore[no-untyped-call]
+        return True
+    modules = layer._modules
+    for name in _PARTS:
+        part = modules[name]._modules.get(adapter)
+        if part is not None:
+            state, kind = part.__dict__, part.__class__
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or "forward" in state
+                or not _is_known(kind)
+            ):
+                return True
+    return False
+
+
+@functools.cache
+def _is_known(kind: Any) -> bool:
+    """Whether modules of a class do what PEFT's do; subclasses that change nothing are fine."""
+    forward: Any = getattr(kind, "forward", None)
+    return any(forward is known.forward for known in _KNOWN_PARTS)
+
+
+def _readable(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
+    """Whether compiled code may read buffers here: with gradients it needs the magnitude."""
+    return not wants_gradient(layer, adapter)
+
+
+def _as_derived(layer: Any, adapter: str, x: Tensor) -> bool:
+    """Whether PEFT would derive here what is buffered: autocast and the input's dtype matter."""
+    if not _readable(layer, adapter, x) or torch.is_autocast_enabled(x.device.type):
+        return False
+    return adapter not in layer.lora_A or x.dtype == layer.lora_A[adapter].weight.dtype
