@@ -10,7 +10,7 @@ from dora_cache.backends.cpu import CPUBackend
 from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
 from dora_cache.backends.null import NullBackend
-from dora_cache.backends.protocol import Backend, Entry, Pinning, Resizable, Value
+from dora_cache.backends.protocol import Backend, Declining, Entry, Pinning, Resizable, Value
 from dora_cache.backends.registry import (
     ENTRY_POINT_GROUP,
     BackendInfo,
@@ -28,6 +28,7 @@ __all__ = [
     "BackendInfo",
     "BudgetBackend",
     "CPUBackend",
+    "Declining",
     "DictBackend",
     "Entry",
     "LRUBackend",

@@ -37,6 +37,12 @@ _ABSENCES = 5
 _MEASUREMENTS = 8
 """Measurements of a cost that are averaged, about: those before have less and less weight."""
 
+_KNOWN = 3
+"""Measurements of its cost before a value is declined."""
+
+_REMEASURED = 16
+"""Times that a value is declined before it is offered, and measured, once more."""
+
 _OTHERS = 2
 """Measurements of its own that the costs of other values of the same size weigh as much as."""
 
@@ -74,11 +80,12 @@ class _Known:
         absence: the usual time between two bursts of uses.
         absences: how many of them were seen; while there are none, ``absence`` is a guess.
         ticket: marks the key's present records in the heaps.
+        declined: how often the value was declined since it was offered last.
     """
 
     __slots__ = (
-        "absence", "absences", "cost", "entry", "gap", "key", "last", "measured", "nbytes",
-        "spread", "ticket",
+        "absence", "absences", "cost", "declined", "entry", "gap", "key", "last", "measured",
+        "nbytes", "spread", "ticket",
     )  # fmt: skip
 
     def __init__(self, key: Hashable, now: int) -> None:
@@ -94,6 +101,7 @@ class _Known:
         self.absence = float(now)
         self.absences = 0
         self.ticket = -1
+        self.declined = 0
 
 
 class BudgetBackend:
@@ -194,6 +202,7 @@ class BudgetBackend:
         elif known.entry is not None:
             self._release(known)
         known.nbytes = entry.nbytes
+        known.declined = 0
         self._measure(known, max(entry.cost, _LEAST_COST))
         if not self._make_room(known):
             return False
@@ -205,6 +214,32 @@ class BudgetBackend:
             self._pinned += known.nbytes
         else:
             self._enter(known)
+        return True
+
+    def declines(self, key: Hashable) -> bool:
+        """Whether ``put`` would refuse a value of ``key`` like those before it.
+
+        Not before its cost is known well, and not every time, so that it stays known.
+        """
+        known = self._known.get(key)
+        if (
+            known is None
+            or known.entry is not None
+            or key in self._pins
+            or known.measured < _KNOWN
+            or known.declined >= _REMEASURED
+            or self._used + known.nbytes <= self._max_bytes
+        ):
+            return False
+        if known.nbytes <= self._max_bytes - self._pinned:
+            self._settle()
+            lowest = self._pop()
+            if lowest is None:
+                return False
+            self._enter(lowest)
+            if self._worth(lowest) < self._worth(known) / _MARGIN:
+                return False
+        known.declined += 1
         return True
 
     def delete(self, key: Hashable) -> bool:

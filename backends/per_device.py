@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from dora_cache.backends.protocol import Declining
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable
 
@@ -78,6 +80,11 @@ class PerDeviceBackend:
     def put(self, key: Hashable, entry: Entry) -> bool:
         """Store ``entry`` on its own device, if that device's backend keeps it."""
         return self.place(key, entry).put(key, entry)
+
+    def declines(self, key: Hashable) -> bool:
+        """Whether the key's device's backend would refuse its value."""
+        backend = self._places.get(key)
+        return isinstance(backend, Declining) and backend.declines(key)
 
     def delete(self, key: Hashable) -> bool:
         """Drop the entry under ``key``; return whether there was one."""

@@ -12,7 +12,7 @@ from dora_cache.backends.storage import Ready, storage_bytes
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable
 
-__all__ = ["Backend", "Entry", "Pinning", "Resizable", "Value"]
+__all__ = ["Backend", "Declining", "Entry", "Pinning", "Resizable", "Value"]
 
 Value = Tensor | tuple[Tensor, ...]
 """A derived value: one tensor or a tuple of tensors."""
@@ -118,6 +118,21 @@ class Resizable(Protocol):
 
         Raises:
             ConfigError: the cap is negative; nothing has changed.
+        """
+
+
+@runtime_checkable
+class Declining(Protocol):
+    """A backend that can tell ahead which values it would not keep; not every backend is one.
+
+    Such a value is derived as if there were no cache, which costs less than to offer it.
+    """
+
+    def declines(self, key: Hashable) -> bool:
+        """Whether ``put`` under ``key`` would return False, for a value like those before it.
+
+        Called after a ``get`` that found nothing. True only where ``put`` would really refuse
+        an entry of the latest one's size and cost; False whenever in doubt.
         """
 
 

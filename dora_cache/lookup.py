@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dora_cache.backends import Value
     from dora_cache.binding import Adapters, Binding
     from dora_cache.decorator import Derivation
+    from dora_cache.usage import Usage
 
 __all__ = ["Lookup", "bypassed_here"]
 
@@ -89,13 +90,13 @@ class Lookup(Store):
             call = self._prepare(derivation, binding, args, kwargs)
         except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
             result = self._past(derivation, args, kwargs)
-            self._warn(f"depends_on of {derivation.name!r}", error)
-            self._catch_up()
+            self.failed(f"depends_on of {derivation.name!r}", error)
             return result
         if call is None:
             return self._past(derivation, args, kwargs)
+        offers = True
         while True:
-            flight, join = None, False
+            flight, join, declined = None, False, False
             with self._lock:
                 usage = self._usages.of(call.key, derivation, call.adapter, self._records)
                 entry = self._valid(call, binding)
@@ -106,11 +107,16 @@ class Lookup(Store):
                     flying = self._flights.get(call.key, ())
                     flight = next((f for f in flying if self._joinable(f, call, binding)), None)
                     join = flight is not None
-                    if flight is None:
+                    declined = flight is None and offers and self._declines(call)
+                    if flight is None and not declined:
                         flight = self._take_off(derivation, call)
                 usage.add(hit=entry is not None or join)
             if self._later or self._warnings:
                 self._catch_up()
+            if declined:
+                with suppress(torch.OutOfMemoryError):
+                    return self._only_derive(usage, derivation, binding, call, args, kwargs)
+                offers = False  # the long way makes room
             if flight is not None:
                 if not join:
                     return self._fly(flight, call, derivation, binding, args, kwargs)
@@ -119,11 +125,9 @@ class Lookup(Store):
                     raise flight.error
                 entry = flight.entry
             if entry is not None:
-                if entry.ready is not None:
-                    entry.ready.join(entry.tensors)
-                return entry.value
-            with self._lock:  # the one waited for came to nothing: this was no lookup yet
-                usage.add(hit=True, count=-1)
+                return _joined(entry)
+            with self._lock:  # declined, or the one waited for came to nothing: no lookup yet
+                usage.add(hit=not declined, count=-1)
 
     def recall(self, shortcut: Shortcut, dependencies: Sequence[object]) -> Entry | None:
         """Return what a shortcut leads to, if everything is as it was; else make the call.
@@ -304,6 +308,40 @@ class Lookup(Store):
         self._discard(call.key)
         return None
 
+    def _declines(self, call: _Call) -> bool:
+        """Whether the backend would not keep the value of a call anyway."""
+        if self._declining is None or self._memory.pins_hold(call.adapter):
+            return False
+        try:
+            return self._declining.declines(call.key) is True
+        except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
+            self._warn("the backend's declines", error)
+            return False
+
+    def _only_derive(
+        self,
+        usage: Usage,
+        derivation: Derivation,
+        binding: Binding,
+        call: _Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Derive a value that would not be kept."""
+        value, cost = self._timed(partial(derivation.function, *args, **kwargs))
+        with self._lock:
+            self._counts["rejections"] += 1
+            usage.derive(cost)
+        self._refill(binding, call)
+        return value
+
+    @staticmethod
+    def _refill(binding: Binding, call: _Call) -> None:
+        """Fill what compiled code reads, which what made this a miss may concern."""
+        buffer = binding.buffers.get(call.adapter)  # type: ignore[arg-type]
+        if buffer is not None:
+            buffer.fill()
+
     def _joinable(self, flight: Flight, call: _Call, binding: Binding) -> bool:
         """Whether a value being derived is the one that the call wants."""
         return (
@@ -368,9 +406,7 @@ class Lookup(Store):
                         self._store(call.key, call.adapter, entry, derivation, binding)
             finally:
                 flight.done.set()
-        buffer = binding.buffers.get(call.adapter)  # type: ignore[arg-type]
-        if buffer is not None:  # what made this a miss may concern compiled code
-            buffer.fill()
+        self._refill(binding, call)
         return value
 
     def _derive(
@@ -440,6 +476,13 @@ class Lookup(Store):
             )
             self._warn_once("out of memory", text)
             self._evict(devices, everything=everything)
+
+
+def _joined(entry: Entry) -> Value:
+    """Return an entry's value, for the current stream."""
+    if entry.ready is not None:
+        entry.ready.join(entry.tensors)
+    return entry.value
 
 
 def _plainly() -> AbstractContextManager[object]:

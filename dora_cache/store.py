@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 import torch
 from torch import Tensor
 
+from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
 from dora_cache.binding import ALL_ADAPTERS, Binding, concerns, next_token
 from dora_cache.errors import (
@@ -108,6 +109,7 @@ class Store:
         self._guards_content = config.guard == "content"
         # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.
         self._keeps_everything = getattr(self._backend, "keeps_everything", False) is True
+        self._declining = self._backend if isinstance(self._backend, Declining) else None
         # Reentrant, because the garbage collector may run anybody's code inside it; what that code
         # asks for is put off (see exclusive), so that nothing is changed half-way through.
         self._lock: Any = threading.RLock()

@@ -116,7 +116,7 @@ def _(patch):
     patch.setattr(lookup, "make_shortcut", _shortcut_of(id, torch.Tensor.data_ptr))
 
 
-@mutant("shortcuts that outlive their entries", ModelMachine)
+@mutant("shortcuts that outlive their entries", ModelMachine, rare=True)
 def _(patch):
     forget = AdapterCache._forget
 

@@ -65,6 +65,50 @@ TestClosedBudget = pytest.mark.machine(ClosedBudgetMachine.TestCase)
 # The policy
 
 
+@settings(max_examples=200)
+@given(
+    st.lists(st.integers(0, 11), min_size=100, max_size=400),
+    st.integers(0, 300),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_declined_would_be_refused(uses, cap, random):
+    """In any order of uses, forwards among them, at any cap."""
+    backend = BudgetBackend(cap)
+    costs = [random.uniform(1e-4, 1e-2) for _ in range(12)]
+    for key in (*range(12),) * 12 + tuple(uses) + (*range(12),) * 4:
+        if backend.get(key) is None:
+            declined = backend.declines(key)
+            # Sizes differ from key to key, since what a size usually costs counts as well.
+            kept = backend.put(key, entry_of(nbytes=10 + key, cost=costs[key]))
+            assert not (declined and kept)
+
+
+def test_what_is_declined_is_measured_now_and_then():
+    """So that a value that has become worth its bytes is let in."""
+    backend = BudgetBackend(20)
+    layers = range(4)
+    cost = dict.fromkeys(layers, 1e-3)
+
+    def once():
+        asked = []
+        for key in layers:
+            if backend.get(key) is None and not backend.declines(key):
+                asked.append(key)
+                backend.put(key, entry_of(cost=cost[key]))
+        return asked
+
+    for _ in range(20):
+        once()
+    away = [key for key in layers if key not in set(backend.keys())]
+    assert len(away) == 2
+    offers = [once() for _ in range(68)]
+    assert [sum(key in asked for asked in offers) for key in away] == [4, 4]
+    cost[away[0]] = 1.0
+    for _ in range(40):
+        once()
+    assert away[0] in set(backend.keys())
+
+
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_a_cycle_larger_than_the_cap_keeps_a_part_of_it(part):
     """In a cycle, as many values hit as fit, where an LRU has no hit at all."""

@@ -55,6 +55,82 @@ def sums(cache):
     return stats
 
 
+# Values that a backend declines
+
+
+class DecliningBackend(backends.LRUBackend):
+    """Says ahead that it wants nothing."""
+
+    fails = False
+    put_calls = 0
+
+    def declines(self, _):
+        if self.fails:
+            raise RuntimeError("no idea")
+        return True
+
+    def put(self, key, entry):
+        DecliningBackend.put_calls += 1
+        return super().put(key, entry)
+
+
+backends.register("declining", DecliningBackend)
+
+
+def test_what_is_declined_is_derived_as_without_a_cache():
+    """It counts as a miss and as a rejection, and is not offered."""
+    owner = Owner()
+    before = DecliningBackend.put_calls
+    with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
+        for _ in range(3):
+            assert owner.value("a").tolist() == [2.0] * 4
+        with torch.no_grad():
+            owner.weight["a"].add_(1)
+        assert owner.value("a").tolist() == [4.0] * 4
+        stats = sums(cache)
+        assert (stats.misses, stats.hits, stats.rejections, stats.stores) == (4, 0, 4, 0)
+        assert cache.report().rows[0].derive > 0
+        assert DecliningBackend.put_calls == before
+        assert owner.derived == 4
+        owner.short = 2  # memory runs out: then it is the cache that makes room
+        with pytest.warns(dora_cache.CacheWarning, match="out of memory"):
+            assert owner.value("a").tolist() == [4.0] * 4
+        assert sums(cache).misses == 5
+
+
+def test_an_adapter_that_is_pinned_is_not_declined():
+    """Its values are wanted, whatever they are worth."""
+    owner = Owner()
+    with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
+        cache.pin("a")
+        owner.value("a")
+        assert held(owner, cache, ("a",), ("b",), ("b",)) == [True, False, False]
+
+
+def test_a_backend_that_cannot_tell(monkeypatch):
+    """It is offered the value, after one warning."""
+    monkeypatch.setattr(DecliningBackend, "fails", True)
+    owner = Owner()
+    with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
+        result, texts = warned(lambda: owner.value("a"))
+        assert result.tolist() == [2.0] * 4
+        assert len(texts) == 1
+        assert "the backend's declines failed" in texts[0]
+        assert held(owner, cache, ("a",)) == [True]
+
+
+def test_declined_on_each_device_by_itself():
+    """The backend of a value's own device answers."""
+    backend = PerDeviceBackend(lambda _: DecliningBackend(64), [torch.device("cpu")])
+    assert not backend.declines("never put")
+    entry = backends.Entry(torch.zeros(4))
+    backend.place("put", entry)
+    assert backend.declines("put")
+    backend = PerDeviceBackend(lambda _: backends.LRUBackend(64), [torch.device("cpu")])
+    backend.place("put", entry)
+    assert not backend.declines("put")
+
+
 # Resizing
 
 

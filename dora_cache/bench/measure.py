@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ __all__ = [
     "Spread",
     "compare",
     "decode",
+    "keep_freed_memory",
     "logits",
     "synchronize",
     "working_set",
@@ -38,6 +40,8 @@ __all__ = [
 
 _WARM_UP_TOKENS = 2
 _TURN = 8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGEST_INT, _LARGEST_THRESHOLD = (1 << 31) - 1, 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,3 +358,23 @@ def synchronize(device: torch.device) -> None:
     """Wait for what runs on a device, so that it is timed where it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc's malloc keep memory that is freed, for the rest of the process.
+
+    By default it may give back large blocks, depending on what else lies where, and then every
+    derived matrix costs page faults: noise as large as what is to be measured. PyTorch's allocator
+    on a GPU keeps memory as well, and so do jemalloc and tcmalloc.
+
+    Returns:
+        Whether malloc could be told so; False without glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(
+            mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+            and mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        )
+    except (AttributeError, OSError, TypeError):
+        return False

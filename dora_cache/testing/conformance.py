@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dora_cache.backends import Backend, Entry, Pinning, Resizable
+from dora_cache.backends import Backend, Declining, Entry, Pinning, Resizable
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
@@ -281,6 +281,23 @@ class BackendConformance(RuleBasedStateMachine):
         unpinned = [key for key in self._model if key not in self._pins]
         if self.exact_lru and unpinned:
             self._fail(f"it keeps {unpinned}, though the pinned entries have {pinned} bytes alone")
+
+    @precondition(lambda self: isinstance(self.backend, Declining))
+    @rule(number=_keys)
+    def declines(self, number: int) -> None:
+        """Ask whether it would keep the value of a key that it does not hold."""
+        self._step("declines")
+        assert isinstance(self.backend, Declining)  # noqa: S101 - for the type checker
+        key = _key(number)
+        if key in self._model:
+            return
+        self._read_absent(key)
+        answer: object = self.backend.declines(key)
+        if answer is not True and answer is not False:
+            self._fail(f"declines({key!r}) returned {answer!r}, not True or False")
+        if answer and key in self._pins:
+            self._fail(f"declines({key!r}) returned True, but the key is pinned")
+        self._check_keys()
 
     @precondition(lambda self: isinstance(self.backend, Pinning))
     @rule(number=_keys)
