@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from typing import TYPE_CHECKING
 
 from dora_cache.backends.storage import Ledger, checked_cap
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable
 
     from dora_cache.backends.protocol import Entry
+    from dora_cache.backends.storage import Ready
 
 __all__ = ["BudgetBackend"]
 
@@ -59,6 +61,9 @@ _REMEMBERED_AT_LEAST = 4096
 
 _SETTLED = 256
 """Entries whose worth is noted anew in one ``put``, at most."""
+
+_TIMINGS = 4096
+"""Derivations whose time on a GPU is waited for, at most."""
 
 _DRIFT = 1.25
 """Growth of an overdue key's age at which its worth, which falls all the time, is noted again."""
@@ -149,6 +154,8 @@ class BudgetBackend:
         self._pins: set[Hashable] = set()
         self._pinned = 0  # bytes of pinned entries
         self._costs: dict[int, tuple[float, int]] = {}  # mean cost and count by bytes
+        # What a GPU was still deriving when it was put, and how long that took the host.
+        self._timings: deque[tuple[_Known, Ready, float]] = deque(maxlen=_TIMINGS)
         self._now = 0
         self._gap = 0.0  # the usual gap of the key used last
         # Unpinned entries by worth, least first, and by when their worth will have fallen. Records
@@ -203,7 +210,13 @@ class BudgetBackend:
             self._release(known)
         known.nbytes = entry.nbytes
         known.declined = 0
-        self._measure(known, max(entry.cost, _LEAST_COST))
+        self._read_timings()
+        if entry.ready is not None and entry.ready.began is not None:
+            self._timings.append((known, entry.ready, entry.cost))
+            if not known.measured:  # until the GPU has come to it
+                known.cost = max(entry.cost, _LEAST_COST)
+        else:
+            self._measure(known, max(entry.cost, _LEAST_COST))
         if not self._make_room(known):
             return False
         known.entry = entry
@@ -255,6 +268,7 @@ class BudgetBackend:
         for known in list(self._held.values()):
             self._release(known)
         self._known.clear()
+        self._timings.clear()
         self._ranks.clear()
         self._dues.clear()
         self._costs.clear()
@@ -316,6 +330,23 @@ class BudgetBackend:
         mean, count = self._costs.get(known.nbytes, (0.0, 0))
         count = min(count + 1, _MEASUREMENTS**2)
         self._costs[known.nbytes] = (mean + (cost - mean) / count, count)
+
+    def _read_timings(self) -> None:
+        """Take into account what the GPU took for values put before, where it has come to them."""
+        while self._timings:
+            known, ready, cost = self._timings[0]
+            seconds = ready.seconds()
+            if seconds is None:
+                return
+            self._timings.popleft()
+            self._measure(known, max(cost, seconds, _LEAST_COST))
+            if known.entry is not None and known.key not in self._pins:
+                self._enter(known)
+
+    def expected(self, key: Hashable) -> float | None:
+        """Return the seconds that deriving the value of ``key`` takes, as measured; or None."""
+        known = self._known.get(key)
+        return known.cost if known is not None and known.measured else None
 
     def _cost(self, known: _Known) -> float:
         """Return the seconds that deriving a key's value is expected to take.

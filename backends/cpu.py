@@ -226,9 +226,7 @@ class CPUBackend:
         try:
             stored = self._host.get(key)  # a copy made earlier
             if stored is None:
-                cost = entry.cost  # without what the device may still do
-                if entry.ready is not None:
-                    cost = max(cost, entry.ready.seconds() or 0.0)
+                cost = self._cost(key, entry)
                 if 0.0 < cost < self._transfer.seconds(entry.nbytes) or not entry.intact:
                     return False
                 stored = self._transfer.to_host(entry, cost)
@@ -241,6 +239,15 @@ class CPUBackend:
         if isinstance(stored, HostEntry):
             self._largest = max(self._largest, stored.nbytes)
         return True
+
+    def _cost(self, key: Hashable, entry: Entry) -> float:
+        """Return the seconds that deriving a value takes, the device's own work included if known.
+
+        The device may not have come to it yet. Then what it took the times before counts.
+        """
+        latest = None if entry.ready is None else entry.ready.seconds()
+        usual = None if self._device is None else self._device.expected(key)
+        return max(entry.cost, latest or usual or 0.0)
 
     def _warn(self, error: RuntimeError) -> None:
         if self._warned:

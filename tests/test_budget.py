@@ -83,6 +83,47 @@ def test_what_is_declined_would_be_refused(uses, cap, random):
             assert not (declined and kept)
 
 
+class Timed:
+    """Stands for the work of a GPU: what it takes is known once it is done."""
+
+    began = object()
+
+    def __init__(self, took):
+        self.took = took
+        self.done = False
+
+    def seconds(self):
+        return self.took if self.done else None
+
+
+def test_what_a_gpu_takes_counts_once_it_is_known():
+    """Launching the work takes the host the same time, whatever the GPU does with it."""
+    backend = BudgetBackend(20)
+    on_gpu = {0: 1e-5, 1: 1e-5, 2: 1e-1, 3: 1e-1}
+    timings = []
+
+    def once():
+        for key, seconds in on_gpu.items():
+            if backend.get(key) is None:
+                timings.append(Timed(seconds))
+                entry = Entry(torch.zeros(10, dtype=torch.uint8), cost=1e-3, ready=timings[-1])
+                backend.put(key, entry)
+
+    for _ in range(3):
+        once()
+    assert set(backend.keys()) == {0, 1}
+    assert backend.expected(2) is None
+    for timing in timings:
+        timing.done = True
+    once()
+    once()
+    assert set(backend.keys()) == {2, 3}
+    assert backend.expected(2) == pytest.approx(1e-1)
+    assert backend.expected("never seen") is None
+    backend.clear()
+    assert backend.expected(2) is None
+
+
 def test_what_is_declined_is_measured_now_and_then():
     """So that a value that has become worth its bytes is let in."""
     backend = BudgetBackend(20)

@@ -44,6 +44,8 @@ class Compiled:
         self.kind = kind
         self.model = dora_model(kind, dtype=dtype, adapters=("first", "second"), **config or {})
         self.x = sample(kind, dtype)
+        if torch.cuda.is_available() and more.pop("cuda", False):
+            self.model, self.x = self.model.to("cuda"), self.x.to("cuda")
         self.activate("first")
         self.cache = dora_cache.attach(self.model, **more)
         self.counter = CompileCounter()
@@ -153,6 +155,30 @@ def test_inductor_follows_the_buffers():
         torch.testing.assert_close(run(setup.compiled, setup.x), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(run(graphed, setup.x), expected, rtol=1e-5, atol=1e-6)
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty")
+def test_compiled_for_a_gpu(mode, kind, numerics):
+    """Whole graphs, CUDA graphs too; right after every change, and compiled once."""
+    setup = Compiled(kind, numerics=numerics, cuda=True)
+    compiled = torch.compile(setup.model, mode=mode, fullgraph=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    changes = [lambda: None, lambda: _step(setup), lambda: setup.layer.set_scale("first", 3)]
+    changes += [lambda: _load(setup)]
+    if kind != "embedding":  # which PEFT cannot hotswap
+        changes += [lambda: _hotswap(setup)]
+    for change in changes:
+        with quiet():
+            change()
+        expected = setup.plain()
+        for _ in range(4):  # CUDA graphs are recorded at the second call
+            torch.testing.assert_close(run(compiled, setup.x), expected, rtol=1e-4, atol=1e-5)
+        assert graphs["unique_graphs"] == before + 1
 
 
 def test_buffers_have_addresses_that_cuda_graphs_rely_on():
