@@ -202,6 +202,10 @@ class BudgetBackend:
 
     def put(self, key: Hashable, entry: Entry) -> bool:
         """Store ``entry`` if it is worth more than what it displaces, or if its key is pinned."""
+        return self._put(key, entry, derived=True)
+
+    def _put(self, key: Hashable, entry: Entry, *, derived: bool) -> bool:
+        """Do what ``put`` does; the cost of a value that was not derived just now tells nothing."""
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = _Known(key, self._now)
@@ -211,12 +215,13 @@ class BudgetBackend:
         known.nbytes = entry.nbytes
         known.declined = 0
         self._read_timings()
-        if entry.ready is not None and entry.ready.began is not None:
-            self._timings.append((known, entry.ready, entry.cost))
-            if not known.measured:  # until the GPU has come to it
-                known.cost = max(entry.cost, _LEAST_COST)
-        else:
-            self._measure(known, max(entry.cost, _LEAST_COST))
+        cost = max(entry.cost, _LEAST_COST)
+        if not known.measured:  # until the GPU has come to it
+            known.cost = cost
+        if entry.ready is not None and entry.ready.began is not None and derived:
+            self._timings.append((known, entry.ready, cost))
+        elif derived:
+            self._measure(known, cost)
         if not self._make_room(known):
             return False
         known.entry = entry
@@ -339,7 +344,7 @@ class BudgetBackend:
             if seconds is None:
                 return
             self._timings.popleft()
-            self._measure(known, max(cost, seconds, _LEAST_COST))
+            self._measure(known, max(cost, seconds))
             if known.entry is not None and known.key not in self._pins:
                 self._enter(known)
 

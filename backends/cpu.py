@@ -42,6 +42,10 @@ class _DeviceTier(BudgetBackend):
         """Bytes that are free."""
         return self._max_bytes - self._used
 
+    def put_back(self, key: Hashable, entry: Entry) -> bool:
+        """Do what ``put`` does, for a copy of what was derived some time ago."""
+        return self._put(key, entry, derived=False)
+
     def evicted(self, key: Hashable, entry: Entry) -> None:
         self._evicted(key, entry)
 
@@ -127,7 +131,7 @@ class CPUBackend:
             if isinstance(entry, HostEntry):
                 entry = self._fetched(entry, self._prefetch.take(key))
                 # Never in another's place: only put() may lose an entry.
-                if entry.nbytes <= self._device.room and self._device.put(key, entry):
+                if entry.nbytes <= self._device.room and self._device.put_back(key, entry):
                     self._away.pop(key, None)
         self._prefetch.asked(key)
         if self._away and self._window:
@@ -226,8 +230,8 @@ class CPUBackend:
         try:
             stored = self._host.get(key)  # a copy made earlier
             if stored is None:
-                cost = self._cost(key, entry)
-                if 0.0 < cost < self._transfer.seconds(entry.nbytes) or not entry.intact:
+                cost, expected = self._costs(key, entry)
+                if 0.0 < expected < self._transfer.seconds(entry.nbytes) or not entry.intact:
                     return False
                 stored = self._transfer.to_host(entry, cost)
                 if not self._host.put(key, stored):
@@ -240,14 +244,15 @@ class CPUBackend:
             self._largest = max(self._largest, stored.nbytes)
         return True
 
-    def _cost(self, key: Hashable, entry: Entry) -> float:
-        """Return the seconds that deriving a value takes, the device's own work included if known.
+    def _costs(self, key: Hashable, entry: Entry) -> tuple[float, float]:
+        """Return the seconds that deriving a value took, as far as is known, and usually takes.
 
         The device may not have come to it yet. Then what it took the times before counts.
         """
-        latest = None if entry.ready is None else entry.ready.seconds()
-        usual = None if self._device is None else self._device.expected(key)
-        return max(entry.cost, latest or usual or 0.0)
+        latest = (entry.ready.seconds() if entry.ready is not None else None) or 0.0
+        usual = (self._device.expected(key) if self._device is not None else None) or 0.0
+        cost = max(entry.cost, latest)
+        return cost, cost if latest else max(cost, usual)
 
     def _warn(self, error: RuntimeError) -> None:
         if self._warned:
