@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CPUBackend"]
 
-_AHEAD = 4
+_AHEAD = 2
 """How many of the largest values may be on their way to the device at once."""
 
 _PATIENCE = 256

@@ -214,7 +214,7 @@ def test_the_device_tier_yields_to_copies_on_their_way():
     assert cycle(backend, 14) == 4
     assert cycle(backend, 14) == 0
     assert backend.device_nbytes <= 10 * SIZE
-    assert backend._device.max_bytes == 6 * SIZE
+    assert backend._device.max_bytes == 8 * SIZE
 
 
 def test_what_was_written_into_is_not_offloaded():
