@@ -218,9 +218,9 @@ class BudgetBackend:
         cost = max(entry.cost, _LEAST_COST)
         if not known.measured:  # until the GPU has come to it
             known.cost = cost
-        if entry.ready is not None and entry.ready.began is not None and derived:
+        if derived and entry.ready is not None and entry.ready.began is not None:
             self._timings.append((known, entry.ready, cost))
-        elif derived:
+        elif derived or not known.measured:
             self._measure(known, cost)
         if not self._make_room(known):
             return False
@@ -340,7 +340,10 @@ class BudgetBackend:
         """Take into account what the GPU took for values put before, where it has come to them."""
         while self._timings:
             known, ready, cost = self._timings[0]
-            seconds = ready.seconds()
+            try:
+                seconds = ready.seconds()
+            except RuntimeError:  # the function left another stream behind
+                seconds = cost
             if seconds is None:
                 return
             self._timings.popleft()

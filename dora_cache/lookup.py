@@ -107,7 +107,7 @@ class Lookup(Store):
                     flying = self._flights.get(call.key, ())
                     flight = next((f for f in flying if self._joinable(f, call, binding)), None)
                     join = flight is not None
-                    declined = flight is None and offers and self._declines(call)
+                    declined = flight is None and offers and self._declines(call, usage, binding)
                     if flight is None and not declined:
                         flight = self._take_off(derivation, call)
                 usage.add(hit=entry is not None or join)
@@ -308,15 +308,25 @@ class Lookup(Store):
         self._discard(call.key)
         return None
 
-    def _declines(self, call: _Call) -> bool:
-        """Whether the backend would not keep the value of a call anyway."""
-        if self._declining is None or self._memory.pins_hold(call.adapter):
+    def _declines(self, call: _Call, usage: Usage, binding: Binding) -> bool:
+        """Whether the backend would not keep the value of a call anyway.
+
+        After an event the value is offered once: its size and device may be others.
+        """
+        if (
+            self._declining is None
+            or usage.born <= binding.voided(call.adapter)
+            or self._memory.pins_hold(call.adapter)
+        ):
             return False
         try:
-            return self._declining.declines(call.key) is True
+            declines = self._declining.declines(call.key) is True
         except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
             self._warn("the backend's declines", error)
             return False
+        if declines:
+            self._forget(call.key)  # the shortcut of an evicted entry would ask once more each time
+        return declines
 
     def _only_derive(
         self,
@@ -327,7 +337,7 @@ class Lookup(Store):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Derive a value that would not be kept."""
+        """Derive a value that would not be kept, in each thread that asks for it."""
         value, cost = self._timed(partial(derivation.function, *args, **kwargs))
         with self._lock:
             self._counts["rejections"] += 1

@@ -71,14 +71,15 @@ class DecliningBackend(backends.LRUBackend):
 
     def put(self, key, entry):
         DecliningBackend.put_calls += 1
-        return super().put(key, entry)
+        wanted = self.fails or key in self._pins
+        return wanted and super().put(key, entry)
 
 
 backends.register("declining", DecliningBackend)
 
 
 def test_what_is_declined_is_derived_as_without_a_cache():
-    """It counts as a miss and as a rejection, and is not offered."""
+    """It counts as a miss and as a rejection; it is offered once, and after each event again."""
     owner = Owner()
     before = DecliningBackend.put_calls
     with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
@@ -90,12 +91,67 @@ def test_what_is_declined_is_derived_as_without_a_cache():
         stats = sums(cache)
         assert (stats.misses, stats.hits, stats.rejections, stats.stores) == (4, 0, 4, 0)
         assert cache.report().rows[0].derive > 0
-        assert DecliningBackend.put_calls == before
-        assert owner.derived == 4
+        assert DecliningBackend.put_calls == before + 1
+        cache.invalidate(adapter="a")
+        for _ in range(3):
+            owner.value("a")
+        assert DecliningBackend.put_calls == before + 2
+        assert owner.derived == 7
         owner.short = 2  # memory runs out: then it is the cache that makes room
         with pytest.warns(dora_cache.CacheWarning, match="out of memory"):
             assert owner.value("a").tolist() == [4.0] * 4
-        assert sums(cache).misses == 5
+        assert sums(cache).misses == 8
+
+
+def test_what_is_declined_is_used_once_at_each_miss():
+    """The way to an entry that was evicted meanwhile is forgotten: it would ask twice each time."""
+
+    class Fickle(backends.LRUBackend):
+        asked = 0
+        refuses = False
+
+        def get(self, key):
+            Fickle.asked += 1
+            return super().get(key)
+
+        def declines(self, _):
+            return self.refuses
+
+    backend = Fickle(8 * SIZE)
+    owner = Owner()
+    backends.register("fickle", lambda max_bytes: backend)
+    with dora_cache.attach(owner, backend="fickle", max_bytes=8 * SIZE):
+        for _ in range(3):
+            owner.value("a")  # the last time by the shortcut
+        for key in list(backend.keys()):
+            backend.delete(key)
+        backend.refuses = True
+        owner.value("a")
+        Fickle.asked = 0
+        for _ in range(3):
+            owner.value("a")
+        assert Fickle.asked == 3
+
+
+def test_pins_see_what_is_declined():
+    """Values seen so far count for pin(), resize() and report(), held or not, after events too."""
+    owner = Owner()
+    places = range(6)
+    with dora_cache.attach(owner, backend="budget", max_bytes=4 * SIZE) as cache:
+
+        def serve(times):
+            for _ in range(times):
+                for name in "ab":
+                    for place in places:
+                        owner.value(name, place)
+
+        serve(12)
+        cache.invalidate(adapter="a")
+        serve(3)
+        assert sums(cache).rejections > 0
+        assert cache.report().working_set == 12 * SIZE
+        with pytest.raises(dora_cache.errors.PinError):
+            cache.pin("a")
 
 
 def test_an_adapter_that_is_pinned_is_not_declined():
@@ -112,6 +168,8 @@ def test_a_backend_that_cannot_tell(monkeypatch):
     monkeypatch.setattr(DecliningBackend, "fails", True)
     owner = Owner()
     with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
+        owner.value("a")
+        cache._backend.clear()
         result, texts = warned(lambda: owner.value("a"))
         assert result.tolist() == [2.0] * 4
         assert len(texts) == 1
