@@ -252,7 +252,7 @@ class CPUBackend:
         latest = (entry.ready.seconds() if entry.ready is not None else None) or 0.0
         usual = (self._device.expected(key) if self._device is not None else None) or 0.0
         cost = max(entry.cost, latest)
-        return cost, cost if latest else max(cost, usual)
+        return cost, max(cost, usual) if cost and not latest else cost
 
     def _warn(self, error: RuntimeError) -> None:
         if self._warned:

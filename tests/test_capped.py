@@ -75,14 +75,18 @@ class DecliningBackend(backends.LRUBackend):
         return wanted and super().put(key, entry)
 
 
-backends.register("declining", DecliningBackend)
+@pytest.fixture(scope="module")
+def declining():
+    # Not when the module is imported: test_report.py imports it as well.
+    backends.register("declining", DecliningBackend)
+    return "declining"
 
 
-def test_what_is_declined_is_derived_as_without_a_cache():
+def test_what_is_declined_is_derived_as_without_a_cache(declining):
     """It counts as a miss and as a rejection; it is offered once, and after each event again."""
     owner = Owner()
     before = DecliningBackend.put_calls
-    with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
+    with dora_cache.attach(owner, backend=declining, max_bytes=8 * SIZE) as cache:
         for _ in range(3):
             assert owner.value("a").tolist() == [2.0] * 4
         with torch.no_grad():
@@ -154,20 +158,20 @@ def test_pins_see_what_is_declined():
             cache.pin("a")
 
 
-def test_an_adapter_that_is_pinned_is_not_declined():
+def test_an_adapter_that_is_pinned_is_not_declined(declining):
     """Its values are wanted, whatever they are worth."""
     owner = Owner()
-    with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
+    with dora_cache.attach(owner, backend=declining, max_bytes=8 * SIZE) as cache:
         cache.pin("a")
         owner.value("a")
         assert held(owner, cache, ("a",), ("b",), ("b",)) == [True, False, False]
 
 
-def test_a_backend_that_cannot_tell(monkeypatch):
+def test_a_backend_that_cannot_tell(declining, monkeypatch):
     """It is offered the value, after one warning."""
     monkeypatch.setattr(DecliningBackend, "fails", True)
     owner = Owner()
-    with dora_cache.attach(owner, backend="declining", max_bytes=8 * SIZE) as cache:
+    with dora_cache.attach(owner, backend=declining, max_bytes=8 * SIZE) as cache:
         owner.value("a")
         cache._backend.clear()
         result, texts = warned(lambda: owner.value("a"))

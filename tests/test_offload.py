@@ -3,6 +3,7 @@
 What CUDA does with the copies is in test_cuda.py.
 """
 
+import dataclasses
 import threading
 
 import pytest
@@ -162,6 +163,34 @@ def test_what_is_cheaper_to_derive_than_to_copy_is_not_offloaded():
     assert len(backend) == 4
     assert backend.fetches == 0
     assert backend._host.nbytes == 0
+
+
+class Timed:
+    """Stands for a GPU's work that takes long and is not done yet, or has been."""
+
+    began = object()
+    done = False
+
+    def seconds(self):
+        return 1.0 if self.done else None
+
+
+def test_what_a_value_took_before_counts_while_the_device_is_at_it():
+    """Launching takes no time; the device's work does, and is known from the times before."""
+    backend = make(device_bytes=SIZE // 2)
+    cheap = backend._transfer.seconds(SIZE) / 2
+    first, second = Timed(), Timed()
+    assert not backend.put("a", dataclasses.replace(entry(1, cost=cheap), ready=first))
+    first.done = True
+    assert not backend.put("b", entry(2, cost=cheap))  # the first one's time is read meanwhile
+    assert backend.put("a", dataclasses.replace(entry(1, cost=cheap), ready=second))
+
+
+def test_a_value_whose_cost_is_not_known_is_kept():
+    """Backends are used without a cache as well, with entries made by hand."""
+    backend = make(device_bytes=SIZE // 2)
+    assert backend.put("a", entry(1, cost=0.0))
+    assert backend.get("a").stamp == 1
 
 
 def test_a_value_above_the_device_tier_waits_on_the_host():
