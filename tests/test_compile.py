@@ -40,12 +40,19 @@ class Compiled:
     The first is active and, as when loaded for inference, requires no gradients.
     """
 
-    def __init__(self, kind="linear", *, fullgraph=True, dtype=torch.float32, config=None, **more):
+    def __init__(
+        self,
+        kind="linear",
+        *,
+        fullgraph=True,
+        dtype=torch.float32,
+        device="cpu",
+        config=None,
+        **more,
+    ):
         self.kind = kind
-        self.model = dora_model(kind, dtype=dtype, adapters=("first", "second"), **config or {})
-        self.x = sample(kind, dtype)
-        if torch.cuda.is_available() and more.pop("cuda", False):
-            self.model, self.x = self.model.to("cuda"), self.x.to("cuda")
+        model = dora_model(kind, dtype=dtype, adapters=("first", "second"), **config or {})
+        self.model, self.x = model.to(device), sample(kind, dtype).to(device)
         self.activate("first")
         self.cache = dora_cache.attach(self.model, **more)
         self.counter = CompileCounter()
@@ -164,7 +171,7 @@ def test_inductor_follows_the_buffers():
 @pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty")
 def test_compiled_for_a_gpu(mode, kind, numerics):
     """Whole graphs, CUDA graphs too; right after every change, and compiled once."""
-    setup = Compiled(kind, numerics=numerics, cuda=True)
+    setup = Compiled(kind, numerics=numerics, device="cuda")
     compiled = torch.compile(setup.model, mode=mode, fullgraph=True)
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
