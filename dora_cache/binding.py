@@ -150,13 +150,13 @@ class Binding:
         """Whether it is of a plain function, which has no owner."""
         return self._owner is None
 
-    def serves(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call with these arguments is the owner's own, outside training mode."""
-        reference = self._owner
-        if reference is None:
-            return True
-        owner = args[0]
-        return reference() is owner and not getattr(owner, "training", False)
+    def owned_by(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call with these arguments is the owner's own, not that of a copy of it."""
+        return self._owner is None or self._owner() is args[0]
+
+    def in_training(self, args: tuple[Any, ...]) -> bool:
+        """Whether the owner that a call with these arguments is of is in training mode."""
+        return self._owner is not None and getattr(args[0], "training", False)
 
     def voided(self, adapter: Adapters) -> int:
         """Return the time of the last event that voids values of ``adapter``."""

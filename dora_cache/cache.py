@@ -17,7 +17,7 @@ from dora_cache.errors import (
     AlreadyAttachedError,
     DetachedError,
 )
-from dora_cache.lookup import Lookup, bypassed_here
+from dora_cache.lookup import Lookup, NotCachedError, bypassed_here, warming_here
 from dora_cache.report import CacheReport, Declined, rows_of, seen_of
 from dora_cache.stats import CacheStats
 from dora_cache.store import exclusive
@@ -48,6 +48,7 @@ class AdapterCache(Lookup):
     def stats(self) -> CacheStats:
         """Return the counters as they are now."""
         with self._locked():
+            reasons = {reason.value: count for reason, count in self._reasons.items()}
             entries = self._try("len", lambda: len(self._backend), len(self._records))
             nbytes = self._try("nbytes", lambda: self._backend.nbytes, 0)
             max_bytes = self._try("max_bytes", lambda: self._memory.max_bytes, None)
@@ -66,6 +67,7 @@ class AdapterCache(Lookup):
             entries=entries,
             nbytes=nbytes + reserved,
             max_bytes=max_bytes,
+            reasons=reasons,
             **counts,
         )
 
@@ -136,6 +138,9 @@ class AdapterCache(Lookup):
         Returns:
             How many values were derived; those that were there already do not count.
 
+        Values that cannot be stored at present are not derived: the reason is in the report, and
+        is said once by a warning.
+
         Raises:
             AdapterNotFoundError: no cached layer has such an adapter.
             ValueError: the model is in training mode, where nothing is cached.
@@ -157,9 +162,16 @@ class AdapterCache(Lookup):
             from rich.progress import track  # slow to import
 
             steps = track(jobs, "deriving values")
-        with torch.no_grad():
-            for job in steps:
-                job()
+        warming = warming_here.set(True)
+        try:
+            with torch.no_grad():
+                for job in steps:
+                    try:
+                        job()
+                    except NotCachedError as error:
+                        self.decline(error.name, "warm()", error.reason.value)
+        finally:
+            warming_here.reset(warming)
         return self.stats().misses - before
 
     def _jobs(self, wanted: list[str] | None) -> tuple[set[str], list[Callable[[], object]], bool]:
@@ -263,6 +275,7 @@ class AdapterCache(Lookup):
                 caps=caps,
                 pins=self.pins,
                 declined=tuple(self._declined),
+                reasons=tuple(self._reasons.most_common()),
                 seen=seen,
             )
 

@@ -16,6 +16,7 @@ from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
 from dora_cache.contents import Contents
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
+from dora_cache.reasons import Reason
 from dora_cache.shortcut import Shortcut, make_shortcut
 from dora_cache.stamps import (
     Signature,
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
     from dora_cache.decorator import Derivation
     from dora_cache.usage import Usage
 
-__all__ = ["Lookup", "bypassed_here"]
+__all__ = ["Lookup", "NotCachedError", "bypassed_here", "warming_here"]
 
 bypassed_here: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
+warming_here: ContextVar[bool] = ContextVar("dora_cache_warming", default=False)
 _SPELLINGS = 4096  # calls whose keys each binding remembers
 
 
@@ -51,6 +53,20 @@ class _Call(NamedTuple):
     signature: Signature
     dependencies: list[object]
     contents: Contents | None
+
+
+class NotCachedError(Exception):
+    """Raised within ``warm()``, where a value that cannot be stored is not derived.
+
+    Args:
+        name: of the derivation.
+        reason: why it cannot be stored.
+    """
+
+    def __init__(self, name: str, reason: Reason) -> None:
+        super().__init__(f"{name} is not cached: {reason.value}")
+        self.name = name
+        self.reason = reason
 
 
 class Lookup(Store):
@@ -78,22 +94,19 @@ class Lookup(Store):
                     entry = None
                 if entry is not None:
                     return entry.value
-        if (
-            self._closed
-            or (bypassed and self.token in bypassed)
-            or not binding.serves(args)
-            or untraceable()
-            or self._lock._is_owned()  # a __del__ that the garbage collector runs in there
-        ):
-            return self._past(derivation, args, kwargs)
+        reason = self._bars(binding, args)
+        if reason is not None:
+            return self._past(reason, derivation, args, kwargs)
         try:
             call = self._prepare(derivation, binding, args, kwargs)
+        except UncheckableError as error:
+            return self._past(error.reason, derivation, args, kwargs)
+        except UnkeyableError:
+            return self._past(Reason.UNKEYABLE, derivation, args, kwargs)
         except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
-            result = self._past(derivation, args, kwargs)
+            result = self._past(Reason.DEPENDS_ON_FAILED, derivation, args, kwargs)
             self.failed(f"depends_on of {derivation.name!r}", error)
             return result
-        if call is None:
-            return self._past(derivation, args, kwargs)
         offers = True
         while True:
             flight, join, declined = None, False, False
@@ -209,14 +222,36 @@ class Lookup(Store):
         """Whether this thread is within :meth:`bypass`."""
         return self.token in bypassed_here.get()
 
-    def passed_by(self) -> None:
+    def passed_by(self, reason: Reason) -> None:
         """Count a call that went past the cache without asking it."""
         with self._locked():
             self._counts["bypasses"] += 1
+            self._reasons[reason] += 1
 
-    def _past(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _bars(self, binding: Binding, args: tuple[Any, ...]) -> Reason | None:
+        """Return why a call has to go past the cache whatever it asks for, or None."""
+        if self._closed:
+            return Reason.DETACHED
+        if self.bypassing:
+            return Reason.BYPASS
+        if not binding.owned_by(args):
+            return Reason.COPY
+        if binding.in_training(args):
+            return Reason.TRAINING
+        if untraceable():
+            return Reason.TRACED
+        if self._lock._is_owned():  # a __del__ that the garbage collector runs in there
+            return Reason.REENTERED
+        return None
+
+    def _past(
+        self, reason: Reason, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if warming_here.get():
+            raise NotCachedError(derivation.name, reason)
         with self._lock:
             self._counts["bypasses"] += 1
+            self._reasons[reason] += 1
         return derivation.function(*args, **kwargs)
 
     def _prepare(
@@ -225,24 +260,25 @@ class Lookup(Store):
         binding: Binding,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> _Call | None:
-        """Key and sign a call; None if it has to go past the cache.
+    ) -> _Call:
+        """Key and sign a call.
 
-        Whatever ``depends_on`` raises comes through.
+        Raises:
+            UnkeyableError: an argument cannot be part of a key.
+            UncheckableError: it cannot be told whether the value holds.
+            Exception: whatever ``depends_on`` raises.
         """
-        try:
-            frozen, adapter, dependencies = self._bind(derivation, binding, args, kwargs)
-            depends_on = derivation.depends_on
-            if depends_on is not None:
-                dependencies += depends_on(*args, **kwargs)
-            elif isinstance(binding.owner, nn.Module):
-                dependencies += own_state(binding.owner)
-            signature, requires_grad = sign(dependencies)
-            contents = Contents(tensors_in(dependencies)) if self._guards_content else None
-        except (UnkeyableError, UncheckableError):
-            return None
+        frozen, adapter, dependencies = self._bind(derivation, binding, args, kwargs)
+        depends_on = derivation.depends_on
+        if depends_on is not None:
+            dependencies += depends_on(*args, **kwargs)
+        elif isinstance(binding.owner, nn.Module):
+            dependencies += own_state(binding.owner)
+        signature, requires_grad = sign(dependencies)
+        contents = Contents(tensors_in(dependencies)) if self._guards_content else None
         if requires_grad and not derivation.detach and torch.is_grad_enabled():
-            return None
+            msg = "gradients are wanted through the value"
+            raise UncheckableError(msg, Reason.GRADIENTS)
         key = (derivation.number, binding.token, frozen, environment())
         return _Call(key, adapter, signature, dependencies, contents)
 
@@ -341,6 +377,7 @@ class Lookup(Store):
         value, cost = self._timed(partial(derivation.function, *args, **kwargs))
         with self._lock:
             self._counts["rejections"] += 1
+            self._reasons[Reason.DECLINED] += 1
             usage.derive(cost)
         self._refill(binding, call)
         return value
@@ -414,6 +451,10 @@ class Lookup(Store):
                         and flight.stamp.born > binding.voided(call.adapter)
                     ):
                         self._store(call.key, call.adapter, entry, derivation, binding)
+                    elif entry is not None:
+                        self._reasons[Reason.CHANGED] += 1
+                    elif flight.error is None:
+                        self._reasons[flight.unstored] += 1
             finally:
                 flight.done.set()
         self._refill(binding, call)
@@ -440,12 +481,14 @@ class Lookup(Store):
                 break
             self._relieve(call.dependencies, everything=everything)
         else:
+            flight.unstored = Reason.OUT_OF_MEMORY
             return self._timed(function)[0], None
         for last in (False, True):
             with suppress(torch.OutOfMemoryError), _plainly():
                 kept = _storable(value, flight.stamp)
                 break
             if last:
+                flight.unstored = Reason.OUT_OF_MEMORY
                 return value, None
             self._relieve(call.dependencies)
         if kept is None:

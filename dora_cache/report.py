@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from dora_cache.binding import Adapters
+    from dora_cache.reasons import Reason
     from dora_cache.stats import CacheStats
     from dora_cache.usage import Usage, Usages
 
@@ -114,6 +115,8 @@ class CacheReport:
         caps: for each device that has a cap of its own, its name, the bytes held, and the cap.
         pins: names of the pinned adapters.
         declined: what could have been cached and is not, and why.
+        reasons: why calls went past the cache or values were not kept, each with its count, the
+            most frequent first.
         seen: what the curve is computed from.
     """
 
@@ -125,6 +128,7 @@ class CacheReport:
     caps: tuple[tuple[str, int, int | None], ...]
     pins: tuple[str, ...]
     declined: tuple[Declined, ...]
+    reasons: tuple[tuple[Reason, int], ...]
     seen: tuple[Seen, ...] = field(repr=False)
 
     @property
@@ -212,6 +216,12 @@ class CacheReport:
         from rich.text import Text
 
         parts: list[Any] = [self._table(), Text(self._summary())]
+        if self.reasons:
+            parts.append(Text("Calls past the cache, and values not kept:"))
+            parts += [
+                Text(f"  {count:,} x {reason.value}: {reason.advice}")
+                for reason, count in self.reasons
+            ]
         if self.declined:
             parts.append(Text("Not cached:"))
             parts += [

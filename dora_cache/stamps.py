@@ -15,6 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from dora_cache.keys import freeze
+from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -27,6 +28,7 @@ __all__ = [
     "UncheckableError",
     "environment",
     "functorch_stack",
+    "mark_refilled",
     "sign",
     "tensors_in",
     "untraceable",
@@ -41,7 +43,37 @@ one piece of memory is read much faster than the many objects of a tuple of tupl
 
 
 class UncheckableError(Exception):
-    """It cannot be told whether a dependency changes; the call must go past the cache."""
+    """It cannot be told whether a dependency changes; the call must go past the cache.
+
+    Args:
+        text: what cannot be checked.
+        reason: the kind of it.
+    """
+
+    def __init__(self, text: str, reason: Reason = Reason.UNSIGNABLE) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+_refilled: dict[int, StorageWeakRef] = {}
+
+
+def mark_refilled(tensor: Tensor | torch.UntypedStorage) -> bool:
+    """Sign no tensor on this storage from now on: its content changes and nothing counts it.
+
+    Returns:
+        Whether the storage was not marked before.
+    """
+    storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else tensor
+    if storage._cdata in _refilled:
+        return False
+    if len(_refilled) % 1024 == 1023:  # noqa: PLR2004 - now and then
+        for number, held in list(_refilled.items()):
+            if held.expired():  # type: ignore[no-untyped-call]
+                del _refilled[number]
+    # The weak reference keeps the number from being given to another storage.
+    _refilled[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+    return True
 
 
 _storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
@@ -86,7 +118,8 @@ def sign(dependencies: Iterable[object]) -> tuple[Signature, bool]:
         if isinstance(item, Tensor):
             if not (_plain_types.get(type(item)) or _is_plain(type(item))):
                 msg = f"a {type(item).__name__} has no data of its own"
-                raise UncheckableError(msg)
+                sharded = type(item).__name__ == "DTensor"
+                raise UncheckableError(msg, Reason.SHARDED if sharded else Reason.SUBCLASS)
             try:  # spelled out here, not in a function: it runs for every weight at every hit
                 parts.append(
                     _pack_tensor(
@@ -102,7 +135,10 @@ def sign(dependencies: Iterable[object]) -> tuple[Signature, bool]:
                 if item.requires_grad:
                     requires_grad = True
             except (RuntimeError, NotImplementedError) as error:
-                raise UncheckableError(str(error)) from None
+                raise UncheckableError(str(error), Reason.UNVERSIONED) from None
+            if _refilled and _storage_address(item) in _refilled:
+                msg = "the storage of a dependency is refilled without counting it"
+                raise UncheckableError(msg, Reason.REFILLED)
         elif item is None:
             parts.append(b"none")
         elif type(item) is float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["CacheStats"]
 
@@ -27,6 +31,8 @@ class CacheStats:
         entries: entries held now.
         nbytes: bytes held now, each distinct storage once; what compiled code reads included.
         max_bytes: the most bytes that may be held; None if unbounded.
+        reasons: how often each reason applied, by its name: why calls went past the cache, and why
+            derived values were not kept. See :class:`dora_cache.reasons.Reason`.
     """
 
     hits: int = 0
@@ -40,6 +46,7 @@ class CacheStats:
     entries: int = 0
     nbytes: int = 0
     max_bytes: int | None = None
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def lookups(self) -> int:

@@ -22,6 +22,7 @@ from dora_cache.errors import (
     CacheWarning,
 )
 from dora_cache.memory import Memory
+from dora_cache.reasons import Reason
 from dora_cache.stamps import (
     Stamp,
 )
@@ -43,7 +44,7 @@ __all__ = ["Flight", "Record", "Store", "exclusive"]
 class Flight:
     """A value on its way: derived by one thread, awaited by others."""
 
-    __slots__ = ("derivation", "done", "entry", "error", "stamp", "thread", "touched")
+    __slots__ = ("derivation", "done", "entry", "error", "stamp", "thread", "touched", "unstored")
 
     def __init__(self, derivation: Derivation, stamp: Stamp) -> None:
         self.derivation = derivation
@@ -53,6 +54,7 @@ class Flight:
         self.touched = False
         self.entry: Entry | None = None
         self.error: Exception | None = None
+        self.unstored = Reason.UNSTORABLE  # why there is no entry, if there is none
 
 
 class Record(NamedTuple):
@@ -121,6 +123,7 @@ class Store:
         self._records: dict[Hashable, Record] = {}
         self._by_storage: dict[int, set[Hashable]] = {}
         self._counts: Counter[str] = Counter()
+        self._reasons: Counter[Reason] = Counter()
         self._usages = Usages()
         self._declined: dict[Declined, None] = {}
         self._warned: set[Hashable] = set()
@@ -146,7 +149,7 @@ class Store:
         return sum(self._void(binding, ALL_ADAPTERS) for binding in list(self._bindings.values()))
 
     @exclusive
-    def touched(self, tensors: Iterable[Tensor]) -> int:
+    def touched(self, tensors: Iterable[Tensor | torch.UntypedStorage]) -> int:
         """Void every value derived from memory that may have been written to.
 
         Returns:
@@ -277,9 +280,11 @@ class Store:
         kept = self._try("put", lambda: self._keep(key, entry, adapter), None)
         if kept is None:  # the backend failed and may hold it or not
             self._try("delete", lambda: self._backend.delete(key), None)
+            self._reasons[Reason.BACKEND_FAILED] += 1
             return
         if not kept:
             self._counts["rejections"] += 1
+            self._reasons[Reason.CAP] += 1
             return
         self._counts["stores"] += 1
         record = Record(derivation, weakref.ref(binding), adapter, stamp, usage, [])
@@ -431,9 +436,9 @@ def _fill_stale(buffer: Buffer) -> None:
         buffer.fill()
 
 
-def _storages_of(tensors: Iterable[Tensor]) -> set[int]:
+def _storages_of(tensors: Iterable[Tensor | torch.UntypedStorage]) -> set[int]:
     found = set()
-    for tensor in tensors:
+    for one in tensors:
         with suppress(RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
-            found.add(storage_id(tensor))
+            found.add(storage_id(one) if isinstance(one, Tensor) else one._cdata)
     return found

@@ -12,6 +12,8 @@ from model_machine import ModelMachine
 from dora_cache import AdapterCache, attachment, backends, lookup, memory, shortcut
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
+from dora_cache.lifecycle import refills
+from dora_cache.reasons import Reason
 from dora_cache.recipes import dora, hotswap, merging, peft_layers
 from dora_cache.recipes.dora import linear, outputs, values, variants
 from dora_cache.store import Flight
@@ -181,13 +183,18 @@ def _(patch):
     patch.setattr(peft_layers, "Observer", deaf)
 
 
+@mutant("storages that are refilled", ModelMachine)
+def _(patch):
+    patch.setattr(refills, "mark_refilled", lambda storage: False)
+
+
 # How a value is used
 
 
 @mutant("used in training mode", ModelMachine)
 def _(patch):
-    in_dora(patch, "is_unusual", lambda layer, adapter: False)
-    patch.setattr(Binding, "serves", lambda self, args: args[0] is self.owner)
+    in_dora(patch, "why_unusual", lambda layer, adapter: None)
+    patch.setattr(Binding, "in_training", lambda self, args: False)
 
 
 @mutant("the magnitude's gradient forgotten", ModelMachine)
@@ -197,7 +204,9 @@ def _(patch):
 
 @mutant("hooks on adapter modules ignored", ModelMachine, rare=True)
 def _(patch):
-    in_dora(patch, "is_unusual", lambda layer, adapter: layer.training)
+    in_dora(
+        patch, "why_unusual", lambda layer, adapter: Reason.TRAINING if layer.training else None
+    )
 
 
 @mutant("entries stored under inference_mode", InferenceMachine)
@@ -219,7 +228,7 @@ def _(patch):
     patch.setattr(observe, "_OWN_ATTRIBUTES", (observe._OBSERVER,))
     for shared in (Binding, variants.CachedVariant):
         patch.setattr(shared, "__deepcopy__", lambda self, memo: self, raising=False)
-    patch.setattr(Binding, "serves", lambda self, args: not args[0].training)
+    patch.setattr(Binding, "owned_by", lambda self, args: True)
     # The tensors' identities in the stamps would show that it is another model.
     patch.setattr(lookup, "sign", _signed_by(lambda tensor: tensor._version))
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import plain_class
-from dora_cache.recipes.peft_layers import follow_layer, is_hooked
-from dora_cache.stamps import UncheckableError, untraceable
+from dora_cache.reasons import Reason
+from dora_cache.recipes.peft_layers import follow_layer, why_uncached
+from dora_cache.stamps import UncheckableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,9 @@ Warm = "Callable[[Any, str], object]"
 
 class UnusualError(UncheckableError):
     """A layer is not as a recipe knows it; PEFT's own code runs, and nothing is stored."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, Reason.UNUSUAL_PART)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +133,11 @@ def guard(
             state = self.__dict__
             binding = state.get(SLOT)
             if binding is not None:
-                if (
-                    state["training"]
-                    or binding.cache.bypassing
-                    or untraceable()
-                    or wants_gradients(self)
-                    or is_hooked()
-                ):
-                    binding.cache.passed_by()
+                reason = why_uncached(self, binding)
+                if reason is None and wants_gradients(self):
+                    reason = Reason.GRADIENTS
+                if reason is not None:
+                    binding.cache.passed_by(reason)
                 elif not (self._disable_adapters or self.merged_adapters):  # some have the class's
                     try:
                         result = forward(self, x, **kwargs)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import plain_class
+from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
 from dora_cache.recipes.hooks import UnusualError, active_in, own_parameter
 from dora_cache.recipes.peft_layers import follow_layer, is_hooked
@@ -141,7 +142,7 @@ def _plan(layer: Any, kwargs: dict[str, Any]) -> Plan | None:
     if adapter is None:
         return None
     if _wants_gradients(layer, adapter):
-        layer.__dict__[SLOT].cache.passed_by()
+        layer.__dict__[SLOT].cache.passed_by(Reason.GRADIENTS)
         return None
     merged = _merged(layer, adapter)
     if merged is None:

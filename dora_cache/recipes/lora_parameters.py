@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached, derivations_of
 from dora_cache.lifecycle import plain_class
+from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
 from dora_cache.recipes.hooks import active_in, own_parameter, wants_gradients
 from dora_cache.recipes.peft_layers import base_layer, follow_layer
@@ -73,7 +74,7 @@ def _plan(outermost: Any, kwargs: dict[str, Any]) -> Plan | None:
     if "adapter_names" in kwargs:
         return None
     if wants_gradients(outermost):
-        outermost.__dict__[SLOT].cache.passed_by()
+        outermost.__dict__[SLOT].cache.passed_by(Reason.GRADIENTS)
         return None
     base = base_layer(outermost)
     state = base.__dict__

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import plain_class
+from dora_cache.reasons import Reason
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import TARGETS, Example, conv2d, embedding
 from dora_cache.recipes.hooks import own_parameter
-from dora_cache.recipes.peft_layers import follow_layer, follow_part
-from dora_cache.stamps import untraceable
+from dora_cache.recipes.peft_layers import follow_layer, follow_part, why_uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -76,13 +76,11 @@ def _forward(self: Any, x: Any) -> Any:
     if not torch.compiler.is_dynamo_compiling():
         binding = self.__dict__.get(SLOT)
         if binding is not None:
-            if (
-                self.training
-                or binding.cache.bypassing
-                or untraceable()
-                or (torch.is_grad_enabled() and self.weight.requires_grad)
-            ):
-                binding.cache.passed_by()
+            reason = why_uncached(self, binding)
+            if reason is None and torch.is_grad_enabled() and self.weight.requires_grad:
+                reason = Reason.GRADIENTS
+            if reason is not None:
+                binding.cache.passed_by(reason)
             else:
                 result = _rotated(self, x)
                 if result is not None:

@@ -10,6 +10,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from dora_cache.decorator import SLOT, cached
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe
+from dora_cache.reasons import Reason
+from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +30,7 @@ __all__ = [
     "is_hooked",
     "memoised",
     "weights_of",
+    "why_uncached",
 ]
 
 
@@ -80,6 +83,20 @@ def is_hooked(*modules: nn.Module) -> bool:
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
             return True
     return False
+
+
+def why_uncached(layer: nn.Module, binding: Binding) -> Reason | None:
+    """Return why PEFT's own forward has to run at present, or None; gradients are another matter.
+
+    In training mode, within ``bypass()``, under tracing, and with hooks on all modules.
+    """
+    if layer.__dict__["training"]:
+        return Reason.TRAINING
+    if binding.cache.bypassing:
+        return Reason.BYPASS
+    if untraceable():
+        return Reason.TRACED
+    return Reason.HOOKED if is_hooked() else None
 
 
 def weights_of(base: nn.Module) -> Sequence[Any]:

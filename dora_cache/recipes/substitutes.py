@@ -20,7 +20,7 @@ import torch
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.recipes.hooks import UnusualError
-from dora_cache.recipes.peft_layers import base_layer, is_hooked
+from dora_cache.recipes.peft_layers import base_layer, is_hooked, why_uncached
 from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
@@ -254,10 +254,11 @@ def stands_aside(layer: Any) -> bool:
     binding = layer.__dict__.get(SLOT)
     if binding is None:
         return True
-    if layer.__dict__["training"] or binding.cache.bypassing or untraceable() or is_hooked():
-        binding.cache.passed_by()
-        return True
-    return False
+    reason = why_uncached(layer, binding)
+    if reason is None:
+        return False
+    binding.cache.passed_by(reason)
+    return True
 
 
 def is_plain(layer: Any) -> bool:

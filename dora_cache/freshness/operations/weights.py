@@ -174,6 +174,29 @@ def _(scene: Scene, pick: Pick) -> None:
         weight.data = torch.tensor(values, dtype=dtype, device=scene.device).reshape(shape)
 
 
+def _refill(scene: Scene, pick: Pick, *, free: bool) -> None:
+    """Change weights without counting it; with ``free``, as FSDP2 does between two forwards."""
+    for weight in scene.weights(pick):
+        storage = weight.untyped_storage()
+        kept = storage.clone()
+        if free:
+            storage.resize_(0)
+            storage.resize_(kept.nbytes())
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+            storage.copy_(kept)
+            weight.mul_(pick.factor)
+
+
+@operation("weights", "storage freed, taken anew and filled, not counted")
+def _(scene: Scene, pick: Pick) -> None:
+    _refill(scene, pick, free=True)
+
+
+@operation("weights", "written with the version counter preserved")
+def _(scene: Scene, pick: Pick) -> None:
+    _refill(scene, pick, free=False)
+
+
 @operation("weights", "p.set_() to other memory")
 def _(scene: Scene, pick: Pick) -> None:
     with torch.no_grad():

@@ -16,7 +16,7 @@ from dora_cache.decorator import SLOT
 from dora_cache.recipes.compiled import prepare
 from dora_cache.recipes.dora.outputs import few_rows, is_just_linear
 from dora_cache.recipes.dora.values import same
-from dora_cache.recipes.dora.variants import CachedVariant, is_unusual, stands_aside
+from dora_cache.recipes.dora.variants import CachedVariant, stands_aside, why_unusual
 
 __all__ = ["forward_exact", "forward_fast"]
 
@@ -114,7 +114,7 @@ def _usual(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
         or state["_disable_adapters"]
         or state["merged_adapters"]
         or binding.cache.bypassing
-        or is_unusual(layer, adapter)
+        or why_unusual(layer, adapter) is not None
     ):
         return None
     modules = state["_modules"]

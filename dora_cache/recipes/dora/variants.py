@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import reduce_as_plain
+from dora_cache.reasons import Reason
 from dora_cache.recipes.compiled import Buffer, prepare
 from dora_cache.recipes.dora.outputs import FORWARDS
 from dora_cache.recipes.dora.values import (
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from dora_cache.binding import Binding
 
-__all__ = ["CachedVariant", "cached_variant", "is_unusual", "kind_of", "stands_aside"]
+__all__ = ["CachedVariant", "cached_variant", "kind_of", "stands_aside", "why_unusual"]
 
 
 _PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -120,9 +121,13 @@ def cached_variant(plain: Any, numerics: str) -> Any:
                     buffers = buffer.values
             return forward(module, active_adapter, x, result, buffers)
         binding = module.__dict__.get(SLOT)
-        if binding is None or binding.cache.bypassing or is_unusual(module, active_adapter):
-            if binding is not None:
-                binding.cache.passed_by()
+        reason = None
+        if binding is not None:
+            bypassing = binding.cache.bypassing
+            reason = Reason.BYPASS if bypassing else why_unusual(module, active_adapter)
+        if reason is not None or binding is None:
+            if reason is not None:
+                binding.cache.passed_by(reason)
             return plain.forward(
                 module, active_adapter=active_adapter, x=x, result=result, **kwargs
             )
@@ -138,7 +143,7 @@ def cached_variant(plain: Any, numerics: str) -> Any:
 
 
 def stands_aside(layer: Any, adapter: str) -> bool:
-    """Whether compiled code has to run PEFT's own: see :func:`is_unusual`."""
+    """Whether compiled code has to run PEFT's own: see :func:`why_unusual`."""
     if layer.training:
         return True
     modules = layer._modules
@@ -149,28 +154,29 @@ def stands_aside(layer: Any, adapter: str) -> bool:
     return False
 
 
-def is_unusual(layer: Any, adapter: str) -> bool:
-    """Whether PEFT's own code has to run.
+def why_unusual(layer: Any, adapter: str) -> Reason | None:
+    """Return why PEFT's own code has to run, or None.
 
     In training mode; under vmap and its like, which allow no writes in place; and where what it
     derives or does by calling the adapter's modules may not be what they were made for: with hooks,
     theirs or those of all modules, with a ``forward`` set on one, or with one of another class.
     """
-    if layer.training or _has_any_global_hook() or functorch_stack() is not None:  # type: ignore[no-untyped-call]
-        return True
+    if layer.training:
+        return Reason.TRAINING
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return Reason.HOOKED
+    if functorch_stack() is not None:
+        return Reason.TRACED
     modules = layer._modules
     for name in _PARTS:
         part = modules[name]._modules.get(adapter)
         if part is not None:
             state, kind = part.__dict__, part.__class__
-            if (
-                state["_forward_hooks"]
-                or state["_forward_pre_hooks"]
-                or "forward" in state
-                or not _is_known(kind)
-            ):
-                return True
-    return False
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return Reason.HOOKED
+            if not _is_known(kind):
+                return Reason.UNUSUAL_PART
+    return None
 
 
 @functools.cache

@@ -1,0 +1,89 @@
+"""Why a call goes past the cache, and why a derived value is not kept: one closed list."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["Reason"]
+
+
+class Reason(enum.Enum):
+    """Why a call was not answered from the cache, or its value not stored.
+
+    The value is the name under which ``CacheStats.reasons`` counts it.
+
+    Attributes:
+        advice: what to do about it, for reports.
+    """
+
+    advice: str
+
+    def __new__(cls, value: str, advice: str) -> Reason:
+        """Keep the advice beside the value."""
+        member = object.__new__(cls)
+        member._value_ = value
+        member.advice = advice
+        return member
+
+    # The call goes past the cache.
+    BYPASS = "bypass()", "leave the block of cache.bypass()"
+    DETACHED = "cache detached", "attach again with dora_cache.attach(model)"
+    COPY = "copied owner", "attach a cache to the copy"
+    TRAINING = "training mode", "call model.eval() for inference"
+    GRADIENTS = "gradients wanted", "run inference under torch.no_grad() or inference_mode()"
+    TRACED = (
+        "operations traced or transformed",
+        "nothing: tracing, vmap, forward-mode differentiation, dispatch modes and CUDA graph capture "
+        "must see the operations",
+    )
+    HOOKED = (
+        "hooks on a part",
+        "remove hooks of all modules, forward hooks of the adapter's own modules, and forwards set "
+        "on an instance",
+    )
+    UNUSUAL_PART = (
+        "unknown class of a part",
+        "use PEFT's own classes for the adapter's parts; a recipe knows no others",
+    )
+    REFILLED = (
+        "storage that is refilled",
+        "keep the parameters in place: a library such as FSDP frees their storage and fills it "
+        "again without counting the write (FSDP2: reshard_after_forward=False is refilled as well)",
+    )
+    SHARDED = (
+        "sharded weights (DTensor)",
+        "attach to a model whose weights are whole on each process",
+    )
+    SUBCLASS = (
+        "tensor subclass without data of its own",
+        "use weights that are plain tensors; what wraps others cannot be checked",
+    )
+    UNVERSIONED = (
+        "weights without version counter",
+        "load the weights outside torch.inference_mode()",
+    )
+    UNKEYABLE = (
+        "argument that cannot be a key",
+        "pass tensors, modules, numbers, strings, or containers of these",
+    )
+    UNSIGNABLE = (
+        "dependency that cannot be compared",
+        "have depends_on return tensors and plain scalars",
+    )
+    DEPENDS_ON_FAILED = "depends_on failed", "see the warning that says how"
+    REENTERED = "called from within the cache", "nothing: garbage collection ran the call"
+
+    # The value was derived and is not kept.
+    CAP = "no room under the cap", "raise max_bytes, or use backend='budget'"
+    DECLINED = (
+        "declined by the backend",
+        "raise max_bytes: under this cap other values save more time",
+    )
+    CHANGED = (
+        "dependencies changed while deriving",
+        "do not write to weights while they are in use; exclude what the method itself changes by "
+        "depends_on",
+    )
+    UNSTORABLE = "result is not tensors", "return a tensor or a non-empty tuple of tensors"
+    OUT_OF_MEMORY = "out of memory", "lower max_bytes to leave the device more room"
+    BACKEND_FAILED = "the backend failed", "see the warning that says how"
