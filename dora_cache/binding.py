@@ -8,21 +8,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dora_cache.keys import ALL_ADAPTERS, concerns
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from torch import Tensor
 
     from dora_cache.cache import AdapterCache
+    from dora_cache.keys import Adapters
     from dora_cache.shortcut import Shortcut
 
-__all__ = ["ALL_ADAPTERS", "Adapters", "Binding", "Buffer", "Warmers", "concerns", "next_token"]
-
-ALL_ADAPTERS = None
-"""In place of an adapter's name: every adapter, and values that belong to none."""
-
-Adapters = str | tuple[str, ...] | None
-"""Whose a value is: one adapter's, that of several together, or no adapter's."""
+__all__ = ["Binding", "Buffer", "Warmers", "next_token"]
 
 _tokens = itertools.count(1)
 
@@ -30,13 +27,6 @@ _tokens = itertools.count(1)
 def next_token() -> int:
     """Return a number that no other binding or cache has."""
     return next(_tokens)
-
-
-def concerns(adapter: str | None, owners: Adapters) -> bool:
-    """Whether an event for ``adapter`` concerns a value that belongs to ``owners``."""
-    if adapter is ALL_ADAPTERS or adapter == owners:
-        return True
-    return type(owners) is tuple and adapter in owners
 
 
 Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]
@@ -165,6 +155,13 @@ class Binding:
         if isinstance(adapter, tuple):
             return max(self._voided_all, *(self._voided.get(one, 0) for one in adapter), 0)
         return max(self._voided_all, self._voided.get(adapter, 0))
+
+    def forget(self, adapter: str) -> None:
+        """Keep nothing of an adapter that is gone; nothing of it is being derived for storing."""
+        self._voided.pop(adapter, None)
+        for spelled, (_, owners) in list(self.spellings.items()):
+            if concerns(adapter, owners):
+                self.spellings.pop(spelled, None)
 
     def void(self, adapter: str | None, now: int) -> None:
         """Void every value of ``adapter`` whose derivation began before ``now``."""

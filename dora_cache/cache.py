@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from dora_cache.binding import ALL_ADAPTERS, Binding, concerns
+from dora_cache.binding import Binding
 from dora_cache.decorator import SLOT
 from dora_cache.errors import (
     AdapterNotFoundError,
     AlreadyAttachedError,
     DetachedError,
 )
+from dora_cache.keys import ALL_ADAPTERS, concerns
 from dora_cache.lookup import Lookup, NotCachedError, bypassed_here, warming_here
 from dora_cache.report import CacheReport, Declined, rows_of, seen_of
 from dora_cache.stats import CacheStats
@@ -252,6 +253,19 @@ class AdapterCache(Lookup):
         with self._ours():
             self._memory.unpin(adapter, self._adapter_of)
 
+    def adapter_deleted(self, binding: Binding, adapter: str) -> int:
+        """Drop all that there is of an adapter that a layer has no more, its names included.
+
+        Returns:
+            How many entries went.
+        """
+        gone = self._adapter_deleted(binding, adapter)
+        if adapter in self._memory.pins:
+            known, _, _ = self._jobs([adapter])
+            if adapter not in known:
+                self.unpin(adapter)
+        return gone
+
     @property
     def pins(self) -> tuple[str, ...]:
         """Names of the pinned adapters, sorted."""
@@ -276,6 +290,7 @@ class AdapterCache(Lookup):
                 pins=self.pins,
                 declined=tuple(self._declined),
                 reasons=tuple(self._reasons.most_common()),
+                uncounted=0 if self._auditor is None else self._auditor.found,
                 seen=seen,
             )
 
@@ -390,11 +405,6 @@ class AdapterCache(Lookup):
         with self._locked():
             self._drop_buffer(binding.buffers.get(adapter))
             binding.buffers[adapter] = buffer
-
-    def unfollow_buffer(self, binding: Binding, adapter: str) -> None:
-        """Drop what compiled code reads of an owner and adapter."""
-        with self._locked():
-            self._drop_buffer(binding.buffers.pop(adapter, None))
 
     def buffers(self, adapter: str) -> list[Buffer]:
         """Return what compiled code may read of an adapter, layer by layer."""

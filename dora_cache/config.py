@@ -112,6 +112,8 @@ class CacheConfig(BaseSettings):
     """``peft``: bit for bit PEFT's eager output. ``fast``: fewer operations, no less accurate."""
     guard: Literal["version", "content"] = "version"
     """``content`` also compares what the values depend on, element by element, at each use."""
+    audit: bool = True
+    """Compare, in turn, contents that values were derived from: a little at each 32nd use."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further settings, for third-party backends."""
 

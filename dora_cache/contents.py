@@ -18,7 +18,7 @@ from dora_cache.backends import Ready
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Contents"]
+__all__ = ["Contents", "sums_of"]
 
 _WORDS_AT_ONCE = 1 << 21  # of four bytes each: hashing takes 16 MiB beside the tensor
 _SEED = 0x5EED
@@ -77,6 +77,11 @@ def _coefficients(device: torch.device, words: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     numbers = torch.randint(-(1 << 63), (1 << 63) - 1, (2, words), generator=generator)
     return (numbers | 1).to(device)
+
+
+def sums_of(tensor: Tensor) -> Tensor:
+    """Hash a tensor's contents where it is; int64, shape (2,)."""
+    return _sums(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
 
 def _sums(flat: Tensor) -> Tensor:

@@ -15,7 +15,29 @@ from torch.nn.utils import parametrize
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-__all__ = ["PLAIN_KEYS", "UnkeyableError", "freeze", "make_binder", "own_state"]
+__all__ = [
+    "ALL_ADAPTERS",
+    "PLAIN_KEYS",
+    "Adapters",
+    "UnkeyableError",
+    "concerns",
+    "freeze",
+    "make_binder",
+    "own_state",
+]
+
+ALL_ADAPTERS = None
+"""In place of an adapter's name: every adapter, and values that belong to none."""
+
+Adapters = str | tuple[str, ...] | None
+"""Whose a value is: one adapter's, that of several together, or no adapter's."""
+
+
+def concerns(adapter: str | None, owners: Adapters) -> bool:
+    """Whether an event for ``adapter`` concerns a value that belongs to ``owners``."""
+    if adapter is ALL_ADAPTERS or adapter == owners:
+        return True
+    return type(owners) is tuple and adapter in owners
 
 
 class UnkeyableError(TypeError):

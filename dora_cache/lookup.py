@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dora_cache.audit import EVERY
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
 from dora_cache.contents import Contents
@@ -34,14 +35,16 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from dora_cache.backends import Value
-    from dora_cache.binding import Adapters, Binding
+    from dora_cache.binding import Binding
     from dora_cache.decorator import Derivation
+    from dora_cache.keys import Adapters
     from dora_cache.usage import Usage
 
 __all__ = ["Lookup", "NotCachedError", "bypassed_here", "warming_here"]
 
 bypassed_here: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
 warming_here: ContextVar[bool] = ContextVar("dora_cache_warming", default=False)
+_AUDITED = EVERY - 1
 _SPELLINGS = 4096  # calls whose keys each binding remembers
 
 
@@ -107,11 +110,25 @@ class Lookup(Store):
             result = self._past(Reason.DEPENDS_ON_FAILED, derivation, args, kwargs)
             self.failed(f"depends_on of {derivation.name!r}", error)
             return result
-        offers = True
+        return self._answer(call, spelled, derivation, binding, args, kwargs)
+
+    def _answer(
+        self,
+        call: _Call,
+        spelled: Hashable,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return the stored value of a signed call, wait for another thread's, or derive it."""
+        offers = audited = True
         while True:
             flight, join, declined = None, False, False
             with self._lock:
-                usage = self._usages.of(call.key, derivation, call.adapter, self._records)
+                usage = self._usages.of(
+                    call.key, derivation, call.adapter, binding.token, self._records
+                )
                 entry = self._valid(call, binding)
                 if entry is not None:
                     if spelled is not None:
@@ -122,8 +139,14 @@ class Lookup(Store):
                     join = flight is not None
                     declined = flight is None and offers and self._declines(call, usage, binding)
                     if flight is None and not declined:
-                        flight = self._take_off(derivation, call)
-                usage.add(hit=entry is not None or join)
+                        flight = self._take_off(derivation, binding, call)
+                uses = usage.add(hit=entry is not None or join)
+            if entry is not None and uses % EVERY == 0 and audited:
+                audited = self._passes_audit(entry.stamp, uses, call.dependencies, entry)
+                if not audited:
+                    with self._lock:
+                        usage.add(hit=True, count=-1)
+                    continue
             if self._later or self._warnings:
                 self._catch_up()
             if declined:
@@ -183,8 +206,37 @@ class Lookup(Store):
             return None
         if entry.ready is not None:
             entry.ready.join(entry.tensors)
-        shortcut.count()
+        uses = shortcut.count()
+        if uses & _AUDITED == shortcut.phase:
+            stamp = shortcut.stamp
+            if stamp is None or not self._passes_audit(stamp, uses, dependencies, entry):
+                self._uncount(shortcut)
+                return None
         return entry
+
+    def _passes_audit(
+        self, stamp: object, uses: int, dependencies: Sequence[object], entry: Entry
+    ) -> bool:
+        """Compare some contents; on a difference drop everything and return False."""
+        audit = stamp.audit if type(stamp) is Stamp else None
+        if audit is None or self._auditor is None:
+            return True
+        try:
+            name = self._auditor.changed(audit, uses, dependencies, entry.tensors)
+        except Exception as error:  # noqa: BLE001 - never an inference failure
+            self.failed("the audit", error)
+            return True
+        if name is None:
+            return True
+        self._uncounted(name)
+        return False
+
+    def _uncount(self, shortcut: Shortcut) -> None:
+        """Take back the hit of a call that goes on to derive."""
+        with self._lock:
+            usage = self._usages.get(shortcut.key)
+            if usage is not None:
+                usage.add(hit=True, count=-1)
 
     def _shorten(
         self,
@@ -210,6 +262,8 @@ class Lookup(Store):
         shortcut.entry = entry if self._keeps_everything else None
         shortcut.ready = entry.ready
         shortcut.count = record.usage.short.__next__
+        audited = record.stamp.audit is not None
+        shortcut.phase = binding.token & _AUDITED if audited else -1
         old = binding.shortcuts.get(spelled)
         if old is not None:
             old.clear()
@@ -247,7 +301,8 @@ class Lookup(Store):
     def _past(
         self, reason: Reason, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if warming_here.get():
+        # A depends_on that fails may do so as the function does, which says more.
+        if warming_here.get() and reason is not Reason.DEPENDS_ON_FAILED:
             raise NotCachedError(derivation.name, reason)
         with self._lock:
             self._counts["bypasses"] += 1
@@ -399,11 +454,11 @@ class Lookup(Store):
             and all(contents == call.contents for contents in flight.stamp.contents)
         )
 
-    def _take_off(self, derivation: Derivation, call: _Call) -> Flight:
+    def _take_off(self, derivation: Derivation, binding: Binding, call: _Call) -> Flight:
         stamp = Stamp(call.key, call.signature, call.dependencies, next(self._clock))
         if call.contents is not None:
             stamp.contents = (call.contents,)
-        flight = Flight(derivation, stamp)
+        flight = Flight(derivation, binding, call.adapter, stamp)
         derivation.caches.add(self)
         self._flights.setdefault(call.key, []).append(flight)
         return flight
@@ -420,8 +475,11 @@ class Lookup(Store):
         """Derive a value, store it if it still holds, and hand it to those who wait."""
         entry = None
         try:
+            self._begin_audit(flight, call)
             value, entry = self._derive(flight, partial(derivation.function, *args, **kwargs), call)
             flight.entry = entry
+            if entry is not None and flight.stamp.audit is not None:
+                flight.stamp.audit.add_value(entry.tensors)
         except Exception as error:  # not an interrupt: that is this thread's own
             flight.error = error
             raise
@@ -459,6 +517,14 @@ class Lookup(Store):
                 flight.done.set()
         self._refill(binding, call)
         return value
+
+    def _begin_audit(self, flight: Flight, call: _Call) -> None:
+        if self._auditor is not None:
+            try:
+                name = flight.derivation.name
+                flight.stamp.audit = self._auditor.begin(name, call.dependencies)
+            except Exception as error:  # noqa: BLE001 - never an inference failure
+                self.failed("the audit", error)
 
     def _derive(
         self, flight: Flight, function: Callable[[], Any], call: _Call

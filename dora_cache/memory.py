@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from dora_cache.backends import Pinning, Resizable
 from dora_cache.backends.per_device import PerDeviceBackend
-from dora_cache.binding import concerns
 from dora_cache.config import parse_size, resolve_size
 from dora_cache.errors import ConfigError, PinError
+from dora_cache.keys import concerns
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from dora_cache.backends import Backend, Entry
-    from dora_cache.binding import Adapters, Buffer
+    from dora_cache.binding import Buffer
     from dora_cache.config import CacheConfig
+    from dora_cache.keys import Adapters
     from dora_cache.usage import Usage
 
 __all__ = ["Memory", "Part"]

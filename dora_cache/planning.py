@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.binding import Adapters
     from dora_cache.cache import AdapterCache
+    from dora_cache.keys import Adapters
 
 __all__ = ["Plan", "PlannedRow", "PlannedValue", "plan", "with_adapters", "without_weights"]
 

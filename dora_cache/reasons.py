@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Self
 
 __all__ = ["Reason"]
 
@@ -18,7 +19,7 @@ class Reason(enum.Enum):
 
     advice: str
 
-    def __new__(cls, value: str, advice: str) -> Reason:
+    def __new__(cls, value: str, advice: str) -> Self:
         """Keep the advice beside the value."""
         member = object.__new__(cls)
         member._value_ = value
@@ -33,13 +34,11 @@ class Reason(enum.Enum):
     GRADIENTS = "gradients wanted", "run inference under torch.no_grad() or inference_mode()"
     TRACED = (
         "operations traced or transformed",
-        "nothing: tracing, vmap, forward-mode differentiation, dispatch modes and CUDA graph capture "
-        "must see the operations",
+        "nothing: whoever traces, transforms or captures operations must see them",
     )
     HOOKED = (
         "hooks on a part",
-        "remove hooks of all modules, forward hooks of the adapter's own modules, and forwards set "
-        "on an instance",
+        "remove global hooks, and hooks and forwards set on the adapter's own modules",
     )
     UNUSUAL_PART = (
         "unknown class of a part",
@@ -47,8 +46,7 @@ class Reason(enum.Enum):
     )
     REFILLED = (
         "storage that is refilled",
-        "keep the parameters in place: a library such as FSDP frees their storage and fills it "
-        "again without counting the write (FSDP2: reshard_after_forward=False is refilled as well)",
+        "keep parameters in place: FSDP and its like fill their storage again, uncounted",
     )
     SHARDED = (
         "sharded weights (DTensor)",
@@ -81,8 +79,7 @@ class Reason(enum.Enum):
     )
     CHANGED = (
         "dependencies changed while deriving",
-        "do not write to weights while they are in use; exclude what the method itself changes by "
-        "depends_on",
+        "do not write to weights in use; leave what the method itself changes out of depends_on",
     )
     UNSTORABLE = "result is not tensors", "return a tensor or a non-empty tuple of tensors"
     OUT_OF_MEMORY = "out of memory", "lower max_bytes to leave the device more room"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
-    from dora_cache.binding import Adapters
+    from dora_cache.keys import Adapters
     from dora_cache.reasons import Reason
     from dora_cache.stats import CacheStats
     from dora_cache.usage import Usage, Usages
@@ -117,6 +117,7 @@ class CacheReport:
         declined: what could have been cached and is not, and why.
         reasons: why calls went past the cache or values were not kept, each with its count, the
             most frequent first.
+        uncounted: how often the audit has found contents that had changed without being counted.
         seen: what the curve is computed from.
     """
 
@@ -129,6 +130,7 @@ class CacheReport:
     pins: tuple[str, ...]
     declined: tuple[Declined, ...]
     reasons: tuple[tuple[Reason, int], ...]
+    uncounted: int
     seen: tuple[Seen, ...] = field(repr=False)
 
     @property
@@ -276,6 +278,11 @@ class CacheReport:
                 for device, held, cap in self.caps
             )
             lines.append(f"By device: {', '.join(each)}.")
+        if self.uncounted:
+            lines.append(
+                f"Writes that PyTorch does not count were found {self.uncounted:,} times: call "
+                "cache.invalidate() after them."
+            )
         if self.pins:
             lines.append(f"Pinned: {', '.join(self.pins)}.")
         return "\n".join(lines)

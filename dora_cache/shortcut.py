@@ -47,6 +47,7 @@ class Shortcut:
         default_dtype: PyTorch's.
         gradients: whether the value must not be used while gradients are enabled.
         count: counts a hit; atomic, since it is one call into C.
+        phase: at which of so many hits the audit compares contents; -1 for never.
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class Shortcut:
         "gradients",
         "guards",
         "key",
+        "phase",
         "precision",
         "ready",
         "spelled",
@@ -71,6 +73,7 @@ class Shortcut:
     gradients: bool
     guards: Callable[..., bool]
     key: Hashable
+    phase: int
     precision: object
     default_dtype: torch.dtype
     ready: Ready | None

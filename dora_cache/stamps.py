@@ -20,6 +20,7 @@ from dora_cache.reasons import Reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
+    from dora_cache.audit import Audit
     from dora_cache.contents import Contents
 
 __all__ = [
@@ -190,9 +191,10 @@ class Stamp:
         signature: what :func:`sign` said before the value was derived.
         born: the cache's clock when deriving began; an event that comes later voids the value.
         contents: with ``guard="content"``, what the dependencies held before and after deriving.
+        audit: hashes of them, if they are audited.
     """
 
-    __slots__ = ("_held", "born", "contents", "key", "signature")
+    __slots__ = ("_held", "audit", "born", "contents", "key", "signature")
 
     def __init__(
         self, key: Hashable, signature: Signature, dependencies: Iterable[object], born: int
@@ -201,6 +203,7 @@ class Stamp:
         self.signature = signature
         self.born = born
         self.contents: tuple[Contents, ...] = ()
+        self.audit: Audit | None = None
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
         # them. Storages may have them.
         self._held = tuple(

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 import torch
 from torch import Tensor
 
+from dora_cache.audit import Auditor
 from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
-from dora_cache.binding import ALL_ADAPTERS, Binding, concerns, next_token
+from dora_cache.binding import Binding, next_token
 from dora_cache.errors import (
     CacheWarning,
 )
+from dora_cache.keys import ALL_ADAPTERS, concerns
 from dora_cache.memory import Memory
 from dora_cache.reasons import Reason
 from dora_cache.stamps import (
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 
     from dora_cache.backends import Backend, Entry
-    from dora_cache.binding import Adapters, Buffer
+    from dora_cache.binding import Buffer
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
+    from dora_cache.keys import Adapters
     from dora_cache.report import Declined
     from dora_cache.shortcut import Shortcut
 
@@ -44,10 +47,25 @@ __all__ = ["Flight", "Record", "Store", "exclusive"]
 class Flight:
     """A value on its way: derived by one thread, awaited by others."""
 
-    __slots__ = ("derivation", "done", "entry", "error", "stamp", "thread", "touched", "unstored")
+    __slots__ = (
+        "adapter",
+        "binding",
+        "derivation",
+        "done",
+        "entry",
+        "error",
+        "stamp",
+        "thread",
+        "touched",
+        "unstored",
+    )
 
-    def __init__(self, derivation: Derivation, stamp: Stamp) -> None:
+    def __init__(
+        self, derivation: Derivation, binding: Binding, adapter: Adapters, stamp: Stamp
+    ) -> None:
+        self.binding = binding
         self.derivation = derivation
+        self.adapter = adapter
         self.stamp = stamp
         self.thread = threading.get_ident()
         self.done = threading.Event()
@@ -109,6 +127,7 @@ class Store:
         self._memory = Memory(config, devices or [torch.device("cpu")], self._forget)
         self._backend: Backend = self._memory.backend
         self._guards_content = config.guard == "content"
+        self._auditor = Auditor() if config.audit and not self._guards_content else None
         # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.
         self._keeps_everything = getattr(self._backend, "keeps_everything", False) is True
         self._declining = self._backend if isinstance(self._backend, Declining) else None
@@ -147,6 +166,20 @@ class Store:
     def suspect(self) -> int:
         """Void everything, and leave buffers void: something is being written to just now."""
         return sum(self._void(binding, ALL_ADAPTERS) for binding in list(self._bindings.values()))
+
+    @exclusive
+    def _uncounted(self, name: str) -> int:
+        """Drop everything: contents have changed that nothing counted, so others may have too."""
+        text = (
+            f"the audit of {name!r} found contents that had changed past version counters, as by "
+            "p.data.copy_(), numpy, a collective, or another process: outputs since then may be "
+            "wrong. Everything held was dropped. Call cache.invalidate() after such writes, or "
+            'attach with guard="content"'
+        )
+        self._warn_once("uncounted", text)
+        bindings = list(self._bindings.values())
+        self._refill_later(bindings)
+        return sum(self._void(binding, ALL_ADAPTERS) for binding in bindings)
 
     @exclusive
     def touched(self, tensors: Iterable[Tensor | torch.UntypedStorage]) -> int:
@@ -226,12 +259,26 @@ class Store:
         if binding is None:
             return 0
         self._drop_buffers(binding)
-        return self._void(binding, ALL_ADAPTERS)
+        gone = self._void(binding, ALL_ADAPTERS)
+        self._usages.depart(token, ALL_ADAPTERS)
+        return gone
+
+    @exclusive
+    def _adapter_deleted(self, binding: Binding, adapter: str) -> int:
+        gone = self._void(binding, adapter)
+        for flight in chain.from_iterable(self._flights.values()):
+            if flight.binding is binding and concerns(adapter, flight.adapter):
+                flight.touched = True
+        for member in self._family(binding):
+            self._drop_buffer(member.buffers.pop(adapter, None))
+            self._usages.depart(member.token, adapter)
+            member.forget(adapter)
+        return gone
 
     def counts(self, derivation: Derivation) -> tuple[int, int, int]:
         """Return hits, misses and entries of one derivation."""
         with self._locked():
-            hits, misses = self._usages.count(derivation=derivation.number)
+            hits, misses = self._usages.count(of=derivation)
             held = set(self._try("keys", self._backend.keys, ()))
             entries = sum(
                 key in held
@@ -274,9 +321,9 @@ class Store:
         stamp = entry.stamp
         assert isinstance(stamp, Stamp)  # noqa: S101 - for the type checker
         self._discard(key, why="replacements")
-        usage = self._usages.of(key, derivation, adapter, self._records)
+        usage = self._usages.of(key, derivation, adapter, binding.token, self._records)
         usage.nbytes, usage.device = entry.nbytes, entry.tensors[0].device
-        usage.owner, usage.born = binding.token, stamp.born
+        usage.born = stamp.born
         kept = self._try("put", lambda: self._keep(key, entry, adapter), None)
         if kept is None:  # the backend failed and may hold it or not
             self._try("delete", lambda: self._backend.delete(key), None)

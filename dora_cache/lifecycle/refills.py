@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["follow_refills"]
 
-_Preserving: Any = torch.autograd._unsafe_preserve_version_counter
+_Preserving: Any = torch.autograd.grad_mode._unsafe_preserve_version_counter
 _resize: Callable[..., Any] = torch.UntypedStorage.resize_
 _exit: Callable[..., Any] = _Preserving.__exit__
 
@@ -35,7 +35,7 @@ def follow_refills(cache: AdapterCache) -> None:
 
 
 def _begin(undo: ExitStack) -> None:
-    torch.UntypedStorage.resize_ = _resizing  # type: ignore[method-assign]
+    setattr(torch.UntypedStorage, "resize_", _resizing)  # noqa: B010 - typed as a method
     undo.callback(_restore)
     _Preserving.__exit__ = _preserving
     undo.callback(setattr, _Preserving, "__exit__", _exit)

@@ -220,6 +220,8 @@ def prepare(cache: str, adapter: str) -> bool:
         for buffer in living.buffers(adapter):
             buffer.prepare()
         if context is not None:  # every layer comes here while one model is traced
+            for name in [name for name, traced in done.items() if traced() is None]:
+                del done[name]
             done[adapter] = weakref.ref(context)
     return True
 

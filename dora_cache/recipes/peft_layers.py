@@ -147,8 +147,7 @@ def follow_layer(
         recipe.apply(cache, layer)
 
     def deleted(_: BaseTunerLayer, adapter_name: str) -> None:
-        cache.event(binding, adapter_name)
-        cache.unfollow_buffer(binding, adapter_name)
+        cache.adapter_deleted(binding, adapter_name)
 
     def switched(layer: BaseTunerLayer) -> None:
         for adapter in _in_training(layer):

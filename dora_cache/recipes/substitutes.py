@@ -20,8 +20,7 @@ import torch
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.recipes.hooks import UnusualError
-from dora_cache.recipes.peft_layers import base_layer, is_hooked, why_uncached
-from dora_cache.stamps import untraceable
+from dora_cache.recipes.peft_layers import base_layer, why_uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -182,7 +182,7 @@ def _refill(scene: Scene, pick: Pick, *, free: bool) -> None:
         if free:
             storage.resize_(0)
             storage.resize_(kept.nbytes())
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+        with torch.no_grad(), torch.autograd.grad_mode._unsafe_preserve_version_counter(weight):
             storage.copy_(kept)
             weight.mul_(pick.factor)
 
