@@ -130,8 +130,8 @@ def follow_layer(
         recipe.apply(cache, layer)
 
     def deleted(_: BaseTunerLayer, adapter_name: str) -> None:
+        cache.unfollow_buffer(binding, adapter_name)  # first: an event would fill it again
         cache.event(binding, adapter_name)
-        cache.unfollow_buffer(binding, adapter_name)
 
     def switched(layer: BaseTunerLayer) -> None:
         for adapter in _in_training(layer):
