@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
 from dora_cache.contents import Contents
+from dora_cache.explain import UNSETTLED, why_unsettled
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
 from dora_cache.shortcut import Shortcut, make_shortcut
 from dora_cache.stamps import (
@@ -396,6 +397,7 @@ class Lookup(Store):
             if again is not None and again.contents is not None:
                 # Compared when the value is used, so that nothing has to wait for a device here.
                 flight.stamp.contents = (*flight.stamp.contents, again.contents)
+            changed = again is not None and again.signature != call.signature
             try:
                 with self._locked():
                     flying = self._flights[call.key]
@@ -405,10 +407,11 @@ class Lookup(Store):
                     usage = self._usages.get(call.key)
                     if entry is not None and usage is not None:
                         usage.derive(entry.cost)
+                        usage.unsettled = usage.unsettled + 1 if changed else 0
                     if (
                         entry is not None
                         and again is not None
-                        and again.signature == call.signature
+                        and not changed
                         and not flight.touched
                         and not self._closed
                         and flight.stamp.born > binding.voided(call.adapter)
@@ -416,8 +419,19 @@ class Lookup(Store):
                         self._store(call.key, call.adapter, entry, derivation, binding)
             finally:
                 flight.done.set()
+        if again is not None and usage is not None and usage.unsettled == UNSETTLED:
+            self._tell_unsettled(derivation, binding, call, again)
         self._refill(binding, call)
         return value
+
+    def _tell_unsettled(
+        self, derivation: Derivation, binding: Binding, before: _Call, after: _Call
+    ) -> None:
+        """Warn that a value is never stored: what it depends on changes while it is derived."""
+        with suppress(Exception), self._locked():
+            states = [(one.dependencies, one.signature) for one in (before, after)]
+            text = why_unsettled(derivation, binding.owner, *states)
+            self._warn_once(("unsettled", text), text)
 
     def _derive(
         self, flight: Flight, function: Callable[[], Any], call: _Call

@@ -34,6 +34,7 @@ class Usage:
         device: where it was.
         owner: token of the binding whose value it was.
         born: the cache's clock when deriving it began; 0 if it is known not to hold any more.
+        unsettled: derivations in a row during which a dependency changed.
     """
 
     __slots__ = (
@@ -49,6 +50,7 @@ class Usage:
         "owner",
         "seconds",
         "short",
+        "unsettled",
     )
 
     def __init__(self, derivation: Derivation, adapter: Adapters) -> None:
@@ -64,6 +66,7 @@ class Usage:
         self.device: torch.device | None = None
         self.owner = 0
         self.born = 0
+        self.unsettled = 0
 
     @property
     def hits(self) -> int:
