@@ -47,6 +47,7 @@ def attach(
 
     Raises:
         ConfigError: a setting is wrong, or both ``config`` and settings are given.
+        BackendError: the backend cannot be made.
         AlreadyAttachedError: part of the model is attached already.
         NothingToCacheError: the model has nothing to cache.
     """
