@@ -1,4 +1,4 @@
-"""Why a value is never stored: what changes while it is derived."""
+"""Why a value is never stored, or never used: what changes while it is derived, or between."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from dora_cache.decorator import Derivation
     from dora_cache.stamps import Signature
 
-__all__ = ["UNSETTLED", "changed_attributes", "why_unsettled"]
+__all__ = ["UNSETTLED", "UNUSED", "changed_attributes", "why_unsettled", "why_unused"]
 
 UNSETTLED = 2
 """Derivations in a row with a change before it is told: one alone may be another thread's write."""
+
+UNUSED = 4
+"""Derivations without a single hit before it is told that attributes change between calls."""
 
 _SHOWN = 5
 
@@ -51,14 +54,52 @@ def why_unsettled(
             f"{name!r} is never stored: {function} writes into an argument, on which its result "
             "depends. Have it write into a copy"
         )
+    return (
+        f"{name!r} is never stored: {function} changes {_shown(derivation, found)}, on which its "
+        f"result depends as long as no depends_on says otherwise. {_remedy(derivation)}"
+    )
+
+
+def why_unused(
+    derivation: Derivation, owner: object, dependencies: Sequence[object], *signatures: Signature
+) -> str | None:
+    """Say what to do about a derivation whose values are void before their first use.
+
+    Args:
+        derivation: one without a ``depends_on``.
+        owner: what has the method.
+        dependencies: as they are now.
+        signatures: of the dependencies, at the last derivation and now.
+
+    Returns:
+        None where it is tensors that change: those are what a cache is to follow.
+    """
+    if not isinstance(owner, nn.Module):
+        return None
+    before, after = ((dependencies, signature) for signature in signatures)
+    found = changed_attributes(owner, before, after)
+    tensors = {name for name, _ in (*owner.named_parameters(), *owner.named_buffers())}
+    if not found or not tensors.isdisjoint(found):
+        return None
+    return (
+        f"{derivation.name!r} has been derived {UNUSED} times and never used again: "
+        f"{_shown(derivation, found)} changes between calls, on which its result depends as long "
+        f"as no depends_on says otherwise. {_remedy(derivation)}"
+    )
+
+
+def _shown(derivation: Derivation, attributes: Sequence[str]) -> str:
+    owner = derivation.parameters[0]
+    what = ", ".join(f"{owner}.{attribute}" for attribute in attributes[:_SHOWN]) or "attributes"
+    return f"{what} and others" if len(attributes) > _SHOWN else what
+
+
+def _remedy(derivation: Derivation) -> str:
     first, *others = derivation.parameters
-    what = ", ".join(f"{first}.{attribute}" for attribute in found[:_SHOWN]) or "attributes"
-    more = " and others" if len(found) > _SHOWN else ""
     arguments = f"{first}, ..." if others else first
     return (
-        f"{name!r} is never stored: {function} changes {what}{more}, on which its result depends "
-        f"as long as no depends_on says otherwise. Write @cached({name!r}, depends_on=lambda "
-        f"{arguments}: [...]) with the parameters, buffers and numbers that it is derived from"
+        f"Write @cached({derivation.name!r}, depends_on=lambda {arguments}: [...]) with the "
+        "parameters, buffers and numbers that it is derived from"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
 from dora_cache.contents import Contents
-from dora_cache.explain import UNSETTLED, why_unsettled
+from dora_cache.explain import UNSETTLED, UNUSED, why_unsettled, why_unused
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
 from dora_cache.shortcut import Shortcut, make_shortcut
 from dora_cache.stamps import (
@@ -27,7 +27,7 @@ from dora_cache.stamps import (
     tensors_in,
     untraceable,
 )
-from dora_cache.store import Flight, Store
+from dora_cache.store import Flight, Record, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -306,8 +306,19 @@ class Lookup(Store):
             and all(contents == call.contents for contents in stamp.contents)
         ):
             return entry
+        if record is not None and record.derivation.depends_on is None:
+            self._tell_unused(record, binding, call)
         self._discard(call.key)
         return None
+
+    def _tell_unused(self, record: Record, binding: Binding, call: _Call) -> None:
+        """Warn where values are void before their first use, time after time; the lock is held."""
+        if record.usage.derived == UNUSED and not record.usage.hits:
+            signatures = (record.stamp.signature, call.signature)
+            with suppress(Exception):
+                text = why_unused(record.derivation, binding.owner, call.dependencies, *signatures)
+                if text is not None:
+                    self._warn_once(("unused", text), text)
 
     def _declines(self, call: _Call, usage: Usage, binding: Binding) -> bool:
         """Whether the backend would not keep the value of a call anyway.

@@ -198,6 +198,68 @@ def test_a_change_that_does_not_last_is_not_told():
             cache.invalidate()
 
 
+class Counting(nn.Module):
+    """Counts its calls outside of the method that is cached."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.inner = Restless(lambda *_: None)
+        self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.change = change
+        self.calls = 0
+
+    @cached("doubled")
+    def doubled(self):
+        return self.weight * 2
+
+    def forward(self):
+        self.change(self)
+        return self.doubled()
+
+
+def count(self):
+    self.calls += 1
+
+
+def count_inside(self):
+    self.inner.calls += 1
+
+
+@pytest.mark.parametrize(("change", "name"), [(count, "calls"), (count_inside, "inner.calls")])
+def test_an_attribute_that_changes_between_calls_is_named(change, name):
+    """Values are stored then, and are void before their first use."""
+    module = Counting(change).eval()
+    with dora_cache.attach(module) as cache:
+        (text,) = told(*[module] * 9)
+        assert cache.stats().hits == 0
+    assert text.startswith(f"'doubled' has been derived 4 times and never used again: self.{name} ")
+    assert "@cached('doubled', depends_on=lambda self: [...])" in text
+
+
+def test_weights_that_change_between_calls_are_not_told():
+    """That is what a cache is for, whatever else changes with them."""
+
+    def train(self):
+        self.weight.add_(1)
+        self.calls += 1
+
+    module = Counting(train).eval()
+    with dora_cache.attach(module) as cache:
+        assert told(*[module] * 9) == []
+        assert cache.stats().hits == 0
+
+
+def test_values_that_are_used_at_times_are_not_told():
+    """An attribute that changes now and then is part of what is followed."""
+
+    def change(self):
+        self.calls += 1
+
+    module = Counting(change).eval()
+    with dora_cache.attach(module):
+        assert told(*[module, module.doubled] * 9) == []
+
+
 def test_names_are_those_of_the_state():
     """There is one for each thing that own_state yields, whatever the module holds."""
     module = nn.ModuleDict({"a": Restless(None), "b": nn.Conv2d(1, 2, 3), "c": Inner()}).eval()
