@@ -70,6 +70,11 @@ class Backend(Protocol):
     knows nothing of modules or adapters. Every call comes from one thread at a time: the cache
     holds its lock. A backend that raises costs a recomputation, never an inference.
 
+    What comes back is what was stored: the same stamp and cost, one tensor or a tuple as before,
+    each of the same dtype, device, shape and contents. Strides survive, and so the memory format
+    (``channels_last``), since other strides may give outputs other bits; only a tensor that has
+    gaps, or shows elements several times, may come back without these.
+
     :class:`dora_cache.testing.BackendConformance` checks all that is said here.
     """
 
@@ -88,7 +93,8 @@ class Backend(Protocol):
         """Store ``entry`` in place of any older one, and say whether it was kept.
 
         Whatever the answer, the older entry under ``key`` is gone. False means that the entry was
-        not kept: it is larger than the backend, or the backend does not want it.
+        not kept: it is larger than the backend, or the backend does not want it. One of more than
+        ``max_bytes`` must be refused so.
         """
 
     def delete(self, key: Hashable) -> bool:

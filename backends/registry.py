@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dora_cache.backends.budget import BudgetBackend
 from dora_cache.backends.cpu import CPUBackend
@@ -14,7 +16,13 @@ from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
 from dora_cache.backends.null import NullBackend
 from dora_cache.backends.protocol import Backend
-from dora_cache.errors import BackendError, ConfigError, UnknownBackendError
+from dora_cache.errors import (
+    BackendError,
+    ConfigError,
+    DoraCacheError,
+    UnknownBackendError,
+    warn_once,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,6 +48,7 @@ _BUILT_IN: dict[str, Callable[..., Backend]] = {
     "null": NullBackend,
 }
 _registered: dict[str, Callable[..., Backend]] = {}
+_looked_up: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +90,16 @@ def register(name: str, factory: Callable[..., Backend]) -> None:
 
 
 def available() -> dict[str, BackendInfo]:
-    """Return every backend that can be selected, by name; one that fails to import says so."""
+    """Return every backend that can be selected, by name; one that fails to import says so.
+
+    Warns of installed ones whose name another one has.
+    """
     found = {name: _describe(name, factory, "built in") for name, factory in _BUILT_IN.items()}
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name in found:
+        if point.name in found or point.name in _registered:
+            _tell_hidden(point.name)
             continue
-        origin = point.dist.name if point.dist else "entry point"
+        origin = _origin(point)
         try:
             found[point.name] = _describe(point.name, point.load(), origin)
         except Exception as error:  # noqa: BLE001 - a broken package must not hide the others
@@ -116,12 +129,23 @@ def create(name: str, **options: Any) -> Backend:
 
     Raises:
         UnknownBackendError: there is no such backend.
-        ConfigError: an option is unknown to the backend, or one that it needs is missing.
-        BackendError: what was made lacks methods of :class:`Backend`.
+        ConfigError: an option is unknown to the backend, one that it needs is missing, or the
+            backend's constructor refuses one (with a ``TypeError`` or ``ValueError``).
+        BackendError: the constructor fails otherwise, or what was made lacks methods of
+            :class:`Backend`.
     """
     factory = _factory(name)
     _check(name, factory, options)
-    backend = factory(**options)
+    if name not in _looked_up:  # once, since it reads what every installed package says of itself
+        _looked_up.add(name)
+        _tell_hidden(name)
+    try:
+        backend = factory(**options)
+    except (DoraCacheError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = ConfigError if isinstance(error, TypeError | ValueError) else BackendError
+        raise kind(_cannot_make(name, factory, options, error)) from error
     missing = [
         part for part in _CONTRACT if inspect.getattr_static(backend, part, _MISSING) is _MISSING
     ]
@@ -133,6 +157,55 @@ def create(name: str, **options: Any) -> Backend:
 
 _CONTRACT = tuple(name for name in vars(Backend) if name == "__len__" or not name.startswith("_"))
 _MISSING = object()
+
+
+def _cannot_make(
+    name: str, factory: Callable[..., Backend], options: Mapping[str, object], error: Exception
+) -> str:
+    given = ", ".join(f"{key}={_shown(value)}" for key, value in options.items())
+    parameters, anything = _parameters(factory)
+    takes = ", ".join(parameters) + (", and others" if parameters else "any") * anything
+    return (
+        f"backend {name!r} cannot be made with {given or 'no settings'}: {type(error).__name__}: "
+        f"{error}; give other settings (it takes {takes or 'none'})"
+    )
+
+
+def _shown(value: object) -> str:
+    """Show a number; anything else may be a password."""
+    return repr(value) if isinstance(value, int | float | None) else "..."
+
+
+def _origin(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "entry point"
+
+
+def _tell_hidden(name: str) -> None:
+    """Warn of installed backends that cannot be selected, because another one has their name."""
+    factory = _BUILT_IN.get(name) or _registered.get(name)
+    points = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
+    for point in points if factory is not None else points[1:]:
+        if name in _BUILT_IN:
+            why = "that is the name of a built-in one"
+        elif factory is None:
+            why = f"{_origin(points[0])} has one of that name as well"
+        elif _is(point, factory):
+            continue
+        else:
+            why = "another one is registered under that name"
+        warn_once(
+            f"the backend {name!r} of {_origin(point)} ({point.value}) is not used, since {why}: "
+            "give its entry point another name, or write "
+            f"dora_cache.backends.register('another-name', ...) with what {point.value} names"
+        )
+
+
+def _is(point: EntryPoint, factory: object) -> bool:
+    """Whether an entry point is what was registered: a package may do both."""
+    try:
+        return point.load() is factory
+    except Exception:  # noqa: BLE001 - a broken package
+        return False
 
 
 def _factory(name: str) -> Callable[..., Backend]:

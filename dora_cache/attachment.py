@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,9 @@ def attach(
     entry of its ``state_dict()`` changes. Copies and pickles of the model are of the plain model.
 
     Args:
-        target: any ``nn.Module`` that contains PEFT layers or modules with ``@cached`` methods; or
-            any other object with such methods, or a ``@cached`` function.
+        target: any ``nn.Module`` that contains PEFT layers or modules with ``@cached`` methods; a
+            Diffusers pipeline, or another object whose ``components`` hold such modules by name;
+            any other object with ``@cached`` methods, or a ``@cached`` function.
         config: the settings; by default those of the environment.
         **settings: single settings instead of ``config``, e.g. ``backend="lru"``,
             ``max_bytes="256MiB"`` (see :class:`CacheConfig`).
@@ -51,6 +53,7 @@ def attach(
 
     Raises:
         ConfigError: a setting is wrong, or both ``config`` and settings are given.
+        BackendError: the backend cannot be made.
         AlreadyAttachedError: part of the model is attached already.
         NothingToCacheError: the model has nothing to cache.
     """
@@ -85,9 +88,15 @@ def _attach(cache: AdapterCache, target: object) -> int:
         cache.bind_function(derivation)
         return 1
     if not isinstance(target, nn.Module):
-        return _attach_owner(cache, target)
-    found = apply_recipes(cache, target)
-    for module in list(target.modules()):
+        if derivations_of(type(target)):
+            return _attach_owner(cache, target)
+        return sum(_attach_module(cache, part) for part in _components(target).values())
+    return _attach_module(cache, target)
+
+
+def _attach_module(cache: AdapterCache, model: nn.Module) -> int:
+    found = apply_recipes(cache, model)
+    for module in list(model.modules()):
         binding = module.__dict__.get(SLOT)
         if binding is None or binding.cache is not cache:  # else a recipe has it already
             found += _attach_owner(cache, module)
@@ -148,15 +157,58 @@ def _devices(target: object) -> list[torch.device]:
 
     Weights on no device at all (meta tensors) count if there are no others: they are offloaded.
     """
-    if not isinstance(target, nn.Module):
-        return []
-    found = dict.fromkeys(tensor.device for tensor in (*target.parameters(), *target.buffers()))
+    models = [target] if isinstance(target, nn.Module) else _components(target).values()
+    found = dict.fromkeys(
+        tensor.device for model in models for tensor in (*model.parameters(), *model.buffers())
+    )
     return [device for device in found if device.type != "meta"] or list(found)
 
 
+def _components(target: object) -> dict[str, nn.Module]:
+    """Return the modules among an object's ``components``, each once; empty if it has none.
+
+    Pipelines of Diffusers are no modules, and have their models, tokenizers and the like there.
+    """
+    try:
+        components = getattr(target, "components", None)
+    except Exception:  # noqa: BLE001 - a property may raise anything; then there are none
+        return {}
+    if not isinstance(components, Mapping):
+        return {}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, part in components.items():
+        if isinstance(part, nn.Module):
+            found.setdefault(id(part), (str(name), part))
+    return dict(found.values())
+
+
 def _nothing(target: object) -> str:
+    name = type(target).__name__
+    components = _components(target)
+    if not isinstance(target, nn.Module) and not components:
+        inside = _modules_inside(target)
+        if inside:
+            choice = " or ".join(f"dora_cache.attach({one})" for one in inside)
+            return f"{name} is no nn.Module, but holds one: write {choice}"
+    where = f" in its components {', '.join(components)}" if components else ""
     return (
-        f"{type(target).__name__} has nothing to cache: it needs PEFT layers of a kind that "
+        f"{name} has nothing to cache{where}: it needs PEFT layers of a kind that "
         f"recomputes ({', '.join(RECIPES)}; plain LoRA derives nothing) or methods marked "
         "@dora_cache.cached"
     )
+
+
+def _modules_inside(target: object) -> list[str]:
+    """Say how to write the modules that an object holds, ``.model`` alone if that is one."""
+    if isinstance(target, list | tuple | set | frozenset | Mapping):
+        inside = target.values() if isinstance(target, Mapping) else target
+        found = any(isinstance(one, nn.Module) for one in inside)
+        return ["torch.nn.ModuleList([...])"] if found else []
+    try:
+        model = getattr(target, "model", None)
+    except Exception:  # noqa: BLE001 - as above
+        model = None
+    if isinstance(model, nn.Module):
+        return ["obj.model"]
+    attributes = getattr(target, "__dict__", {})
+    return [f"obj.{name}" for name, one in attributes.items() if isinstance(one, nn.Module)]

@@ -201,6 +201,7 @@ class CacheConfig(BaseSettings):
         Raises:
             UnknownBackendError: there is no such backend.
             ConfigError: the backend refuses a setting.
+            BackendError: the backend cannot be made.
         """
         options = self.backend_options()
         if max_bytes is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import suppress
+
 __all__ = [
     "AdapterNotFoundError",
     "AlreadyAttachedError",
@@ -58,3 +61,14 @@ class AdapterNotFoundError(DoraCacheError, KeyError):
 
 class CacheWarning(UserWarning):
     """Something in the cache failed; inference went on without it."""
+
+
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Issue a :class:`CacheWarning`, once in a process; never an error, whatever the filters."""
+    if text not in _warned:
+        _warned.add(text)
+        with suppress(CacheWarning):
+            warnings.warn(text, CacheWarning, stacklevel=3)

@@ -24,6 +24,7 @@ __all__ = [
     "freeze",
     "make_binder",
     "own_state",
+    "state_names",
 ]
 
 ALL_ADAPTERS = None
@@ -122,6 +123,19 @@ def own_state(owner: nn.Module) -> Iterator[object]:
             if name not in _MODULE_ATTRIBUTES:
                 yield name
                 yield value
+
+
+def state_names(owner: nn.Module) -> Iterator[str]:
+    """Yield the name of each thing that :func:`own_state` yields, if all of it can be signed.
+
+    A submodule's have its name in front, with a dot; the module itself has an empty name.
+    """
+    for prefix, module in owner.named_modules():
+        yield prefix
+        attributes = [name for name in vars(module) if name not in _MODULE_ATTRIBUTES]
+        twice = [name for name in attributes for _ in range(2)]
+        for name in (*module._parameters, *module._buffers, *twice):
+            yield f"{prefix}.{name}" if prefix else name
 
 
 def make_binder(function: Callable[..., Any]) -> tuple[Callable[..., tuple[Any, ...]], list[str]]:

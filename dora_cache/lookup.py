@@ -16,6 +16,7 @@ from dora_cache.audit import EVERY
 from dora_cache.backends import Entry, Ready
 from dora_cache.backends.storage import storage_id
 from dora_cache.contents import Contents
+from dora_cache.explain import UNSETTLED, UNUSED, why_unsettled, why_unused
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
 from dora_cache.reasons import Reason
 from dora_cache.shortcut import Shortcut, make_shortcut
@@ -28,7 +29,7 @@ from dora_cache.stamps import (
     tensors_in,
     untraceable,
 )
-from dora_cache.store import Flight, Store
+from dora_cache.store import Flight, Record, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -396,8 +397,19 @@ class Lookup(Store):
             and all(contents == call.contents for contents in stamp.contents)
         ):
             return entry
+        if record is not None and record.derivation.depends_on is None:
+            self._tell_unused(record, binding, call)
         self._discard(call.key)
         return None
+
+    def _tell_unused(self, record: Record, binding: Binding, call: _Call) -> None:
+        """Warn where values are void before their first use, time after time; the lock is held."""
+        if record.usage.derived == UNUSED and not record.usage.hits:
+            signatures = (record.stamp.signature, call.signature)
+            with suppress(Exception):
+                text = why_unused(record.derivation, binding.owner, call.dependencies, *signatures)
+                if text is not None:
+                    self._warn_once(("unused", text), text)
 
     def _declines(self, call: _Call, usage: Usage, binding: Binding) -> bool:
         """Whether the backend would not keep the value of a call anyway.
@@ -491,6 +503,7 @@ class Lookup(Store):
             if again is not None and again.contents is not None:
                 # Compared when the value is used, so that nothing has to wait for a device here.
                 flight.stamp.contents = (*flight.stamp.contents, again.contents)
+            changed = again is not None and again.signature != call.signature
             try:
                 with self._locked():
                     flying = self._flights[call.key]
@@ -500,10 +513,11 @@ class Lookup(Store):
                     usage = self._usages.get(call.key)
                     if entry is not None and usage is not None:
                         usage.derive(entry.cost)
+                        usage.unsettled = usage.unsettled + 1 if changed else 0
                     if (
                         entry is not None
                         and again is not None
-                        and again.signature == call.signature
+                        and not changed
                         and not flight.touched
                         and not self._closed
                         and flight.stamp.born > binding.voided(call.adapter)
@@ -515,6 +529,8 @@ class Lookup(Store):
                         self._reasons[flight.unstored] += 1
             finally:
                 flight.done.set()
+        if again is not None and usage is not None and usage.unsettled == UNSETTLED:
+            self._tell_unsettled(derivation, binding, call, again)
         self._refill(binding, call)
         return value
 
@@ -525,6 +541,15 @@ class Lookup(Store):
                 flight.stamp.audit = self._auditor.begin(name, call.dependencies)
             except Exception as error:  # noqa: BLE001 - never an inference failure
                 self.failed("the audit", error)
+
+    def _tell_unsettled(
+        self, derivation: Derivation, binding: Binding, before: _Call, after: _Call
+    ) -> None:
+        """Warn that a value is never stored: what it depends on changes while it is derived."""
+        with suppress(Exception), self._locked():
+            states = [(one.dependencies, one.signature) for one in (before, after)]
+            text = why_unsettled(derivation, binding.owner, *states)
+            self._warn_once(("unsettled", text), text)
 
     def _derive(
         self, flight: Flight, function: Callable[[], Any], call: _Call

@@ -31,6 +31,7 @@ __all__ = [
     "functorch_stack",
     "mark_refilled",
     "sign",
+    "split",
     "tensors_in",
     "untraceable",
 ]
@@ -80,6 +81,7 @@ def mark_refilled(tensor: Tensor | torch.UntypedStorage) -> bool:
 _storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 _pack_tensor = struct.Struct("5q").pack
 _pack_float = struct.Struct("5sd").pack
+_TENSOR_BYTES, _FLOAT_BYTES = struct.calcsize("5q"), struct.calcsize("5sd")
 _plain_types: dict[type, bool] = {Tensor: True, torch.nn.Parameter: True}
 
 
@@ -158,6 +160,33 @@ def sign(dependencies: Iterable[object]) -> tuple[Signature, bool]:
             others.append((len(parts), _freeze_plain(item)))
     packed = b"".join(parts)
     return (packed, others) if others else packed, requires_grad
+
+
+def split(dependencies: Iterable[object], signature: Signature) -> list[object]:
+    """Take a signature apart: return what it says of each dependency, in order.
+
+    Args:
+        dependencies: those that were signed; what has been written into them since does not matter.
+        signature: what :func:`sign` returned.
+    """
+    packed, others = signature if isinstance(signature, tuple) else (signature, [])
+    rest = iter(others)
+    found: list[object] = []
+    start = 0
+    for item in dependencies:
+        if isinstance(item, Tensor):
+            size = _TENSOR_BYTES
+        elif item is None:
+            size = len(b"none")
+        elif type(item) is float:
+            size = _FLOAT_BYTES
+        else:
+            _, *piece = next(rest)  # without its place, which goes by what comes before it
+            found.append(piece)
+            continue
+        found.append(packed[start : start + size])
+        start += size
+    return found
 
 
 def _freeze_plain(item: object) -> object:

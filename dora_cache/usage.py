@@ -38,6 +38,7 @@ class Usage:
         device: where it was.
         owner: token of the binding whose value it is.
         born: the cache's clock when deriving it began; 0 if it is known not to hold any more.
+        unsettled: derivations in a row during which a dependency changed.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class Usage:
         "owner",
         "seconds",
         "short",
+        "unsettled",
     )
 
     def __init__(self, derivation: Derivation, adapter: Adapters, owner: int) -> None:
@@ -70,6 +72,7 @@ class Usage:
         self.device: torch.device | None = None
         self.owner = owner
         self.born = 0
+        self.unsettled = 0
 
     @property
     def hits(self) -> int:
@@ -118,7 +121,7 @@ class Totals:
 class Usages:
     """The usage of every key: of those held, and of many that are held no more.
 
-    Beyond that, only the sums of the oldest are kept; and of owners and adapters that are gone, only
+    Beyond that, only the sums of the oldest are kept; of owners and adapters that are gone, only
     the numbers of lookups.
     """
 

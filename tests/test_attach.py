@@ -24,6 +24,7 @@ from zoo import (
 )
 
 import dora_cache
+from dora_cache import attachment
 from dora_cache.decorator import SLOT
 
 
@@ -367,3 +368,158 @@ def test_importing_the_library_imports_neither_peft_nor_transformers():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# Objects that hold models
+
+
+class Pipeline:
+    """What Diffusers' pipelines are to a cache: no module, but models and more by name."""
+
+    def __init__(self, **parts):
+        vars(self).update(parts)
+        self.names = list(parts)
+
+    @property
+    def components(self):
+        return {name: getattr(self, name) for name in self.names}
+
+    def __call__(self, x):
+        return run(self.unet, run(self.text_encoder, x)[..., :4].repeat(1, 1, 3))
+
+
+def pipeline(**more):
+    parts = {
+        "vae": nn.Linear(2, 2),
+        "text_encoder": dora_model(),
+        "tokenizer": object(),
+        "unet": dora_model(),
+        "safety_checker": None,
+    }
+    return Pipeline(**parts | more)
+
+
+def test_a_pipelines_models_are_attached():
+    """One handle covers all of a pipeline's components in which there is something to cache."""
+    pipe, x = pipeline(), sample("linear")
+    before = [snapshot(part) for part in (pipe.vae, pipe.text_encoder, pipe.unet)]
+    expected = pipe(x)
+    with dora_cache.attach(pipe) as cache:
+        assert cache.warm() == 2
+        assert torch.equal(pipe(x), expected)
+        assert cache.stats().hits == 2
+        with torch.no_grad():
+            pipe.unet.base_model.model.layer.lora_B["first"].weight.mul_(2)
+        changed = pipe(x)
+        with cache.bypass():
+            assert torch.equal(pipe(x), changed)
+        assert cache.invalidate(module=pipe.text_encoder) == 1
+        with quiet():
+            pipe.unet.add_adapter("second", dora_config())
+        assert cache.warm(adapters=["second"]) == 1
+        with pytest.raises(dora_cache.AlreadyAttachedError):
+            dora_cache.attach(pipe.unet)
+    assert not torch.equal(changed, expected)
+    assert traces(pipe.unet) == traces(pipe.text_encoder) == []
+    assert [snapshot(part) for part in (pipe.vae, pipe.text_encoder)] == before[:2]
+
+
+def test_models_that_a_pipeline_has_twice_are_attached_once():
+    """The same model under two names, or as part of another one, has one entry."""
+    pipe = pipeline()
+    pipe = pipeline(text_encoder=pipe.unet, unet=pipe.unet, both=nn.Sequential(pipe.unet))
+    with dora_cache.attach(pipe) as cache:
+        assert cache.warm() == 1
+        with quiet():
+            pipe.unet.add_adapter("second", dora_config())
+        assert cache.warm() == 1
+    assert traces(pipe.unet) == []
+
+
+def test_a_pipelines_models_keep_no_other_alive():
+    """A text encoder can be dropped to save memory, and its entries go with it."""
+    pipe = pipeline()
+    cache = dora_cache.attach(pipe)
+    assert cache.warm() == 2
+    dead = weakref.ref(pipe.text_encoder)
+    pipe.text_encoder = None
+    gc.collect()
+    assert dead() is None
+    assert cache.stats().entries == 1
+    cache.detach()
+
+
+def test_a_components_cached_methods_are_attached():
+    """Decorated methods count as well as PEFT layers."""
+
+    class Scaled(nn.Linear):
+        @dora_cache.cached("scaled")
+        def scaled(self):
+            return self.weight * 2
+
+    pipe = Pipeline(head=Scaled(2, 2).eval().requires_grad_(False))
+    with dora_cache.attach(pipe) as cache:
+        assert torch.equal(pipe.head.scaled(), pipe.head.scaled())
+        assert cache.stats().hits == 1
+
+
+def test_a_pipelines_devices_are_those_of_its_models():
+    """So that caps are held where its models are."""
+    offloaded = pipeline(vae=nn.Linear(2, 2, device="meta"))
+    assert attachment._devices(offloaded) == [torch.device("cpu")]
+    only = Pipeline(tokenizer=object(), unet=nn.Linear(2, 2, device="meta"))
+    assert attachment._devices(only) == [torch.device("meta")]
+
+
+def test_a_pipeline_of_which_a_part_is_attached_is_refused_whole():
+    """The error leaves none of its models attached."""
+    pipe = pipeline()
+    with dora_cache.attach(pipe.unet):
+        with pytest.raises(dora_cache.AlreadyAttachedError, match="detach"):
+            dora_cache.attach(pipe)
+        assert traces(pipe.text_encoder) == []
+
+
+def test_a_pipeline_with_nothing_to_cache_is_told_so():
+    """The error names the components that were looked at."""
+    pipe = Pipeline(vae=nn.Linear(2, 2), tokenizer=object(), unet=dora_model(use_dora=False))
+    with pytest.raises(dora_cache.NothingToCacheError, match="its components vae, unet: it needs"):
+        dora_cache.attach(pipe)
+
+
+class Holder:
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+
+class Wrong:
+    """An object whose properties raise."""
+
+    components = model = property(lambda self: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (
+            lambda model: Holder(model=model, other=model),
+            r"write dora_cache\.attach\(obj\.model\)$",
+        ),
+        (lambda model: Holder(unet=model, size=3), r"attach\(obj\.unet\)$"),
+        (
+            lambda model: Holder(a=model, b=model),
+            r"attach\(obj\.a\) or dora_cache\.attach\(obj\.b\)",
+        ),
+        (lambda model: [model, model], r"attach\(torch\.nn\.ModuleList\(\[\.\.\.\]\)\)$"),
+        (lambda model: {"a": model}, r"attach\(torch\.nn\.ModuleList"),
+        (lambda model: [1, 2], "list has nothing to cache"),
+        (lambda model: Wrong(), "Wrong has nothing to cache"),
+        (lambda model: type(model), "type has nothing to cache"),
+        (lambda model: Holder(components={"a": 1}), "Holder has nothing to cache"),
+        (lambda model: Holder(components=[model], model=model), r"attach\(obj\.model\)$"),
+    ],
+)
+def test_what_holds_a_model_is_told_what_to_attach(make, part):
+    """The error says which attribute is the model, as of a pipeline of Transformers."""
+    with pytest.raises(dora_cache.NothingToCacheError, match=part):
+        dora_cache.attach(make(dora_model()))

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -997,3 +998,72 @@ def test_generate_with_a_static_cache():
         else:
             assert torch.equal(generate(), first)
     assert compilations[0] == compilations[1]
+
+
+# Adapters that go
+
+
+def warned(action):
+    """Return the cache's warnings about something; pytest's filter would hide them."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        action()
+    return [str(one.message) for one in seen if one.category is dora_cache.CacheWarning]
+
+
+@pytest.mark.parametrize("active", ["first", "second"])
+def test_deleting_an_adapter_that_compiled_code_has_used_warns_of_nothing(active):
+    """Its buffer goes with it, whether it was active or not, and the other one's stays."""
+    setup = Compiled()
+    for adapter in ("first", "second", active):
+        setup.activate(adapter)
+        setup.check()
+    bytes_of_both = setup.cache.stats().nbytes
+    assert warned(lambda: quietly_delete(setup.model, "first")) == []
+    (buffers,) = [one.buffers for one in setup.cache._bindings.values() if one.buffers]
+    assert list(buffers) == ["second"]
+    assert setup.cache.stats().nbytes < bytes_of_both
+    assert warned(setup.cache.refresh) == []
+    setup.activate("second")
+    setup.check()
+
+
+def quietly_delete(model, adapter):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+        model.delete_adapter(adapter)
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_an_adapter_made_again_under_a_deleted_ones_name_warns_of_nothing(use_dora):
+    """Compiled code gets the new one's values, or none where the new one has none."""
+    setup = Compiled()
+    setup.check()
+    setup.activate("second")
+
+    def replace():
+        setup.model.delete_adapter("first")
+        setup.model.add_adapter("first", dora_config(alpha=9, use_dora=use_dora))
+        setup.model.eval()
+
+    assert warned(replace) == []
+    assert warned(setup.cache.refresh) == []
+    setup.activate("first")
+    setup.check()
+    if use_dora:
+        assert setup.buffer().values is not None
+    else:
+        assert not setup.cache.buffers("first")
+
+
+def test_an_adapter_taken_out_by_hand_frees_its_buffer():
+    """What PEFT does not report is noticed when the buffer is to be filled, without a warning."""
+    setup = Compiled()
+    setup.check()
+    setup.activate("second")
+    held = setup.cache.stats().nbytes
+    for part in (setup.layer.lora_A, setup.layer.lora_B, setup.layer.lora_magnitude_vector):
+        del part["first"]
+    assert warned(setup.cache.refresh) == []
+    assert setup.cache.stats().nbytes < held
+    setup.check()

@@ -364,6 +364,14 @@ class LosesStrides(EvictsOldest):
         return Entry(entry.value.contiguous(), stamp=entry.stamp, cost=entry.cost)
 
 
+class LosesMemoryFormat(EvictsOldest):
+    def get(self, key):
+        entry = super().get(key)
+        if entry is None or isinstance(entry.value, tuple) or entry.value.dim() != 4:
+            return entry
+        return Entry(entry.value.contiguous(), stamp=entry.stamp, cost=entry.cost)
+
+
 class UnpacksTuples(EvictsOldest):
     def get(self, key):
         entry = super().get(key)
@@ -451,6 +459,7 @@ ANY_ORDER = {
     LosesPrecision: "after .*(nbytes is|another dtype)",
     WritesIntoValues: "after .*another content",
     LosesStrides: "after .*another strides",
+    LosesMemoryFormat: r"after .*another strides: \(",
     UnpacksTuples: "after .*was put",
     ListsTwice: "after .*duplicates",
     CountsWrong: r"after .*len\(\) is 2",

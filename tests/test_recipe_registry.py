@@ -1,5 +1,6 @@
 """Recipes are found, checked against the PEFT that is there, and declined rather than wrong."""
 
+import dataclasses
 import types
 from functools import partial
 from importlib.metadata import EntryPoint
@@ -19,7 +20,7 @@ from dora_cache.bench.coverage import NOTHING_TO_CACHE
 from dora_cache.recipes import fingerprints, load_recipes
 from dora_cache.recipes.examples import TARGETS, make_model
 from dora_cache.recipes.fingerprints import changed, fingerprint
-from dora_cache.recipes.hooks import LayerRecipe, memo
+from dora_cache.recipes.hooks import Hook, LayerRecipe, guard, memo
 from dora_cache.testing import check_recipe
 
 BY_NAME = {recipe.name: recipe for recipe in load_recipes()}
@@ -183,7 +184,7 @@ def test_a_registered_recipe_is_applied_and_keeps_the_promises():
 @pytest.mark.usefixtures("registered")
 def test_a_registered_recipe_comes_before_the_built_in_one():
     """A name that is taken is taken over."""
-    mine = LayerRecipe(name="LoHa", hooks={}, adapters="hada_w1_a", relies_on={})
+    mine = deft(name="LoHa")
     dora_cache.register_recipe(mine)
     assert [recipe for recipe in load_recipes() if recipe.name == "LoHa"] == [mine]
 
@@ -193,6 +194,50 @@ def test_what_is_no_recipe_is_refused():
     """The error says what a recipe is."""
     with pytest.raises(dora_cache.ConfigError, match=r"it has no 'relies_on'.*LayerRecipe"):
         dora_cache.register_recipe(types.SimpleNamespace(name="mine"))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"hooks": {}}, r"'mine' has no hooks: give hooks=\{Layer: \[memo"),
+        ({"hooks": None}, "has no hooks"),
+        ({"hooks": {FourierFTLinear: []}}, "no hooks for FourierFTLinear"),
+        ({"hooks": {"Linear": [guard(print)]}}, "has hooks for 'Linear': give a class"),
+        ({"hooks": {FourierFTLinear: [print]}}, r"what memo\(\.\.\.\) or guard"),
+        ({"hooks": {FourierFTLinear: [Hook("foward", print)]}}, "did you mean 'forward'"),
+        ({"hooks": {FourierFTLinear: [Hook("xyz", print)]}}, "one that it has"),
+        ({"fast": {FourierFTLinear: []}}, "no fast for FourierFTLinear"),
+        ({"fast": {FourierFTLinear: [guard(print)]}}, "not in its hooks"),
+        ({"adapters": ""}, 'adapters="lora_A"'),
+        ({"adapters": ["deft_P"]}, 'adapters="lora_A"'),
+        ({"adapters": "deft.P"}, 'adapters="lora_A"'),
+    ],
+)
+def test_a_recipe_that_would_cache_nothing_is_refused(change, part):
+    """When it is made, with what to write instead."""
+    whole = deft(name="mine")
+    with pytest.raises(dora_cache.ConfigError, match=part):
+        dataclasses.replace(whole, **change)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("adapters", "part"),
+    [
+        ("deft_p", r"DeftLinear has no such attribute: did you mean 'deft_P'\? It has "),
+        ("wholly_other", "DeftLinear has no such attribute: it has "),
+        ("base_layer", "DeftLinear has no keys there: it has "),
+    ],
+)
+def test_an_attribute_that_no_layer_has_is_an_error(adapters, part):
+    """Misspelt, it would be missed by warm() or by a forward, so attaching says so."""
+    dora_cache.register_recipe(dataclasses.replace(deft(), adapters=adapters))
+    model, x = deft_model()
+    expected = run(model, x)
+    with pytest.raises(dora_cache.ConfigError, match=part):
+        dora_cache.attach(model)
+    assert torch.equal(run(model, x), expected)
+    assert type(model.base_model.model.layer).__module__.startswith("peft.")
 
 
 @pytest.mark.usefixtures("registered")

@@ -5,10 +5,19 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
+import warnings
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
 
-from dora_cache import BackendError, ConfigError, UnknownBackendError, backends
+import dora_cache
+from dora_cache import BackendError, ConfigError, UnknownBackendError, backends, errors, recipes
+from dora_cache.backends import registry
+from dora_cache.cli import app
 
 
 class Mine(backends.DictBackend):
@@ -58,6 +67,148 @@ def test_unknown_names_and_settings():
         backends.create("lru")
     with pytest.raises(ConfigError, match="takes no size"):
         backends.create("dict", size=3)
+
+
+class Refusing(backends.LRUBackend):
+    """Its constructor takes anything, and refuses it."""
+
+    error = ValueError("no such flavour")
+
+    def __init__(self, max_bytes, flavour="plain", **others):
+        super().__init__(max_bytes)
+        if others:
+            raise TypeError(f"unexpected keyword argument {next(iter(others))!r}")
+        if flavour != "plain":
+            raise self.error
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {"refusing": Refusing})
+    return Refusing
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_constructor_that_refuses_a_setting_is_named():
+    """The error has backend, settings, and the original error; values may be secrets."""
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError) as raised:
+        dora_cache.attach(
+            model, backend="refusing", max_bytes=64, options={"flavour": "the password"}
+        )
+    text = str(raised.value)
+    assert "backend 'refusing' cannot be made with max_bytes=64, flavour=...: ValueError" in text
+    assert "no such flavour" in text
+    assert "it takes max_bytes, flavour, and others" in text
+    assert "password" not in text
+    assert raised.value.__cause__ is Refusing.error
+    with pytest.raises(ConfigError, match=r"TypeError: unexpected keyword argument 'size'.* takes"):
+        backends.create("refusing", max_bytes=64, size=3)
+
+
+@pytest.mark.parametrize("error", [OSError("no connection"), RuntimeError("no"), KeyError("x")])
+def test_a_constructor_that_fails_is_the_backends_fault(refusing, monkeypatch, error):
+    """Whatever it raises, the backend is named."""
+    monkeypatch.setattr(refusing, "error", error)
+    with pytest.raises(BackendError, match=type(error).__name__) as raised:
+        backends.create("refusing", max_bytes=64, flavour="mint")
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("mine"), BackendError("mine"), torch.OutOfMemoryError("mine")]
+)
+def test_errors_that_say_it_themselves_come_through(refusing, monkeypatch, error):
+    """A backend that speaks the library's language is not talked over."""
+    monkeypatch.setattr(refusing, "error", error)
+    with pytest.raises(type(error), match=r"^mine$"):
+        backends.create("refusing", max_bytes=64, flavour="mint")
+
+
+# Installed backends whose name is taken
+
+
+class Distribution:
+    def __init__(self, name):
+        self.name = name
+
+
+def offer(monkeypatch, module, group, *points):
+    """Have distributions offer things under names, as if they were installed."""
+    found = EntryPoints(
+        EntryPoint(name, value, group)._for(Distribution(dist)) for dist, name, value in points
+    )
+    monkeypatch.setattr(module, "entry_points", lambda **wanted: found.select(**wanted))
+    monkeypatch.setattr(errors, "_warned", set())
+    monkeypatch.setattr(registry, "_looked_up", set())
+
+
+def told(action):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        action()
+    return [str(one.message) for one in seen if one.category is dora_cache.CacheWarning]
+
+
+@pytest.fixture
+def installed_module(monkeypatch):
+    module = types.ModuleType("acme")
+    module.Theirs = type("Theirs", (backends.DictBackend,), {})
+    module.Mine = Mine
+    monkeypatch.setitem(sys.modules, "acme", module)
+    monkeypatch.setattr(registry, "_registered", {})
+    return module
+
+
+@pytest.mark.usefixtures("installed_module")
+def test_a_built_in_backend_hides_an_installed_one_and_says_so(monkeypatch):
+    """Once, with the package's name, wherever the name is used or listed."""
+    point = ("acme-tools", "lru", "acme:Theirs")
+    offer(monkeypatch, registry, registry.ENTRY_POINT_GROUP, point)
+    (text,) = told(lambda: [backends.create("lru", max_bytes=8) for _ in range(2)])
+    assert "'lru' of acme-tools (acme:Theirs) is not used" in text
+    assert "built-in" in text
+    assert "dora_cache.backends.register('another-name', ...)" in text
+    assert told(lambda: backends.create("dict")) == []
+    offer(monkeypatch, registry, registry.ENTRY_POINT_GROUP, point)
+    assert told(backends.available) == [text]
+    offer(monkeypatch, registry, registry.ENTRY_POINT_GROUP, point)
+    result = CliRunner().invoke(app, ["backends"])
+    assert result.exit_code == 0
+    assert result.stderr == f"warning: {text}\n"
+
+
+def test_a_registered_backend_hides_an_installed_one_and_says_so(monkeypatch, installed_module):
+    """Not where both are the same, as in a package that does both."""
+    point = ("acme-tools", "mine", "acme:Theirs")
+    backends.register("mine", Mine)
+    offer(monkeypatch, registry, registry.ENTRY_POINT_GROUP, point)
+    (text,) = told(lambda: backends.create("mine"))
+    assert "registered under that name" in text
+    assert backends.available()["mine"].origin == "registered"
+    for value in ("acme:Mine", "no_such_module:Mine"):
+        offer(monkeypatch, registry, registry.ENTRY_POINT_GROUP, ("acme-tools", "mine", value))
+        assert len(told(lambda: backends.create("mine"))) == (value != "acme:Mine")
+
+
+@pytest.mark.usefixtures("installed_module")
+def test_of_two_installed_backends_one_is_used_and_the_other_told(monkeypatch):
+    """The first that is found."""
+    points = [("one", "ours", "acme:Theirs"), ("other", "ours", "acme:Mine")]
+    offer(monkeypatch, registry, registry.ENTRY_POINT_GROUP, *points)
+    made = []
+    (text,) = told(lambda: made.append(backends.create("ours")))
+    assert type(made[0]).__name__ == "Theirs"
+    assert "'ours' of other (acme:Mine) is not used, since one has one of that name" in text
+
+
+def test_of_two_installed_recipes_one_is_used_and_the_other_told(monkeypatch, installed_module):
+    """As with backends."""
+    installed_module.RECIPE = next(one for one in recipes.load_recipes() if one.name == "LoHa")
+    points = [("one", "ours", "acme:RECIPE"), ("other", "ours", "acme:OTHER")]
+    offer(monkeypatch, recipes, recipes.ENTRY_POINT_GROUP, *points)
+    (text,) = told(recipes.load_recipes)
+    assert "the recipe 'ours' of other (acme:OTHER) is not used" in text
 
 
 PACKAGE = {

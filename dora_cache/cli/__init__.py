@@ -11,6 +11,7 @@ from dora_cache.cli.coverage import coverage
 from dora_cache.cli.demo import demo
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
+from dora_cache.cli.output import checked_stdout
 from dora_cache.cli.plan import plan
 from dora_cache.cli.simulate import simulate
 from dora_cache.cli.traffic import traffic
@@ -59,4 +60,5 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    with checked_stdout():
+        app()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import typer
 from rich.table import Table
 
 from dora_cache.backends import available
@@ -17,7 +20,12 @@ def backends() -> None:
         table.add_column("backend", style="bold", no_wrap=True)
         for column in ("origin", "settings (* must be given)", "what it does"):
             table.add_column(column)
-        for info in available().values():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = available()
+        for warning in seen:
+            typer.echo(f"warning: {warning.message}", err=True)
+        for info in found.values():
             settings = ", ".join(
                 f"{name}*" if name in info.required else name for name in info.options
             )

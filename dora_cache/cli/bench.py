@@ -10,7 +10,7 @@ import typer
 
 from dora_cache import bench as measurement
 from dora_cache.cli.choosing import all_ways, choose_ways, parse_prefill
-from dora_cache.cli.console import CliError, make_folder, quiet, reported, results, spinner
+from dora_cache.cli.console import CliError, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
     check_source,
     load_adapters,
@@ -33,6 +33,7 @@ from dora_cache.cli.options import (
     OutOption,
     given,
 )
+from dora_cache.cli.output import make_folder
 from dora_cache.config import CacheConfig
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def bench(
         if profile:
             _one(choose_ways(known, profile, shape=bool(shape)))
         where = parse_device(device)
-        folder = None if profile else make_folder(out)
+        folder = None if profile else make_folder(out, "bench.json", "bench.png")
         with spinner("loading"):
             base = _base(model, shape, layers, dtype, where)
             names = tuple(paths) or _RANDOM

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_cache.cli.console import CliError, make_folder, progress_bar, quiet, reported, results
+from dora_cache.cli.console import CliError, progress_bar, quiet, reported, results
 from dora_cache.cli.loading import (
     check_source,
     load_adapters,
@@ -23,6 +23,7 @@ from dora_cache.cli.options import (
     LayersOption,
     OutOption,
 )
+from dora_cache.cli.output import make_folder, writing
 
 __all__ = ["caps"]
 
@@ -69,7 +70,7 @@ def caps(
         names = backends.split(",")
         paths = parse_adapters(adapter or [])
         where = parse_device(device)
-        folder = make_folder(out)
+        folder = make_folder(out, "caps.json", "caps.png")
         with quiet():
             base: Any = (
                 load_model(model, where)
@@ -99,9 +100,11 @@ def caps(
             "machine": bench.describe_machine(where),
             **measuring.as_dict(found),
         }
-        (folder / "caps.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+        with writing(folder / "caps.json", "folder as --out"):
+            (folder / "caps.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
         try:
-            measuring.draw(found, folder / "caps.png", title=title)
+            with writing(folder / "caps.png", "folder as --out"):
+                measuring.draw(found, folder / "caps.png", title=title)
         except ImportError:
             console.print("no chart: pip install dora-cache[demo] brings matplotlib")
 

@@ -24,12 +24,12 @@ from dora_cache.errors import DoraCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
-__all__ = ["CliError", "make_folder", "progress_bar", "quiet", "reported", "results", "spinner"]
+__all__ = ["EXIT_CODE", "CliError", "progress_bar", "quiet", "reported", "results", "spinner"]
 
 _AS_KEYWORD = re.compile(r"\b(backend|max_bytes|device_bytes)=\"([^\"]*)\"")
-_EXIT_CODE = 2
+EXIT_CODE = 2
+"""Of a command that could not do what it was asked for."""
 
 
 class CliError(Exception):
@@ -44,11 +44,11 @@ def reported() -> Iterator[None]:
     except torch.OutOfMemoryError:
         text = "the device's memory does not suffice: measure less, e.g. --ways lora,dora-cache"
         typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(_EXIT_CODE) from None
+        raise typer.Exit(EXIT_CODE) from None
     except (CliError, DoraCacheError) as error:
         text = _AS_KEYWORD.sub(_as_option, " ".join(str(error).split()))
         typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(_EXIT_CODE) from None
+        raise typer.Exit(EXIT_CODE) from None
 
 
 def _as_option(keyword: re.Match[str]) -> str:
@@ -113,17 +113,3 @@ def quiet() -> Iterator[None]:
         hub.set_verbosity(verbosity)
         if bars:
             hub.enable_progress_bar()
-
-
-def make_folder(path: Path) -> Path:
-    """Make the folder for results, its parents included.
-
-    Raises:
-        CliError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"cannot make the folder {path} ({error.strerror}): give another one as --out"
-        raise CliError(msg) from None
-    return path

@@ -8,7 +8,8 @@ import torch
 import typer
 
 from dora_cache.bench.machine import describe_machine
-from dora_cache.cli.console import CliError, make_folder, progress_bar, quiet, reported, results
+from dora_cache.cli.console import CliError, progress_bar, quiet, reported, results
+from dora_cache.cli.output import check_file, make_folder, writing
 
 __all__ = ["coverage"]
 
@@ -43,6 +44,8 @@ def coverage(
                 msg = f"no recipe {name!r}: --kind takes {', '.join(names)}"
                 raise CliError(msg)
         lengths = _lengths(tokens)
+        data_file = make_folder(out, "coverage.json") / "coverage.json"
+        check_file(markdown, "--markdown")
         torch.set_num_threads(threads)
         rows = []
         with quiet(), progress_bar("examples", measuring.count_examples(kind)) as move:
@@ -52,15 +55,12 @@ def coverage(
         console = results()
         console.print(measuring.as_table(rows))
         console.print(measuring.summary(rows))
-        folder = make_folder(out)
         data = {"machine": describe_machine(), "rows": measuring.as_json(rows)}
-        (folder / "coverage.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+        with writing(data_file, "folder as --out"):
+            data_file.write_text(json.dumps(data, indent=1), encoding="utf-8")
         if markdown is not None:
-            try:
+            with writing(markdown, "--markdown"):
                 markdown.write_text(measuring.page(rows, describe_machine()), encoding="utf-8")
-            except OSError as error:
-                msg = f"cannot write {markdown} ({error.strerror}): give another --markdown"
-                raise CliError(msg) from None
 
 
 def _lengths(text: str) -> list[int]:

@@ -13,17 +13,10 @@ from rich.text import Text
 
 from dora_cache import bench
 from dora_cache.attachment import attach
-from dora_cache.cli.console import (
-    CliError,
-    make_folder,
-    progress_bar,
-    quiet,
-    reported,
-    results,
-    spinner,
-)
+from dora_cache.cli.console import CliError, progress_bar, quiet, reported, results, spinner
 from dora_cache.cli.loading import load_adapters
 from dora_cache.cli.measuring import measure, save, show
+from dora_cache.cli.output import make_folder
 from dora_cache.cli.texts import greedy
 from dora_cache.config import CacheConfig
 from dora_cache.demo import ADAPTERS, adapter_directory
@@ -74,7 +67,7 @@ def demo(
     """
     with reported():
         config = CacheConfig(backend="lru", max_bytes=max_bytes)
-        folder = make_folder(out)
+        folder = make_folder(out, "demo.json", "demo.png")
         console = results()
         model, tokenizer = _load(console)
         cap, stats, cached, plain = _write_both(model, tokenizer, tokens, config)

@@ -7,9 +7,10 @@ from typing import Annotated
 import torch
 import typer
 
-from dora_cache.cli.console import CliError, progress_bar, quiet, reported, results
+from dora_cache.cli.console import progress_bar, quiet, reported, results
 from dora_cache.cli.loading import parse_device
 from dora_cache.cli.options import DeviceOption
+from dora_cache.cli.output import check_file, writing
 
 __all__ = ["freshness"]
 
@@ -39,6 +40,7 @@ def freshness(
 
     with reported():
         where = parse_device(device)
+        check_file(markdown, "--markdown")
         with quiet(), progress_bar("operations", 0) as move:
             found = list(
                 report.rows(
@@ -51,10 +53,7 @@ def freshness(
         console.print(report.as_table(found))
         console.print(report.summary(found))
         if markdown is not None:
-            try:
+            with writing(markdown, "--markdown"):
                 markdown.write_text(report.as_markdown(found), encoding="utf-8")
-            except OSError as error:
-                msg = f"cannot write {markdown} ({error.strerror}): give another --markdown"
-                raise CliError(msg) from None
     if any(row.ours.verdict.word != "fresh" for row in found):
         raise typer.Exit(1)

@@ -7,7 +7,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from dora_cache import bench
-from dora_cache.cli.console import CliError, progress_bar, quiet
+from dora_cache.cli.console import progress_bar, quiet
+from dora_cache.cli.output import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -168,15 +169,13 @@ def save(
         where = machine["device"]
     subtitle = f"greedy decode, batch 1, {where}, torch {machine['torch']}, peft {machine['peft']}"
     data, chart = folder / f"{name}.json", folder / f"{name}.png"
-    try:
-        text = json.dumps(more | bench.as_dict(comparison), indent=2, ensure_ascii=False)
+    text = json.dumps(more | bench.as_dict(comparison), indent=2, ensure_ascii=False)
+    with writing(data, "folder as --out"):
         data.write_text(text + "\n", encoding="utf-8")
-        console.print(f"numbers: {data}", soft_wrap=True, markup=False)
-        if importlib.util.find_spec("matplotlib") is None:
-            console.print("no chart: it needs matplotlib (pip install matplotlib)")
-            return
+    console.print(f"numbers: {data}", soft_wrap=True, markup=False)
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("no chart: it needs matplotlib (pip install matplotlib)")
+        return
+    with writing(chart, "folder as --out"):
         bench.draw(comparison, chart, title=title, subtitle=subtitle)
-        console.print(f"chart:   {chart}", soft_wrap=True, markup=False)
-    except OSError as error:
-        msg = f"cannot write to {folder} ({error.strerror}): give another folder as --out"
-        raise CliError(msg) from None
+    console.print(f"chart:   {chart}", soft_wrap=True, markup=False)

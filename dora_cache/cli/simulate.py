@@ -8,8 +8,9 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from dora_cache.cli.console import CliError, make_folder, progress_bar, reported, results
+from dora_cache.cli.console import CliError, progress_bar, reported, results
 from dora_cache.cli.options import OutOption
+from dora_cache.cli.output import make_folder, writing
 
 __all__ = ["simulate"]
 
@@ -41,25 +42,23 @@ def simulate(
         contestants = _chosen(simulation.policies(seed), policies, "--policies")
         known = {trace.name: trace for trace in simulate_traces.standard_traces(seed, scale=scale)}
         chosen = list(_chosen(known, traces, "--traces").values())
-        folder = make_folder(out)
+        folder = make_folder(out, "simulate.json", "simulate.png")
         with progress_bar("caps", len(chosen) * len(simulation.SHARES)) as moved:
             scores = simulation.simulate(chosen, contestants, seed=seed, moved=moved)
         console = results()
         console.print(simulate_report.table(scores))
         console.print("\n" + simulate_report.legend(chosen) + "\n", markup=False)
         data, chart = folder / "simulate.json", folder / "simulate.png"
-        try:
-            text = json.dumps(simulate_report.as_dict(scores, chosen, seed=seed), indent=2)
+        text = json.dumps(simulate_report.as_dict(scores, chosen, seed=seed), indent=2)
+        with writing(data, "folder as --out"):
             data.write_text(text + "\n", encoding="utf-8")
-            console.print(f"numbers: {data}", soft_wrap=True, markup=False)
-            if importlib.util.find_spec("matplotlib") is None:
-                console.print("no chart: it needs matplotlib (pip install matplotlib)")
-                return
+        console.print(f"numbers: {data}", soft_wrap=True, markup=False)
+        if importlib.util.find_spec("matplotlib") is None:
+            console.print("no chart: it needs matplotlib (pip install matplotlib)")
+            return
+        with writing(chart, "folder as --out"):
             simulate_report.draw(scores, chosen, chart)
-            console.print(f"chart:   {chart}", soft_wrap=True, markup=False)
-        except OSError as error:
-            msg = f"cannot write to {folder} ({error.strerror}): give another folder as --out"
-            raise CliError(msg) from None
+        console.print(f"chart:   {chart}", soft_wrap=True, markup=False)
 
 
 def _chosen(known: Mapping[str, T], wanted: str | None, option: str) -> dict[str, T]:

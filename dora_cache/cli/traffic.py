@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from dora_cache.cli.console import make_folder, progress_bar, quiet, reported, results
+from dora_cache.cli.console import progress_bar, quiet, reported, results
 from dora_cache.cli.options import OutOption
+from dora_cache.cli.output import make_folder, writing
 
 __all__ = ["traffic"]
 
@@ -28,7 +29,7 @@ def traffic(
     from dora_cache.bench import traffic as measuring
 
     with reported():
-        folder = make_folder(out)
+        data_file = make_folder(out, "traffic.json") / "traffic.json"
         names = backends.split(",")
         with quiet(), progress_bar("adapters", adapters) as move:
             model = measuring.make_model(adapters, move=move)
@@ -50,4 +51,5 @@ def traffic(
             f"switch. PEFT's set_adapter() takes {found.set_adapter_ms:.0f} ms more, cached or not."
         )
         data = {"machine": describe_machine(), **measuring.as_dict(found)}
-        (folder / "traffic.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+        with writing(data_file, "folder as --out"):
+            data_file.write_text(json.dumps(data, indent=1), encoding="utf-8")

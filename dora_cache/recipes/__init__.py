@@ -12,7 +12,7 @@ import sys
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from dora_cache.errors import ConfigError
+from dora_cache.errors import ConfigError, warn_once
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,12 +82,22 @@ def register_recipe(recipe: Recipe) -> Recipe:
 def load_recipes(cache: AdapterCache | None = None) -> list[Recipe]:
     """Return every recipe there is: registered ones, installed ones, built-in ones.
 
+    Of several by one name the first in this order counts.
+
     Args:
         cache: declines what cannot be loaded, so that attaching goes on; without it, that is an
             error.
     """
     found = dict(_registered)
+    origins: dict[str, str] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
+        origin = entry.dist.name if entry.dist else entry.value
+        if origins.setdefault(entry.name, origin) != origin:
+            warn_once(
+                f"the recipe {entry.name!r} of {origin} ({entry.value}) is not used, since "
+                f"{origins[entry.name]} has one of that name as well: give its entry point another "
+                "name, or write dora_cache.register_recipe(...) with what it names"
+            )
         _load(found, entry.name, entry.load, cache)
     for name, module in RECIPES.items():
         _load(found, name, lambda module=module: importlib.import_module(module).RECIPE, cache)

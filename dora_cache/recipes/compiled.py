@@ -44,6 +44,10 @@ _ATTEMPTS = 3
 _SURPRISES = 3  # below PyTorch's limit of recompilations
 
 
+class _GoneError(Exception):
+    """The layer has no such adapter any more, or only a part of it."""
+
+
 class Buffer:
     """The values of one layer and adapter that compiled code reads; empty until it is traced.
 
@@ -156,6 +160,9 @@ class Buffer:
                     filled = self._fill(binding, owner)
                     if filled is not None:
                         return filled
+            except _GoneError:
+                cache.drop_buffer(self)
+                return False
             except UncheckableError:
                 pass
             except Exception as error:  # noqa: BLE001 - never an inference failure: it is void
@@ -174,7 +181,7 @@ class Buffer:
             torch.no_grad(),
             torch.autocast(owner_device(owner), enabled=False),
         ):
-            dependencies = self._depends_on(owner)
+            dependencies = self._dependencies(owner)
             signature, _ = sign(dependencies)
             surroundings = environment()
             stamp = self._stamp
@@ -188,7 +195,7 @@ class Buffer:
                 return False
             self._stamp = Stamp(surroundings, signature, dependencies, 0)
             derived, parameters = self._derive(owner), self._parameters(owner)
-            if sign(self._depends_on(owner))[0] != signature:
+            if sign(self._dependencies(owner))[0] != signature:
                 return None
             if _alike(self._tensors, derived):
                 for tensor, value in zip(self._tensors, derived, strict=True):
@@ -202,6 +209,12 @@ class Buffer:
                     torch._dynamo.mark_static_address(tensor)
                 self._tensors = tensors
         return True if cache.publish(self, self._tensors, parameters) else None
+
+    def _dependencies(self, owner: Any) -> list[object]:
+        try:
+            return self._depends_on(owner)
+        except KeyError:
+            raise _GoneError from None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -12,7 +12,9 @@ PEFT's; see :func:`guard`.
 
 from __future__ import annotations
 
+import difflib
 import functools
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +25,14 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
+from dora_cache.errors import ConfigError
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.peft_layers import follow_layer, why_uncached
 from dora_cache.stamps import UncheckableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from dora_cache.cache import AdapterCache
     from dora_cache.recipes.examples import Example
@@ -249,6 +252,11 @@ class LayerRecipe:
             holds.
         examples: models that the recipe is for.
         declines: called with a layer; returns why it cannot be cached, or nothing.
+
+    Raises:
+        ConfigError: there are no hooks, or one is of a method that its class does not have, or
+            ``fast`` has a class that ``hooks`` has not; on attach, if a layer has no such
+            ``adapters``.
     """
 
     name: str
@@ -258,6 +266,25 @@ class LayerRecipe:
     fast: Mapping[type, Sequence[Hook]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     declines: Callable[[Any], str | None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        """Check what would go unnoticed: a recipe that caches nothing raises nothing either."""
+        if not isinstance(self.adapters, str) or not self.adapters.isidentifier():
+            msg = (
+                f"LayerRecipe {self.name!r} has adapters={self.adapters!r}: give the name of the "
+                'layer\'s attribute that has a part for each adapter, as adapters="lora_A"'
+            )
+            raise ConfigError(msg)
+        _check_hooks(self.name, "hooks", self.hooks)
+        if self.fast:
+            _check_hooks(self.name, "fast", self.fast)
+        for kind in self.fast:
+            if kind not in self.hooks:
+                msg = (
+                    f"LayerRecipe {self.name!r} has fast hooks for {kind.__qualname__}, which is "
+                    "not in its hooks: give hooks for it as well"
+                )
+                raise ConfigError(msg)
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether the layer is of one of the classes."""
@@ -278,6 +305,7 @@ class LayerRecipe:
         if reason:
             cache.decline(self.name, where, reason)
             return False
+        self._check_adapters(layer)
         binding = follow_layer(cache, layer, self, {hook.method: hook.function for hook in hooks})
         binding.warmers = partial(_warmers, self.adapters, hooks)
         return bool(_names(layer, self.adapters))
@@ -287,6 +315,51 @@ class LayerRecipe:
         classes = {f"{base.__module__}:{base.__qualname__}" for base in known.__mro__}
         paths = [path.rpartition(".") for path in self.relies_on]
         return {method: None for where, _, method in paths if where in classes}
+
+    def _check_adapters(self, layer: Any) -> None:
+        if hasattr(getattr(layer, self.adapters, None), "keys"):
+            return
+        known = [*layer.adapter_layer_names, *layer.other_param_names]
+        close = [one for one in known if one.lower() == self.adapters.lower()]
+        close += difflib.get_close_matches(self.adapters, known, n=1)
+        hint = f"did you mean {close[0]!r}? It has" if close else "it has"
+        state = (
+            "has no such attribute" if not hasattr(layer, self.adapters) else "has no keys there"
+        )
+        msg = (
+            f"LayerRecipe {self.name!r} has adapters={self.adapters!r}, but a "
+            f"{plain_class(type(layer)).__qualname__} {state}: {hint} {', '.join(known)}"
+        )
+        raise ConfigError(msg)
+
+
+def _check_hooks(name: str, where: str, hooks: Any) -> None:
+    example = f"{where}={{Layer: [memo(Layer, ...)]}}"
+    if not isinstance(hooks, Mapping) or not hooks:
+        msg = f"LayerRecipe {name!r} has no {where}: give {example}, with a class of PEFT's layers"
+        raise ConfigError(msg)
+    for kind, some in hooks.items():
+        if not isinstance(kind, type):
+            msg = f"LayerRecipe {name!r} has {where} for {kind!r}: give a class, as {example}"
+            raise ConfigError(msg)
+        if not isinstance(some, Sequence) or not some:
+            msg = f"LayerRecipe {name!r} has no {where} for {kind.__qualname__}: give {example}"
+            raise ConfigError(msg)
+        for hook in some:
+            if not isinstance(hook, Hook):
+                msg = (
+                    f"LayerRecipe {name!r} has {hook!r} among its {where} for "
+                    f"{kind.__qualname__}: give what memo(...) or guard(...) returns"
+                )
+                raise ConfigError(msg)
+            if not callable(getattr(kind, hook.method, None)):
+                close = difflib.get_close_matches(hook.method, dir(kind), n=1)
+                hint = f": did you mean {close[0]!r}?" if close else ": give one that it has"
+                msg = (
+                    f"LayerRecipe {name!r} has a hook for the method {hook.method!r}, which "
+                    f"{kind.__qualname__} does not have{hint}"
+                )
+                raise ConfigError(msg)
 
 
 def _names(layer: Any, attribute: str) -> list[str]:

@@ -197,7 +197,13 @@ def follow_part(
 
 
 def follow_tuner(cache: AdapterCache, tuner: BaseTuner, rescan: Callable[[], object]) -> None:
-    """Call ``rescan`` whenever a tuner has put adapters into the model."""
+    """Call ``rescan`` whenever a tuner has put adapters into the model.
+
+    A no-op if the cache follows it already, as part of another model.
+    """
+    bound = tuner.__dict__.get(SLOT)
+    if bound is not None and bound.cache is cache:
+        return
     observer = Observer(calls={"inject_adapter": lambda *_, **__: rescan()})
     cache.bind(tuner).undo.callback(observe(tuner, observer))
 

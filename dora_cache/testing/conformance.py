@@ -43,16 +43,27 @@ _DTYPES = (
     torch.bool,
     torch.complex64,
 )
-_LAYOUTS = ("whole", "matrix", "transposed", "slice", "stepped", "expanded", "scalar", "empty")
+_LAYOUTS = (
+    "whole",
+    "matrix",
+    "transposed",
+    "channels_last",
+    "slice",
+    "stepped",
+    "expanded",
+    "scalar",
+    "empty",
+)
 
 
 class Spec(NamedTuple):
     """A tensor to be made: a storage of some size, and how the tensor looks at it.
 
     Attributes:
-        layout: ``whole`` and ``matrix`` show the storage as it is, ``transposed`` in another
-            order, the others a part of it: ``slice``, ``stepped`` (every second element),
-            ``expanded`` (the first element many times), ``scalar``, ``empty`` (nothing).
+        layout: ``whole`` and ``matrix`` show the storage as it is, ``transposed`` and
+            ``channels_last`` in another order, the others a part of it: ``slice``, ``stepped``
+            (every second element), ``expanded`` (the first element many times), ``scalar``,
+            ``empty`` (nothing).
         dtype: the tensor's.
         permille: size of the storage, in thousandths of the backend's cap.
     """
@@ -90,11 +101,12 @@ class BackendConformance(RuleBasedStateMachine):
     """Checks a backend against a plain model: subclass it, and run its ``TestCase``.
 
     Hypothesis puts, replaces, reads and deletes entries of all kinds (several dtypes, views of
-    larger storages, storages that entries share, tuples, tensors without elements, values above the
-    cap), and compares the backend with the model after each step. In half of the examples every
-    entry is read after every step; in the others only at the end, since reading is a use and would
-    hide a wrong order of eviction. A backend that is :class:`~dora_cache.backends.Resizable` is
-    resized on the way, and one that is :class:`~dora_cache.backends.Pinning` has keys pinned.
+    larger storages, strides of every order, storages that entries share, tuples, tensors without
+    elements, values above the cap), and compares the backend with the model after each step. In
+    half of the examples every entry is read after every step; in the others only at the end, since
+    reading is a use and would hide a wrong order of eviction. A backend that is
+    :class:`~dora_cache.backends.Resizable` is resized on the way, and one that is
+    :class:`~dora_cache.backends.Pinning` has keys pinned.
 
     Example::
 
@@ -593,6 +605,8 @@ def _view(whole: Tensor, layout: str) -> Tensor:
     if layout in {"matrix", "transposed"}:
         matrix = whole[: count // 2 * 2].view(2, count // 2)
         return matrix.t() if layout == "transposed" else matrix
+    if layout == "channels_last":
+        return whole[: count // 8 * 8].view(2, 2, count // 8, 2).permute(0, 3, 1, 2)
     if layout == "slice":
         return whole[count // 4 : count // 2]
     if layout == "stepped":

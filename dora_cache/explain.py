@@ -1,0 +1,135 @@
+"""Why a value is never stored, or never used: what changes while it is derived, or between."""
+
+from __future__ import annotations
+
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dora_cache.keys import state_names
+from dora_cache.stamps import split
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dora_cache.decorator import Derivation
+    from dora_cache.stamps import Signature
+
+__all__ = ["UNSETTLED", "UNUSED", "changed_attributes", "why_unsettled", "why_unused"]
+
+UNSETTLED = 2
+"""Derivations in a row with a change before it is told: one alone may be another thread's write."""
+
+UNUSED = 4
+"""Derivations without a single hit before it is told that attributes change between calls."""
+
+_SHOWN = 5
+
+
+def why_unsettled(
+    derivation: Derivation,
+    owner: object,
+    before: tuple[Sequence[object], Signature],
+    after: tuple[Sequence[object], Signature],
+) -> str:
+    """Say what to do about a derivation whose dependencies change while it runs.
+
+    Args:
+        derivation: whose value is not stored.
+        owner: the module, or what else has the method; None for a plain function.
+        before: the dependencies and their signature before the derivation.
+        after: the same after it.
+    """
+    name, function = derivation.name, derivation.function.__qualname__
+    if derivation.depends_on is not None:
+        return (
+            f"{name!r} is never stored: what its depends_on lists is not the same before and after "
+            "deriving. Have it list the parameters and buffers themselves, no tensors made from "
+            "them, and nothing that the function changes"
+        )
+    found = changed_attributes(owner, before, after) if isinstance(owner, nn.Module) else []
+    if not found and len(before[0]) == len(after[0]):
+        return (
+            f"{name!r} is never stored: {function} writes into an argument, on which its result "
+            "depends. Have it write into a copy"
+        )
+    return (
+        f"{name!r} is never stored: {function} changes {_shown(derivation, found)}, on which its "
+        f"result depends as long as no depends_on says otherwise. {_remedy(derivation)}"
+    )
+
+
+def why_unused(
+    derivation: Derivation, owner: object, dependencies: Sequence[object], *signatures: Signature
+) -> str | None:
+    """Say what to do about a derivation whose values are void before their first use.
+
+    Args:
+        derivation: one without a ``depends_on``.
+        owner: what has the method.
+        dependencies: as they are now.
+        signatures: of the dependencies, at the last derivation and now.
+
+    Returns:
+        None where it is tensors that change: those are what a cache is to follow.
+    """
+    if not isinstance(owner, nn.Module):
+        return None
+    before, after = ((dependencies, signature) for signature in signatures)
+    found = changed_attributes(owner, before, after)
+    tensors = {name for name, _ in (*owner.named_parameters(), *owner.named_buffers())}
+    if not found or not tensors.isdisjoint(found):
+        return None
+    return (
+        f"{derivation.name!r} has been derived {UNUSED} times and never used again: "
+        f"{_shown(derivation, found)} changes between calls, on which its result depends as long "
+        f"as no depends_on says otherwise. {_remedy(derivation)}"
+    )
+
+
+def _shown(derivation: Derivation, attributes: Sequence[str]) -> str:
+    owner = derivation.parameters[0]
+    what = ", ".join(f"{owner}.{attribute}" for attribute in attributes[:_SHOWN]) or "attributes"
+    return f"{what} and others" if len(attributes) > _SHOWN else what
+
+
+def _remedy(derivation: Derivation) -> str:
+    first, *others = derivation.parameters
+    arguments = f"{first}, ..." if others else first
+    return (
+        f"Write @cached({derivation.name!r}, depends_on=lambda {arguments}: [...]) with the "
+        "parameters, buffers and numbers that it is derived from"
+    )
+
+
+def changed_attributes(
+    owner: nn.Module,
+    before: tuple[Sequence[object], Signature],
+    after: tuple[Sequence[object], Signature],
+) -> list[str]:
+    """Name the attributes of a module that changed between two signatures of its state.
+
+    Args:
+        owner: the module, as it is after the change; ``own_state`` of it ends the dependencies.
+        before: the dependencies and their signature before the change.
+        after: the same after it.
+
+    Returns:
+        Names such as ``"calls"`` and ``"layer.weight"``; none if only other dependencies changed,
+        or attributes were only taken away.
+    """
+    labels: list[str | None] = list(state_names(owner))
+    if len(labels) > len(after[0]):  # changed once more since it was signed
+        return []
+    labels[:0] = [None] * (len(after[0]) - len(labels))
+    old, new = ([repr(piece) for piece in split(*pair)] for pair in (before, after))
+    found: list[str | None] = []
+    if len(old) == len(new):
+        found += [label for label, one, two in zip(labels, old, new, strict=True) if one != two]
+    else:
+        matcher = SequenceMatcher(a=old, b=new, autojunk=False)
+        for kind, _, _, low, high in matcher.get_opcodes():
+            if kind != "equal":
+                found += labels[low:high]
+    return list(dict.fromkeys(name for name in found if name))
