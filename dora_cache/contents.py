@@ -6,8 +6,9 @@ there: nothing waits for the device until two hashes are compared.
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -22,13 +23,14 @@ __all__ = ["Contents"]
 
 _WORDS_AT_ONCE = 1 << 21  # of four bytes each: hashing takes 16 MiB beside the tensor
 _SEED = 0x5EED
+_FREED = b"freed"
 
 
 class Contents:
-    """The contents of some tensors, in order.
+    """The contents of some tensors, in order; the tensors' storages stay as they are.
 
     Equal contents compare equal. Different ones, or the same elements in other places, do so with a
-    probability of about 2**-60.
+    probability of about 2**-60. Tensors whose memory is freed have equal contents.
 
     Args:
         tensors: strided tensors with data of their own.
@@ -39,11 +41,16 @@ class Contents:
         elsewhere: dict[torch.device, list[Tensor]] = {}
         with torch.no_grad():
             for tensor in tensors:
+                if _is_freed(tensor):
+                    on_host.append(_FREED)
+                    continue
                 plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
                 flat = plain.view(-1).view(torch.uint8)
                 if tensor.device.type == "cpu":
-                    data: Any = flat.numpy()
-                    on_host.append(xxhash.xxh3_128_digest(data))
+                    # Not through numpy: a storage that an array was made of cannot be resized any
+                    # more, as FSDP does.
+                    memory = (ctypes.c_char * flat.numel()).from_address(flat.data_ptr())
+                    on_host.append(xxhash.xxh3_128_digest(memory))
                 else:
                     elsewhere.setdefault(tensor.device, []).append(_sums(flat))
             self._on_host = tuple(on_host)
@@ -69,6 +76,16 @@ class Contents:
         return all(torch.equal(sums, other._elsewhere[d]) for d, sums in self._elsewhere.items())
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether the tensor's storage has been shrunk below what the tensor needs."""
+    if not tensor.numel():
+        return False
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size()
 
 
 @functools.cache
