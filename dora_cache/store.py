@@ -18,6 +18,7 @@ from torch import Tensor
 from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
 from dora_cache.binding import ALL_ADAPTERS, Binding, concerns, next_token
+from dora_cache.copying import Uncopyable
 from dora_cache.errors import (
     CacheWarning,
 )
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Flight", "Record", "Store", "exclusive"]
 
 
-class Flight:
+class Flight(Uncopyable):
     """A value on its way: derived by one thread, awaited by others."""
 
     __slots__ = ("derivation", "done", "entry", "error", "stamp", "thread", "touched")

@@ -6,6 +6,8 @@ import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from dora_cache.copying import Uncopyable
+
 if TYPE_CHECKING:
     from collections.abc import Container, Hashable, Iterable
 
@@ -19,7 +21,7 @@ __all__ = ["Totals", "Usage", "Usages"]
 _REMEMBERED = 1 << 16  # keys whose values are held no more
 
 
-class Usage:
+class Usage(Uncopyable):
     """What happened under one key; changed with the cache's lock held, but for ``short``.
 
     Attributes:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dora_cache.backends.storage import storage_bytes
+from dora_cache.copying import Uncopyable
 from dora_cache.stamps import Stamp, UncheckableError, environment, sign, untraceable
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _ATTEMPTS = 3
 _SURPRISES = 3  # below PyTorch's limit of recompilations
 
 
-class Buffer:
+class Buffer(Uncopyable):
     """The values of one layer and adapter that compiled code reads; empty until it is traced.
 
     Args:
