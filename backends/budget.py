@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
-from dora_cache.backends.storage import Ledger, checked_cap
+from dora_cache.backends.storage import Ledger, UncopyableBackend, checked_cap
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable
@@ -109,7 +109,7 @@ class _Known:
         self.declined = 0
 
 
-class BudgetBackend:
+class BudgetBackend(UncopyableBackend):
     """Keep what saves the most time per byte in ``max_bytes``, and turn away what saves less.
 
     A byte should be held by the value that saves the most time by it. A value that costs ``cost``

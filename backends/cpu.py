@@ -12,7 +12,7 @@ from dora_cache.backends.budget import BudgetBackend
 from dora_cache.backends.dict import DictBackend
 from dora_cache.backends.lru import LRUBackend
 from dora_cache.backends.prefetch import Prefetch
-from dora_cache.backends.storage import checked_cap
+from dora_cache.backends.storage import UncopyableBackend, checked_cap
 from dora_cache.backends.transfer import HostEntry, Transfer
 from dora_cache.errors import CacheWarning
 
@@ -62,7 +62,7 @@ class _HostTier(LRUBackend):
         self._left(key)
 
 
-class CPUBackend:
+class CPUBackend(UncopyableBackend):
     """Store entries in host memory, pinned where CUDA is present, and copy them back on use.
 
     With ``device_bytes``, the entries that save the most time per byte stay on their device, as

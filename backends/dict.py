@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dora_cache.backends.storage import Ledger
+from dora_cache.backends.storage import Ledger, UncopyableBackend
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["DictBackend"]
 
 
-class DictBackend:
+class DictBackend(UncopyableBackend):
     """An unbounded dictionary; the fastest backend, for when everything fits."""
 
     max_bytes = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import Cache, LRUCache
 
-from dora_cache.backends.storage import Ledger, checked_cap
+from dora_cache.backends.storage import Ledger, UncopyableBackend, checked_cap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable
@@ -40,7 +40,7 @@ class _Entries(LRUCache[Any, Any]):
         return entry
 
 
-class LRUBackend:
+class LRUBackend(UncopyableBackend):
     """Evict the least recently used entries so that the rest fit in ``max_bytes``.
 
     An entry counts with all its storages. Two entries that share a storage count it twice towards

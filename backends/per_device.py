@@ -6,6 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from dora_cache.backends.protocol import Declining
+from dora_cache.backends.storage import UncopyableBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable
@@ -19,7 +20,7 @@ __all__ = ["PerDeviceBackend"]
 _REMEMBERED = 1 << 16  # keys whose entries are held no more
 
 
-class PerDeviceBackend:
+class PerDeviceBackend(UncopyableBackend):
     """Send each entry to the backend of the device that its tensors are on.
 
     Args:

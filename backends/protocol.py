@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import Tensor
 
 from dora_cache.backends.storage import Ready, storage_bytes
+from dora_cache.copying import Uncopyable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable
@@ -19,11 +20,12 @@ Value = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Entry:
+class Entry(Uncopyable):
     """A stored value and what the cache needs to know before it may be used.
 
     A backend keeps entries and gives them back; only a backend that moves tensors between devices
-    looks inside, and returns ``dataclasses.replace(entry, value=..., ready=...)``.
+    looks inside, and returns ``dataclasses.replace(entry, value=..., ready=...)``. Copying or
+    pickling one is a ``TypeError``.
 
     Attributes:
         value: the derived value, one tensor or a tuple of tensors.
@@ -32,6 +34,8 @@ class Entry:
         ready: on CUDA, the event after which the value's data may be read; None where the data is
             there already.
     """
+
+    INSTEAD = "it belongs to one cache; copy its tensors, entry.value"
 
     value: Value
     stamp: object = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dora_cache.copying import Uncopyable
 from dora_cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ledger",
     "Ready",
+    "UncopyableBackend",
     "checked_cap",
     "storage_bytes",
     "storage_id",
@@ -64,8 +66,19 @@ def timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-class Ledger:
-    """Counts the bytes of a changing set of tensors, each distinct storage once."""
+class UncopyableBackend(Uncopyable):
+    """Base of the backends that hold entries: they refuse to be copied and pickled."""
+
+    INSTEAD = "its entries belong to one cache; make a new backend"
+
+
+class Ledger(Uncopyable):
+    """Counts the bytes of a changing set of tensors, each distinct storage once.
+
+    It knows storages by number, so a copy would count those of other tensors.
+    """
+
+    INSTEAD = "it counts storages by number; make a new one, and add the tensors"
 
     def __init__(self) -> None:
         self._uses: Counter[int] = Counter()
@@ -96,7 +109,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ready:
+class Ready(Uncopyable):
     """A point on a CUDA stream after which some tensors' data may be read.
 
     A tensor written on one stream and read on another needs two things: the reader waits for the

@@ -11,17 +11,16 @@ at later audits, so nothing waits for the device. Tensors on other devices are n
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 
 from dora_cache.backends import Ready
-from dora_cache.contents import sums_of
+from dora_cache.contents import digest, is_freed, sums_of
+from dora_cache.copying import Uncopyable
 from dora_cache.stamps import tensors_in
 
 if TYPE_CHECKING:
@@ -42,42 +41,38 @@ _numbers = itertools.count(1)
 
 def _period(tensor: Tensor) -> int:
     """Return at every how-manieth audit of a value a tensor is compared; a power of two."""
-    times = tensor.numel() * tensor.element_size() // SMALL[tensor.device.type]
+    times = _span(tensor)[1] // SMALL[tensor.device.type]
     return min(MOST, 1 << times.bit_length()) if times else 1
 
 
-class _Digest:
+class _Digest(Uncopyable):
     """The hash of a tensor in host memory."""
 
-    __slots__ = ("__weakref__", "_hash")
+    __slots__ = ("__weakref__", "_digest")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._hash = _hash(tensor)
+        self._digest = digest(tensor)
 
     def equals(self, tensor: Tensor) -> bool:
-        return _hash(tensor) == self._hash
+        return digest(tensor) == self._digest
 
 
-def _hash(tensor: Tensor) -> int:
-    if not tensor.is_contiguous():
-        tensor = tensor.detach().contiguous()
-    size = tensor.numel() * tensor.element_size()
-    # Not through numpy, which makes the storage unresizable for good.
-    memory = (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
-    return xxhash.xxh3_64_intdigest(memory)
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return a tensor's address and the bytes of its elements."""
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
 
 
-class _DeviceDigest:
+class _DeviceDigest(Uncopyable):
     """Hashes of tensors on one CUDA device, kept there and compared there."""
 
-    __slots__ = ("__weakref__", "_device", "_expected", "_ready", "_table", "_tensors", "_width")
+    __slots__ = ("__weakref__", "_device", "_expected", "_ready", "_spans", "_table", "_width")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._device = tensors[0].device
         rows: list[int] = []
-        spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]
-        self._width = 1 if any((start | size) % 4 for start, size in spans) else 4
-        for start, size in spans:
+        self._spans = [_span(tensor) for tensor in tensors]
+        self._width = 1 if any((start | size) % 4 for start, size in self._spans) else 4
+        for start, size in self._spans:
             for offset in range(0, size, _BLOCK_BYTES):
                 block = min(_BLOCK_BYTES, size - offset)
                 rows += (start + offset, block // self._width)
@@ -93,6 +88,8 @@ class _DeviceDigest:
 
     def compare(self, tensors: Sequence[Tensor], flag: Tensor, number: int) -> None:
         """Have the device write ``number`` to ``flag``, pinned memory, if contents differ."""
+        if [_span(tensor) for tensor in tensors] != self._spans:
+            return  # a value that somebody has freed or moved; that shows elsewhere
         with torch.cuda.device(self._device):
             if self._ready is not None:
                 self._ready.join([self._table, self._expected])
@@ -136,8 +133,7 @@ def _digest_of(tensor: Tensor) -> Any:
     If the contents have, the earlier one is what other values were derived from, and finds it.
     """
     storage = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
-    size = tensor.numel() * tensor.element_size()
-    facts = (storage, tensor.data_ptr(), size, hash(tensor.stride()), tensor._version)
+    facts = (storage, *_span(tensor), hash(tensor.stride()), tensor._version)
     found = _large.get(facts)
     if found is None:
         found = _DeviceDigest([tensor]) if tensor.is_cuda else _Digest(tensor)
@@ -145,7 +141,7 @@ def _digest_of(tensor: Tensor) -> Any:
     return found
 
 
-class Audit:
+class Audit(Uncopyable):
     """Hashes of what one value was derived from, and of the value.
 
     It lives in the value's stamp, whose references keep storages' numbers from being used again:
@@ -206,15 +202,15 @@ class Audit:
         tensors = list(tensors_in(dependencies))
         if self._value == tuple(map(id, value)):
             tensors += value
-        for period, indices, digest in self._checks:
+        for period, indices, kept in self._checks:
             if (turn + self.number) % period or indices[-1] >= len(tensors):
                 continue
-            if type(digest) is _Digest:
-                if not digest.equals(tensors[indices[0]]):
+            if type(kept) is _Digest:
+                if not kept.equals(tensors[indices[0]]):
                     return False
             elif not torch.cuda.is_current_stream_capturing():
                 chosen = [tensors[index] for index in indices]
-                digest.compare(chosen, flags.on(chosen[0].device), self.number)
+                kept.compare(chosen, flags.on(chosen[0].device), self.number)
         return True
 
 
@@ -282,6 +278,8 @@ class Auditor:
 
 def _auditable(tensor: Tensor) -> bool:
     kind = tensor.device.type
+    if is_freed(tensor):
+        return False
     if kind == "cpu":
         return tensor.layout is torch.strided
     return kind == "cuda" and _is_dense(tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_cache.binding import Binding
+from dora_cache.config import CacheConfig
 from dora_cache.decorator import SLOT
 from dora_cache.errors import (
     AdapterNotFoundError,
@@ -38,11 +39,17 @@ class AdapterCache(Lookup):
 
     Made by :func:`dora_cache.attach`. Every method may be called from any thread.
 
+    A copy or pickle of it, or of an object that holds it, gives a detached cache with the same
+    ``config``: it holds nothing, its counters are zero, and what needs an attached cache raises
+    :class:`DetachedError`. The copied model is a plain one; attach to it for a cache of its own.
+
     Args:
         config: the settings.
         devices: where the model is; each has a cap of its own, and its free memory is what a share
             like ``"10%"`` means.
     """
+
+    _is_copy = False
 
     # What users call
 
@@ -342,12 +349,16 @@ class AdapterCache(Lookup):
     def __repr__(self) -> str:
         """Return the backend, its contents, and the hits so far."""
         if self._closed:
-            return "<AdapterCache, detached>"
+            return f"<AdapterCache, detached{' copy' if self._is_copy else ''}>"
         stats = self.stats()
         return (
             f"<AdapterCache backend={self.config.backend!r} entries={stats.entries} "
             f"nbytes={stats.nbytes} hit_rate={stats.hit_rate:.2f}>"
         )
+
+    def __reduce__(self) -> tuple[Callable[[CacheConfig], AdapterCache], tuple[CacheConfig]]:
+        """Copy and pickle as a detached cache of the same settings."""
+        return _detached_copy, (self.config,)
 
     # What recipes and lifecycle call
 
@@ -476,7 +487,17 @@ class AdapterCache(Lookup):
     def _check_open(self) -> None:
         if self._closed:
             msg = "this cache is detached: call dora_cache.attach(model) for a new one"
+            if self._is_copy:
+                msg = "this cache is a detached copy: attach to the copied model for one of its own"
             raise DetachedError(msg)
+
+
+def _detached_copy(config: CacheConfig) -> AdapterCache:
+    # Of the null backend: the setting's own may have a cost, or be unknown where this is unpickled.
+    copy = AdapterCache(CacheConfig.model_construct(backend="null"))
+    copy.config = config
+    copy._is_copy = copy._closed = True
+    return copy
 
 
 def _unbind(reference: weakref.ref[Any], token: int) -> None:

@@ -1,4 +1,4 @@
-"""Hashes of tensors' contents, for ``guard="content"``.
+"""Hashes of tensors' contents, for ``guard="content"`` and the audit.
 
 On the host it is XXH3 (128 bits). Elsewhere the hash is computed where the tensor is, and stays
 there: nothing waits for the device until two hashes are compared.
@@ -6,8 +6,9 @@ there: nothing waits for the device until two hashes are compared.
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -18,17 +19,18 @@ from dora_cache.backends import Ready
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Contents", "sums_of"]
+__all__ = ["Contents", "digest", "is_freed", "sums_of"]
 
 _WORDS_AT_ONCE = 1 << 21  # of four bytes each: hashing takes 16 MiB beside the tensor
 _SEED = 0x5EED
+_FREED = b"freed"
 
 
 class Contents:
-    """The contents of some tensors, in order.
+    """The contents of some tensors, in order; the tensors' storages stay as they are.
 
     Equal contents compare equal. Different ones, or the same elements in other places, do so with a
-    probability of about 2**-60.
+    probability of about 2**-60. Tensors whose memory is freed have equal contents.
 
     Args:
         tensors: strided tensors with data of their own.
@@ -39,13 +41,10 @@ class Contents:
         elsewhere: dict[torch.device, list[Tensor]] = {}
         with torch.no_grad():
             for tensor in tensors:
-                plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-                flat = plain.view(-1).view(torch.uint8)
-                if tensor.device.type == "cpu":
-                    data: Any = flat.numpy()
-                    on_host.append(xxhash.xxh3_128_digest(data))
+                if tensor.device.type == "cpu" or is_freed(tensor):
+                    on_host.append(digest(tensor))
                 else:
-                    elsewhere.setdefault(tensor.device, []).append(_sums(flat))
+                    elsewhere.setdefault(tensor.device, []).append(sums_of(tensor))
             self._on_host = tuple(on_host)
             self._elsewhere = {device: torch.stack(sums) for device, sums in elsewhere.items()}
             self._ready = [
@@ -71,6 +70,32 @@ class Contents:
     __hash__ = None  # type: ignore[assignment]
 
 
+def digest(tensor: Tensor) -> bytes:
+    """Hash a tensor's contents on the host, 16 bytes; its storage stays as it is."""
+    if is_freed(tensor):
+        return _FREED
+    if not tensor.is_contiguous():
+        with torch.no_grad():
+            tensor = tensor.contiguous()
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return b""
+    # Not through numpy: a storage that an array was made of cannot be resized any more, as FSDP
+    # does.
+    memory = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    return xxhash.xxh3_128_digest(memory)
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the tensor's storage has been shrunk below what the tensor needs."""
+    if not tensor.numel():
+        return False
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size()
+
+
 @functools.cache
 def _coefficients(device: torch.device, words: int) -> Tensor:
     """Random odd 64-bit numbers, shape (2, words); the same ones on every device."""
@@ -81,7 +106,8 @@ def _coefficients(device: torch.device, words: int) -> Tensor:
 
 def sums_of(tensor: Tensor) -> Tensor:
     """Hash a tensor's contents where it is; int64, shape (2,)."""
-    return _sums(tensor.detach().contiguous().view(-1).view(torch.uint8))
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return _sums(plain.view(-1).view(torch.uint8))
 
 
 def _sums(flat: Tensor) -> Tensor:

@@ -112,6 +112,21 @@ class Derivation:
             )
             raise ConfigError(msg)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one process, where functions are pickled by value."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in {"number", "binding", "caches"}
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a number of its own: keys tell derivations apart by it."""
+        vars(self).update(state)
+        self.number = next(self._numbers)
+        self.binding = None
+        self.caches = weakref.WeakSet()
+
     def __repr__(self) -> str:
         return f"<derivation {self.name!r}: {self.function.__qualname__}>"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dora_cache.backends import Pinning, Resizable
 from dora_cache.backends.per_device import PerDeviceBackend
 from dora_cache.config import parse_size, resolve_size
+from dora_cache.copying import Uncopyable
 from dora_cache.errors import ConfigError, PinError
 from dora_cache.keys import concerns
 from dora_cache.units import format_bytes
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Memory", "Part"]
 
 
-class Part:
+class Part(Uncopyable):
     """One backend under a cap, and the buffers of compiled code that share it.
 
     Args:
@@ -136,7 +137,7 @@ class Part:
         self.room(0)
 
 
-class Memory:
+class Memory(Uncopyable):
     """All that a cache holds; the cache's lock is held wherever anything is changed.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dora_cache.copying import Uncopyable
 from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["Shortcut", "make_shortcut"]
 _SCALARS = frozenset({str, int, bool, float, torch.Size})
 
 
-class Shortcut:
+class Shortcut(Uncopyable):
     """One call's last answer.
 
     Attributes:

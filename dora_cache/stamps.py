@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from dora_cache.copying import Uncopyable
 from dora_cache.keys import freeze
 from dora_cache.reasons import Reason
 
@@ -210,7 +211,13 @@ def tensors_in(dependencies: Iterable[object]) -> Iterable[Tensor]:
             yield from tensors_in(item.values())
 
 
-class Stamp:
+class _Held(Uncopyable, StorageWeakRef):
+    """A weak reference to a storage: it owns a raw count, which a copy would give back again."""
+
+    __slots__ = ()
+
+
+class Stamp(Uncopyable):
     """The state of everything that one stored value was derived from.
 
     It keeps no tensor alive, only the numbers of their storages from being used again.
@@ -236,7 +243,7 @@ class Stamp:
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
         # them. Storages may have them.
         self._held = tuple(
-            StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            _Held(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             for tensor in tensors_in(dependencies)
         )
 

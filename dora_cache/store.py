@@ -19,6 +19,7 @@ from dora_cache.audit import Auditor
 from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
 from dora_cache.binding import Binding, next_token
+from dora_cache.copying import Uncopyable
 from dora_cache.errors import (
     CacheWarning,
 )
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Flight", "Record", "Store", "exclusive"]
 
 
-class Flight:
+class Flight(Uncopyable):
     """A value on its way: derived by one thread, awaited by others."""
 
     __slots__ = (

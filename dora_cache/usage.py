@@ -7,6 +7,7 @@ import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from dora_cache.copying import Uncopyable
 from dora_cache.keys import concerns
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ __all__ = ["Totals", "Usage", "Usages"]
 _REMEMBERED = 1 << 16  # keys whose values are held no more
 
 
-class Usage:
+class Usage(Uncopyable):
     """What happened under one key; changed with the cache's lock held, but for ``short``.
 
     Attributes:

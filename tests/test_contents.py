@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from zoo import quiet
+from peft import get_peft_model
+from torch import nn
+from zoo import Block, dora_config, loha_config, oft_config, quiet, run, sample
 
+import dora_cache
 from dora_cache.contents import Contents, _sums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64]
@@ -62,6 +65,66 @@ def test_layouts_do_not_matter_but_order_does():
     assert Contents([tensor.T.contiguous().T]) == Contents([tensor])
     assert Contents([tensor, -tensor]) != Contents([-tensor, tensor])
     assert Contents([tensor]) != Contents([tensor, tensor])
+
+
+def test_hashing_leaves_storages_resizable():
+    """What was hashed can be resized as before, as FSDP does with weights."""
+    whole = torch.randn(8, 6)
+    for tensor in (
+        whole,
+        whole.T,
+        whole[2:, 1:],
+        nn.Parameter(whole),
+        whole[:0],
+        whole.to(torch.cfloat),
+    ):
+        Contents([tensor])
+        assert tensor.untyped_storage().resizable()
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_freed_memory_is_not_read(left):
+    """A tensor whose storage was shrunk differs from what it was, until it is filled again."""
+    tensor, other = torch.randn(64, 64), torch.randn(3)
+    parts = [tensor, tensor[1:], tensor.T, tensor[:, 60:], other]
+    values, before = tensor.clone(), Contents(parts)
+    tensor.untyped_storage().resize_(left)
+    freed = Contents(parts)
+    assert freed != before
+    assert freed == Contents(parts)
+    assert freed != Contents([*parts[:-1], other + 1])
+    tensor.untyped_storage().resize_(values.untyped_storage().nbytes())
+    tensor.copy_(values)
+    assert Contents(parts) == before
+
+
+@pytest.mark.parametrize("guard", ["content", "version"])
+@pytest.mark.parametrize("make", [dora_config, loha_config, oft_config])
+def test_an_attached_model_keeps_resizable_storages(make, guard):
+    """While a cache is attached, and after it is detached, weights can be freed and refilled."""
+    with quiet():
+        model = get_peft_model(Block(nn.Linear(12, 8)), make(), adapter_name="first").eval()
+    x = sample("linear")
+
+    def free_and_refill():
+        for parameter in model.parameters():
+            storage, values = parameter.untyped_storage(), parameter.detach().clone()
+            assert storage.resizable()
+            size = storage.nbytes()
+            storage.resize_(0)
+            storage.resize_(size)
+            with torch.no_grad():
+                parameter.copy_(values)
+
+    expected = run(model, x)
+    with dora_cache.attach(model, guard=guard) as cache:
+        for _ in range(3):
+            assert torch.equal(run(model, x), expected)
+        assert cache.stats().hits
+        free_and_refill()
+        assert torch.equal(run(model, x), expected)
+    free_and_refill()
+    assert torch.equal(run(model, x), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

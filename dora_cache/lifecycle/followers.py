@@ -7,6 +7,8 @@ import weakref
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from dora_cache.copying import Uncopyable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Followers"]
 
 
-class Followers:
+class Followers(Uncopyable):
     """Some attached caches. Iterating gives those that follow now.
 
     Args:

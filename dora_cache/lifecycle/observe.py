@@ -136,8 +136,9 @@ def _subclass(
             "_apply": _after(plain, "_apply", lambda observer: observer.moved, pass_on=False),
             "_replicate_for_data_parallel": _cutting(plain, "_replicate_for_data_parallel"),
         }
-    if hasattr(plain, "__deepcopy__"):
-        namespace["__deepcopy__"] = _cutting(plain, "__deepcopy__")
+    for name in ("__copy__", "__deepcopy__"):
+        if hasattr(plain, name):
+            namespace[name] = _cutting(plain, name)
     for name in methods:
         namespace[name] = _after(plain, name, _handler(name), pass_on=True)
     namespace |= overrides
@@ -194,14 +195,23 @@ def reduce_as_plain(reduced: Any) -> Any:
     if not isinstance(reduced, tuple):
         return reduced
     function, args, *rest = reduced
+    if isinstance(function, type):
+        function = plain_class(function)
     args = tuple(plain_class(arg) if isinstance(arg, type) else arg for arg in args)
     if function is copyreg.__newobj__ and len(args) == 1:  # type: ignore[attr-defined]
         # pickle refuses a __newobj__ of another class than the object's.
         function, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
     if rest and isinstance(rest[0], dict):
-        rest[0] = dict(rest[0])
-        _cut_ties(rest[0])
+        rest[0] = _without_ties(rest[0])
+    elif rest and isinstance(rest[0], tuple):  # of an object with slots beside its attributes
+        rest[0] = tuple(_without_ties(x) if isinstance(x, dict) else x for x in rest[0])
     return (function, args, *rest)
+
+
+def _without_ties(attributes: dict[str, Any]) -> dict[str, Any]:
+    attributes = dict(attributes)
+    _cut_ties(attributes)
+    return attributes
 
 
 def _cut_ties(attributes: dict[str, Any]) -> None:
@@ -224,7 +234,10 @@ def _cutting(plain: type, name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any) -> Any:
         copy = original(self, *args)
-        _cut_ties(copy.__dict__)
+        attributes = getattr(copy, "__dict__", None)
+        if attributes is None or attributes is self.__dict__:  # no copy of this object
+            return copy
+        _cut_ties(attributes)
         if type(copy) is type(self):
             copy.__class__ = plain
         return copy

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dora_cache.backends.storage import storage_bytes
+from dora_cache.copying import Uncopyable
 from dora_cache.stamps import Stamp, UncheckableError, environment, sign, untraceable
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class _GoneError(Exception):
     """The layer has no such adapter any more, or only a part of it."""
 
 
-class Buffer:
+class Buffer(Uncopyable):
     """The values of one layer and adapter that compiled code reads; empty until it is traced.
 
     Args:

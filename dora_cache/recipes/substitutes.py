@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.recipes.hooks import UnusualError
@@ -59,7 +60,7 @@ _here = _Here()
 _gates: weakref.WeakKeyDictionary[nn.Module, Gate] = weakref.WeakKeyDictionary()
 
 
-class Gate:
+class Gate(Uncopyable):
     """Lets forwards that leave a base module alone run side by side, and any other one by itself.
 
     Also keeps the classes of the modules whose weights have substitutes.
