@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from sharded import count_wrong
 from torch import nn
 
 import dora_cache
@@ -225,3 +226,14 @@ def test_compiled_code_reads_no_buffer_of_refilled_storage():
             for one in (model, plain):
                 refill(one.base_model.model[0].lora_B["default"].weight, 1.5)
     torch._dynamo.reset()
+
+
+def test_fsdp2_over_two_processes_is_right():
+    """Each holds half of every weight, and gathers the other half anew for each forward."""
+    assert count_wrong(2, "cpu", 40) == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_fsdp2_over_two_gpus_is_right():
+    """The same there, where a freed address comes back more often."""
+    assert count_wrong(2, "cuda", 1000) == 0

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from dora_cache.cli.audit import audit
 from dora_cache.cli.backends import backends
 from dora_cache.cli.bench import bench
 from dora_cache.cli.caps import caps
@@ -34,6 +35,7 @@ app.command()(caps)
 app.command()(traffic)
 app.command()(simulate)
 app.command()(freshness)
+app.command()(audit)
 app.command()(backends)
 
 
