@@ -7,7 +7,7 @@ DEEP_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo bench-micro test test-deep lint types docs check clean
+.PHONY: setup demo bench-micro test test-processors test-deep lint types docs check clean
 
 setup: $(READY)
 
@@ -31,6 +31,15 @@ bench-micro: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What other processors and another number of threads compute; empty is what this processor can do.
+test-processors: $(READY)
+	for capability in default avx2 ''; do \
+	  for threads in 1 2; do \
+	    env $${capability:+ATEN_CPU_CAPABILITY=$$capability} OMP_NUM_THREADS=$$threads \
+	      $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not machine' || exit 1; \
+	  done; \
+	done
 
 test-deep: $(READY)
 	$(BIN)/python -m pytest $(DEEP_ARGS) --hypothesis-profile=deep -m machine

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-# Two workers on two cores: more threads would only get in each other's way.
-torch.set_num_threads(1)
+# Two workers on two cores: more threads would only get in each other's way, unless asked for.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 _COMMON = {
     "deadline": None,

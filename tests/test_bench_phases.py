@@ -154,9 +154,9 @@ def test_merging_is_measured_with_nothing_else_disturbed(model):
     comparison = bench.compare(model, PROMPT, adapters=["a", "b"], ways=WAYS, tokens=2, rounds=1)
     results = {result.way: result for result in comparison.results}
     assert list(results) == [way.name for way in WAYS]
-    assert 0 < results["merged"].max_logit_difference < 1e-4
+    assert results["merged"].max_logit_difference < 1e-4
     assert results["dora-cache:dict"].max_logit_difference == 0
-    assert 0 < results["dora-cache:dict-fast"].max_logit_difference < 1e-4
+    assert results["dora-cache:dict-fast"].max_logit_difference < 1e-4
     assert results["dora-cache:dict"].stats.invalidations == 0
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight, before[name])

@@ -328,7 +328,7 @@ def check_output(out, ways):
         assert way["token_ms"]["median"] > 0
         assert way["ratio"] > 0
         if name.startswith("dora-cache"):
-            assert (way["max_logit_difference"] == 0) != name.endswith("fast")
+            assert way["max_logit_difference"] <= (1e-4 if name.endswith("fast") else 0)
             assert way["held_bytes"] == way["stats"]["nbytes"] > 0
     assert data["machine"]["torch"] == torch.__version__
     assert {"decode, per token", "warm-up", "switch"} <= set(data["phases"])

@@ -320,8 +320,11 @@ def test_fast_numerics_are_no_less_accurate(kind, bias, dtype):
     exact = run(wide, x.double() if x.is_floating_point() else x)
     peft_error = (plain.double() - exact).norm()
     fast_error = (fast.double() - exact).norm()
+    rounding = torch.finfo(dtype).eps * exact.norm()
+    if dtype is torch.float64:  # errors are measured by PEFT's output itself, with its roundings
+        rounding *= 8
     assert fast.dtype == plain.dtype
-    assert fast_error <= peft_error + torch.finfo(dtype).eps * exact.norm()
+    assert fast_error <= peft_error + rounding
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])

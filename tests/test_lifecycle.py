@@ -577,7 +577,7 @@ def test_compiled_models_follow_their_weights(numerics):
         in_place(setup)
         assert setup.cache.refresh() == 1
         expected = run(copy.deepcopy(setup.model), setup.x)
-        torch.testing.assert_close(compiled(setup.x), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(compiled(setup.x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [loha_config, oft_config])

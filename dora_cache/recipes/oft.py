@@ -130,13 +130,13 @@ _images = replace(
 
 
 def _settle(model: Any) -> None:
-    """Project constrained weights until they stay as they are, as forward does."""
+    """Bring constrained weights well within their bound, where forward leaves them as they are.
+
+    On the bound, rounding decides whether projecting them ever leaves them as they are.
+    """
     for module in model.modules():
-        while isinstance(module, OFTRotationModule):
-            projected = module._project_batch(module.weight, eps=module.eps)
-            if torch.equal(projected, module.weight):
-                break
-            module.weight.data.copy_(projected)
+        if isinstance(module, OFTRotationModule):
+            module.weight.data.copy_(module._project_batch(module.weight, eps=module.eps) / 2)
 
 
 class _OFT:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import gc
 import io
+import statistics
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,9 @@ def check_recipe(
 
     With ``numerics="peft"`` outputs are equal to the bit. With ``"fast"`` they are compared with
     the same model in float64: the error (root mean square) is at most PEFT's and half as much
-    again, up to one more rounding of the outputs. (Two ways to add up the same numbers differ by
-    that much by chance, on so few of them.)
+    again, up to one more rounding of the outputs. That is so of the median of all comparisons; none
+    is more than twice as far off. (Two ways to add up the same numbers differ by that much by
+    chance, on so few of them, and on each processor otherwise.)
 
     Args:
         make_model: returns a PEFT model in eval mode and an input for it; equal ones at each call.
@@ -53,19 +55,23 @@ def check_recipe(
     Raises:
         AssertionError: a promise is broken; the message says which, and after what.
     """
+    errors: list[float] = []
     for check in _CHECKS:
         if check.__name__.removeprefix("check_") not in skip:
             with _quiet():
-                check(_Pair(make_model, numerics, hits=hits))
+                check(_Pair(make_model, numerics, hits=hits, errors=errors))
+    typical = statistics.median(errors) if errors else 0.0
+    assert typical <= 1, f"errors are {typical:.2f} times what they may be, in the median"
 
 
 class _Pair:
     """A model with a cache and its twin without one; what is done is done to both."""
 
-    def __init__(self, make_model: Any, numerics: str, *, hits: bool) -> None:
+    def __init__(self, make_model: Any, numerics: str, *, hits: bool, errors: list[float]) -> None:
         self.make_model = make_model
         self.numerics = numerics
         self.hits = hits
+        self.errors = errors  # each in relation to what it may be
         self.plain, self.x = self._made()
         self.model, self.same_x = self._made()
         self.adapters = list(self.plain.peft_config)
@@ -153,7 +159,9 @@ class _Pair:
         rounding = eps * exact.square().mean().sqrt().item() / 2
         ours, pefts = _error(found, exact), _error(expected, exact)
         message = f"{where}: error {ours:.3g}, PEFT's {pefts:.3g}, a rounding {rounding:.3g}"
-        assert ours <= 1.5 * pefts + rounding, message
+        allowed = 1.5 * pefts + rounding
+        assert ours <= 2 * allowed, message
+        self.errors.append(ours / allowed if allowed else 0.0)
 
     def exact(self) -> Tensor | None:
         """Run the twin in float64; None if PEFT cannot."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
@@ -13,6 +13,8 @@ from dora_cache.freshness.operations.registry import operation
 from dora_cache.freshness.scene import Pick, quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from dora_cache.freshness.scene import Scene
@@ -189,6 +191,30 @@ def _(scene: Scene, pick: Pick) -> list[Tensor]:
 # Merging
 
 
+@contextlib.contextmanager
+def _enlarged(layers: list[Any], names: list[str] | None) -> Iterator[None]:
+    """Make what will be merged so large that the base weight loses half of its digits.
+
+    Then unmerging never gives its bits back. At the usual scale it may or may not, by rounding,
+    and processors round differently.
+    """
+    before = []
+    if not any(layer.merged_adapters for layer in layers):  # those have to be unmerged as they were
+        before = [
+            (layer, name, layer.scaling[name])
+            for layer in layers
+            for name in names or layer.active_adapters
+            if name in layer.scaling
+        ]
+    for layer, name, value in before:
+        layer.scaling[name] = value * torch.finfo(layer.get_base_layer().weight.dtype).eps ** -0.5
+    try:
+        yield
+    finally:
+        for layer, name, value in before:
+            layer.scaling[name] = value
+
+
 @operation("merging", "merge_adapter, and unmerge_adapter")
 def _(scene: Scene, pick: Pick) -> list[Tensor]:
     return _merged(scene, None)
@@ -212,7 +238,7 @@ def _(scene: Scene, pick: Pick) -> list[Tensor]:
 
 
 def _merged(scene: Scene, names: list[str] | None, *, safe: bool = False) -> list[Tensor]:
-    with quiet():
+    with quiet(), _enlarged(scene.layers(Pick()), names):
         scene.model.merge_adapter(names, safe_merge=safe)
         found = [scene.run(), scene.run()]
         scene.model.unmerge_adapter()
@@ -222,7 +248,7 @@ def _merged(scene: Scene, names: list[str] | None, *, safe: bool = False) -> lis
 @operation("merging", "merge of one layer, and unmerge")
 def _(scene: Scene, pick: Pick) -> list[Tensor]:
     layers = scene.layers(Pick(layer=pick.layer or "linear"))
-    with quiet():
+    with quiet(), _enlarged(layers, None):
         for layer in layers:
             layer.merge()
         found = [scene.run()]
