@@ -12,7 +12,13 @@ from dora_cache.cache import AdapterCache
 from dora_cache.config import CacheConfig
 from dora_cache.decorator import MARK, SLOT, Derivation, derivations_of
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
-from dora_cache.lifecycle import Observer, follow_optimizers, follow_registrations, observe
+from dora_cache.lifecycle import (
+    Observer,
+    follow_optimizers,
+    follow_registrations,
+    follow_writers,
+    observe,
+)
 from dora_cache.recipes import RECIPES, apply_recipes
 
 if TYPE_CHECKING:
@@ -66,6 +72,7 @@ def attach(
             raise NothingToCacheError(_nothing(target))
         follow_optimizers(cache)
         follow_registrations(cache)
+        follow_writers(cache)
     except BaseException:
         cache.detach()
         raise
