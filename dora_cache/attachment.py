@@ -14,6 +14,7 @@ from dora_cache.decorator import MARK, SLOT, Derivation, derivations_of
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import (
     Observer,
+    follow_modes,
     follow_optimizers,
     follow_registrations,
     follow_writers,
@@ -70,6 +71,7 @@ def attach(
     try:
         if not _attach(cache, target):
             raise NothingToCacheError(_nothing(target))
+        follow_modes(cache)
         follow_optimizers(cache)
         follow_registrations(cache)
         follow_writers(cache)

@@ -1,6 +1,7 @@
 """Events that void stored values: mode switches, moves, adapter operations, steps, writers."""
 
 from dora_cache.lifecycle.followers import Followers, wrap
+from dora_cache.lifecycle.modes import follow_modes
 from dora_cache.lifecycle.observe import Observer, observe, plain_class, reduce_as_plain
 from dora_cache.lifecycle.optimizers import follow_optimizers
 from dora_cache.lifecycle.registrations import follow_registrations
@@ -9,6 +10,7 @@ from dora_cache.lifecycle.writers import follow_writers
 __all__ = [
     "Followers",
     "Observer",
+    "follow_modes",
     "follow_optimizers",
     "follow_registrations",
     "follow_writers",
