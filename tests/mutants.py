@@ -208,6 +208,17 @@ def _(patch):
     patch.setattr(attachment, "follow_writers", lambda cache: None)
 
 
+@mutant("no event when OLoRA writes the base weight", ModelMachine)
+def _(patch):
+    wrap = merging.wrap
+
+    def without(undo, owner, name, make):
+        if name != "olora_init":
+            wrap(undo, owner, name, make)
+
+    patch.setattr(merging, "wrap", without)
+
+
 # How a value is used
 
 

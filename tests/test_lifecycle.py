@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as imported_before
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
@@ -27,6 +28,7 @@ import dora_cache
 
 ADAPTERS = ("first", "second")
 TRAIN, AVERAGE = nn.Module.train, torch.optim.swa_utils.AveragedModel.update_parameters
+OLORA = LoraLayer.olora_init
 
 
 class Setup:
@@ -383,6 +385,17 @@ def test_adapters_added_later_are_cached(make):
     setup.check()
 
 
+def test_an_adapter_that_takes_its_part_out_of_the_base_weight_voids_the_others():
+    """OLoRA's initialisation writes the base weight through .data, which every adapter shares."""
+    setup = Setup()
+    config = dora_config()
+    config.init_lora_weights = "olora"
+    setup.model.add_adapter("third", config)
+    setup.model.eval()
+    assert setup.warm_adapters() == set()
+    setup.check()
+
+
 def test_loading_adapters_from_disk(tmp_path):
     """load_adapter under a new name is cached; onto an existing name it is seen."""
     setup = Setup()
@@ -599,6 +612,7 @@ def test_switches_are_unwrapped_on_detach():
     other.cache.detach()
     assert nn.Module.train is TRAIN
     assert torch.optim.swa_utils.AveragedModel.update_parameters is AVERAGE
+    assert LoraLayer.olora_init is OLORA
 
 
 def test_a_wrapper_that_others_put_on_top_stays():
