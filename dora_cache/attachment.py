@@ -15,9 +15,11 @@ from dora_cache.decorator import MARK, SLOT, Derivation, derivations_of
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import (
     Observer,
+    follow_modes,
     follow_optimizers,
     follow_refills,
     follow_registrations,
+    follow_writers,
     observe,
 )
 from dora_cache.recipes import RECIPES, apply_recipes
@@ -73,9 +75,11 @@ def attach(
     try:
         if not _attach(cache, target):
             raise NothingToCacheError(_nothing(target))
+        follow_modes(cache)
         follow_optimizers(cache)
         follow_registrations(cache)
         follow_refills(cache)
+        follow_writers(cache)
     except BaseException:
         cache.detach()
         raise

@@ -5,6 +5,7 @@ shares nothing with the cache, not even a copy that the cache has to leave alone
 """
 
 import contextlib
+import importlib.util
 
 import torch
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ import dora_cache
 from dora_cache.freshness import KINDS, LAYERS, OPERATIONS, RAW, Pick, Scene
 
 NAMES = ("ada", "bob", "lora", "new0", "new1")
+PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "lora_dropout")
 SETTINGS = [
     {},
     {"backend": "lru", "max_bytes": 100},
@@ -156,6 +158,28 @@ class ModelMachine(RuleBasedStateMachine):
                 part.train(mode)
 
         self.both(act, Pick(layer=layer))
+
+    @rule(
+        layer=st.sampled_from(LAYERS) | st.none(), place=st.sampled_from(PLACES), mode=st.booleans()
+    )
+    def switch_container(self, layer, place, mode):
+        def act(scene, pick):
+            for part in scene.layers(pick):
+                getattr(part, place).train(mode)
+
+        self.both(act, Pick(layer=layer))
+
+    @precondition(lambda self: importlib.util.find_spec("torch_ema"))
+    @rule(pick=picks)
+    def copy_an_average(self, pick):
+        from torch_ema import ExponentialMovingAverage
+
+        def act(scene, pick):
+            ema = ExponentialMovingAverage(scene.weights(pick), decay=0.5)
+            ema.shadow_params = [kept * pick.factor for kept in ema.shadow_params]
+            ema.copy_to()
+
+        self.both(act, pick)
 
     @rule()
     def evaluate(self):

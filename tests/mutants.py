@@ -12,6 +12,7 @@ from model_machine import ModelMachine
 from dora_cache import AdapterCache, attachment, backends, lookup, memory, shortcut
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
+from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import refills
 from dora_cache.reasons import Reason
 from dora_cache.recipes import dora, hotswap, merging, peft_layers
@@ -186,6 +187,43 @@ def _(patch):
 @mutant("storages that are refilled", ModelMachine)
 def _(patch):
     patch.setattr(refills, "mark_refilled", lambda storage: False)
+
+
+@mutant("a switch drops the active adapters' values only", ModelMachine)
+def _(patch):
+    patch.setattr(attachment, "follow_modes", lambda cache: None)
+    observer = peft_layers.Observer
+
+    def partial_to_active(**arguments):
+        def switched(layer):
+            binding = layer.__dict__[SLOT]
+            for adapter in layer.active_adapters:
+                binding.cache.event(binding, adapter)
+
+        return observer(**arguments | {"mode_switched": switched})
+
+    patch.setattr(peft_layers, "Observer", partial_to_active)
+
+
+@mutant("no switches of containers", ModelMachine)
+def _(patch):
+    patch.setattr(attachment, "follow_modes", lambda cache: None)
+
+
+@mutant("no events of libraries that write through .data", ModelMachine)
+def _(patch):
+    patch.setattr(attachment, "follow_writers", lambda cache: None)
+
+
+@mutant("no event when OLoRA writes the base weight", ModelMachine)
+def _(patch):
+    wrap = merging.wrap
+
+    def without(undo, owner, name, make):
+        if name != "olora_init":
+            wrap(undo, owner, name, make)
+
+    patch.setattr(merging, "wrap", without)
 
 
 # How a value is used

@@ -688,6 +688,43 @@ def test_training_runs_pefts_own_code():
     setup.check()
 
 
+def an_old_policy(setup):
+    setup.model.train()
+    for weight in setup.parameters("second"):
+        weight.data.mul_(1.5)
+    setup.model.eval()
+
+
+def containers(setup):
+    parts = [getattr(setup.layer, name) for name in ("lora_A", "lora_B", "lora_magnitude_vector")]
+    for part in parts:
+        part.train()
+    for weight in setup.parameters("second"):
+        weight.data.mul_(1.5)
+    for part in parts:
+        part.eval()
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("write", [an_old_policy, containers])
+def test_writes_in_silence_while_another_adapter_trains(write, numerics):
+    """A switch to eval mode fills every adapter's buffer: at its address, not compiled again."""
+    setup = Compiled(numerics=numerics)
+    outputs = {}
+    for adapter in ("first", "second"):
+        setup.activate(adapter)
+        outputs[adapter] = setup.check()
+    setup.activate("first")
+    setup.check()
+    compilations = setup.compilations
+    addresses = [value.data_ptr() for value in setup.buffer("second").values]
+    write(setup)
+    assert [value.data_ptr() for value in setup.buffer("second").values] == addresses
+    setup.activate("second")
+    assert not torch.equal(setup.check(), outputs["second"])
+    assert setup.compilations == compilations
+
+
 def test_nothing_is_derived_in_vain(monkeypatch):
     """Steps in training mode, and merging, void buffers; leaving that state fills them, once."""
     setup = Compiled()

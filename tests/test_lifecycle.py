@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as imported_before
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
@@ -26,6 +27,8 @@ from zoo import (
 import dora_cache
 
 ADAPTERS = ("first", "second")
+TRAIN, AVERAGE = nn.Module.train, torch.optim.swa_utils.AveragedModel.update_parameters
+OLORA = LoraLayer.olora_init
 
 
 class Setup:
@@ -382,6 +385,17 @@ def test_adapters_added_later_are_cached(make):
     setup.check()
 
 
+def test_an_adapter_that_takes_its_part_out_of_the_base_weight_voids_the_others():
+    """OLoRA's initialisation writes the base weight through .data, which every adapter shares."""
+    setup = Setup()
+    config = dora_config()
+    config.init_lora_weights = "olora"
+    setup.model.add_adapter("third", config)
+    setup.model.eval()
+    assert setup.warm_adapters() == set()
+    setup.check()
+
+
 def test_loading_adapters_from_disk(tmp_path):
     """load_adapter under a new name is cached; onto an existing name it is seen."""
     setup = Setup()
@@ -402,48 +416,238 @@ def test_loading_adapters_from_disk(tmp_path):
     setup.check()
 
 
-def test_training_one_adapter_leaves_the_other_warm():
-    """A training loop on "second", mode switches included, keeps "first" warm throughout."""
+def test_steps_in_eval_mode_leave_the_other_adapter_warm():
+    """A training loop on "second" that never leaves eval mode keeps "first" warm throughout."""
     setup = Setup()
     setup.model.set_adapter("second")
     optimizer = torch.optim.AdamW(
         [p for p in setup.model.parameters() if p.requires_grad], lr=0.05, fused=True
     )
     for _ in range(3):
+        setup.model(setup.x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert setup.warm_adapters() == {"first"}
+        setup.check()
+        setup.model.set_adapter("second")
+
+
+def test_an_old_policy_that_training_copies_through_data_is_seen():
+    """While "second" trains, "first" is blended with it through .data: it is fresh in eval mode."""
+    setup = Setup(make=lambda: dora_config(r=4))
+    old, new = weights(setup, "first"), weights(setup, "second")
+    setup.model.set_adapter("second")
+    optimizer = torch.optim.AdamW(new, lr=0.05)
+    for _ in range(3):
         setup.model.train()
         setup.model(setup.x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        for target, source in zip(old, new, strict=True):
+            target.data.copy_(0.5 * target.data + 0.5 * source.data)
         setup.model.eval()
-        assert setup.warm_adapters() == {"first"}
         setup.check()
         setup.model.set_adapter("second")
 
 
 def by_method(setup):
     setup.model.train()
+    yield
     setup.model.eval()
 
 
 def by_submodule(setup):
     setup.layer.train()
+    yield
     setup.layer.eval()
 
 
 def by_attribute(setup):
     setup.layer.training = True
+    yield
     setup.layer.training = False
 
 
-@pytest.mark.parametrize("switch", [by_method, by_submodule, by_attribute])
-def test_mode_switches_void_the_active_adapter(switch):
-    """train() and eval(), on a submodule and by attribute as well, void what may have trained."""
-    setup = Setup()
+def containers(setup):
+    return [getattr(setup.layer, name) for name in setup.layer.adapter_layer_names]
+
+
+def by_container(setup):
+    for container in containers(setup):
+        container.train()
+    yield
+    for container in containers(setup):
+        container.eval()
+
+
+def by_container_and_model(setup):
+    for container in containers(setup):
+        container.train()
+    yield
+    setup.model.eval()
+
+
+def by_model_and_container(setup):
+    setup.model.train()
+    setup.layer.training = False
+    setup.warm()
+    yield
+    for container in containers(setup):
+        container.train(False)
+
+
+SWITCHES = [
+    by_method,
+    by_submodule,
+    by_attribute,
+    by_container,
+    by_container_and_model,
+    by_model_and_container,
+]
+
+
+@pytest.mark.parametrize("make", [None, loha_config, oft_config])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_mode_switches_void_every_adapter(switch, make):
+    """A switch from train to eval, of containers as well, voids all: writes to any are seen."""
+    setup = Setup(make=make)
     setup.model.set_adapter("second")
     for parameter in setup.model.parameters():
         parameter.requires_grad_(False)
-    switch(setup)
-    assert setup.warm_adapters() == {"first"}
+    for _ in switch(setup):
+        for parameter in weights(setup, "first"):
+            parameter.data.mul_(1.25)
+    assert setup.warm_adapters() == set()
+    setup.check()
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv2d"])
+def test_switches_of_containers_void_other_kinds_of_dora(kind):
+    """The parameters of an embedding's adapters are in containers of another type."""
+    setup = Setup(kind)
+    for _ in by_container(setup):
+        for parameter in weights(setup, "first"):
+            parameter.data.mul_(1.25)
+    assert setup.warm_adapters() == set()
+    setup.check()
+
+
+def test_a_switch_of_one_adapters_part_voids_that_adapter():
+    """What is switched is one adapter's lora_A: the other's values stay."""
+    setup = Setup()
+    part = setup.layer.lora_A["first"]
+    part.train()
+    part.weight.data.mul_(1.25)
+    part.eval()
+    assert setup.warm_adapters() == {"second"}
+    setup.check()
+
+
+def test_a_switch_of_modules_without_weights_voids_nothing():
+    """Dropout that is switched on and off, as for Monte Carlo estimates, has no weights."""
+    setup = Setup()
+    for _ in range(2):
+        setup.layer.lora_dropout.train()
+        setup.layer.lora_dropout.eval()
+    assert setup.cache.stats().invalidations == 0
+    assert setup.warm_adapters() == {"first", "second"}
+
+
+def test_a_switch_of_a_module_with_a_tied_weight_voids_every_adapter():
+    """A module outside the attached part that has a layer's base weight is a way to write to it."""
+    setup = Setup()
+    tied = nn.Linear(12, 8)
+    tied.weight = setup.layer.get_base_layer().weight
+    tied.weight.data.mul_(1.25)
+    tied.eval()
+    assert setup.warm_adapters() == set()
+    setup.check()
+
+
+def test_a_switch_within_a_switch_is_followed():
+    """A train() of one's own that switches a module it does not contain switches that one too."""
+
+    class Holder(nn.Module):
+        def __init__(self, held):
+            super().__init__()
+            self.held = [held]
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.held[0].train(mode)
+            return self
+
+    setup = Setup()
+    holder = nn.Sequential(Holder(setup.layer.lora_A))
+    holder.train()
+    for parameter in weights(setup):
+        parameter.data.mul_(1.25)
+    holder.eval()
+    assert setup.warm_adapters() == set()
+    setup.check()
+
+
+def test_a_switch_that_raises_is_one_nevertheless():
+    """What was switched before the error may be used, so its values go."""
+
+    class Failing(nn.Module):
+        def train(self, mode=True):
+            raise RuntimeError
+
+    setup = Setup()
+    setup.layer.lora_A.train()
+    for parameter in weights(setup):
+        parameter.data.mul_(1.25)
+    with pytest.raises(RuntimeError):
+        nn.ModuleList([setup.layer.lora_A, Failing()]).eval()
+    setup.check()
+
+
+def test_switches_are_unwrapped_on_detach():
+    """nn.Module and AveragedModel have their own functions again after the last detach."""
+    gc.collect()  # caches that other tests left attached
+    setup, other = Setup(), Setup()
+    setup.cache.detach()
+    assert nn.Module.train is not TRAIN
+    other.cache.detach()
+    assert nn.Module.train is TRAIN
+    assert torch.optim.swa_utils.AveragedModel.update_parameters is AVERAGE
+    assert LoraLayer.olora_init is OLORA
+
+
+def test_a_wrapper_that_others_put_on_top_stays():
+    """A later wrapper of another library is not thrown away by detaching."""
+    gc.collect()  # caches that other tests left attached
+    setup = Setup()
+    ours = nn.Module.train
+
+    def theirs(self, mode=True):
+        return ours(self, mode)
+
+    nn.Module.train = theirs
+    try:
+        setup.cache.detach()
+        assert nn.Module.train is theirs
+        assert not setup.model.eval().training
+    finally:
+        nn.Module.train = TRAIN
+
+
+def test_a_switch_in_compiled_code_breaks_no_graph():
+    """While a cache is attached, code that switches a mode still compiles as a whole graph."""
+
+    class Switching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x):
+            self.layer.eval()
+            return self.layer(x)
+
+    setup = Setup()
+    torch._dynamo.reset()
+    torch.compile(Switching(), fullgraph=True, backend="eager")(torch.ones(1, 2))
     setup.check()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_cache.copying import Uncopyable
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from dora_cache.cache import AdapterCache
 
-__all__ = ["Followers"]
+__all__ = ["Followers", "wrap"]
 
 
 class Followers(Uncopyable):
@@ -22,7 +23,7 @@ class Followers(Uncopyable):
 
     Args:
         begin: called when the first cache follows: makes the process tell, and leaves on the stack
-            what undoes that once the last one has detached.
+            what undoes that once the last one has detached. Called once more by :meth:`again`.
     """
 
     def __init__(self, begin: Callable[[ExitStack], object]) -> None:
@@ -41,6 +42,12 @@ class Followers(Uncopyable):
         reference = weakref.ref(cache)
         cache.on_detach(lambda: self._remove(reference()))
 
+    def again(self) -> None:
+        """Have the process tell of what there was not yet; nothing happens if no cache follows."""
+        with self._lock:
+            if self._undo is not None:
+                self._begin(self._undo)
+
     def _remove(self, cache: AdapterCache | None) -> None:
         with self._lock:
             if cache is not None:
@@ -52,3 +59,33 @@ class Followers(Uncopyable):
     def __iter__(self) -> Iterator[AdapterCache]:
         """Return an iterator over the caches that follow now."""
         return iter(list(self._caches))
+
+
+def wrap(
+    undo: ExitStack, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Put a wrapper in a function's place, where it is defined; nothing if there is none.
+
+    Args:
+        undo: takes what puts the function back. Where others have put theirs on top since, the
+            wrapper stays: it must do nothing while no cache follows.
+        owner: a module, or a class that has or inherits the function.
+        name: the function's name.
+        make: called with the function; returns the wrapper.
+    """
+    if inspect.isclass(owner):
+        owner = next((kind for kind in owner.__mro__ if name in vars(kind)), owner)
+    original = vars(owner).get(name)
+    if original is None:
+        return
+    if isinstance(original, staticmethod):
+        wrapper: Any = staticmethod(make(original.__func__))
+    else:
+        wrapper = make(original)
+    setattr(owner, name, wrapper)
+
+    def restore() -> None:
+        if vars(owner).get(name) is wrapper:
+            setattr(owner, name, original)
+
+    undo.callback(restore)

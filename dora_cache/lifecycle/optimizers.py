@@ -16,7 +16,8 @@ from torch.optim.optimizer import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-from dora_cache.lifecycle.followers import Followers
+from dora_cache.lifecycle.followers import Followers, wrap
+from dora_cache.lifecycle.writers import look_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["follow_optimizers"]
 
 _stepping: dict[tuple[int, int], list[Tensor]] = {}
-_update_parameters: Callable[..., Any] = AveragedModel.update_parameters
 
 
 def follow_optimizers(cache: AdapterCache) -> None:
@@ -40,14 +40,14 @@ def follow_optimizers(cache: AdapterCache) -> None:
 def _begin(undo: ExitStack) -> None:
     undo.callback(register_optimizer_step_pre_hook(_steps).remove)
     undo.callback(register_optimizer_step_post_hook(_stepped).remove)
-    AveragedModel.update_parameters = _averaging  # type: ignore[method-assign]  # it has no hooks
-    undo.callback(setattr, AveragedModel, "update_parameters", _update_parameters)
+    wrap(undo, AveragedModel, "update_parameters", _averaging)  # it has no hooks
 
 
 _followers = Followers(_begin)
 
 
 def _steps(optimizer: Optimizer, *_: Any) -> None:
+    look_again()
     # By the time of the other hook the optimizer's own hooks may have cleared the gradients.
     _stepping[threading.get_ident(), id(optimizer)] = _may_write(optimizer)
 
@@ -57,12 +57,15 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
     _touched([*before, *_may_write(optimizer)])
 
 
-@functools.wraps(_update_parameters)
-def _averaging(self: AveragedModel, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return _update_parameters(self, *args, **kwargs)
-    finally:
-        _touched([*self.module.parameters(), *self.module.buffers()])
+def _averaging(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def update(self: AveragedModel, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _touched([*self.module.parameters(), *self.module.buffers()])
+
+    return update
 
 
 def _touched(tensors: list[Tensor]) -> None:

@@ -1,4 +1,7 @@
-"""Merges of other models: they write a base weight through ``.data``, and it may be a shared one.
+"""Writes through ``.data`` to a base weight, by PEFT: merges of other models, and OLoRA.
+
+A merge writes to a weight that may be a shared one. The initialisation of a new adapter by OLoRA
+takes the adapter's part out of the weight, which all adapters have in common.
 
 An attached layer's own merges are followed by its observer, see ``peft_layers.follow_layer``.
 """
@@ -8,9 +11,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-from dora_cache.lifecycle import Followers
+from dora_cache.lifecycle import Followers, wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,19 +30,19 @@ _METHODS = ("merge_adapter", "unmerge_adapter", "merge_and_unload")
 
 
 def follow_merges(cache: AdapterCache) -> None:
-    """Void what is derived from a weight that any PEFT model merges into, until detaching.
+    """Void what is derived from a base weight that PEFT writes in place, until detaching.
 
     PEFT offers no hook, so while any cache is attached three methods of its ``BaseTuner`` are
-    wrapped. Calls of a layer's own ``merge`` outside the attached model are not noticed.
+    wrapped, and one of its ``LoraLayer``. Calls of a layer's own ``merge`` outside the attached
+    model are not noticed.
     """
     _followers.add(cache)
 
 
 def _begin(undo: ExitStack) -> None:
     for name in _METHODS:
-        original = getattr(BaseTuner, name)
-        setattr(BaseTuner, name, _wrapped(original))
-        undo.callback(setattr, BaseTuner, name, original)
+        wrap(undo, BaseTuner, name, _wrapped)
+    wrap(undo, LoraLayer, "olora_init", _wrapped)
 
 
 _followers = Followers(_begin)
@@ -57,7 +61,8 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _base_weights(tuner: BaseTuner) -> list[Tensor]:
-    layers = [part for part in tuner.model.modules() if isinstance(part, BaseTunerLayer)]
+def _base_weights(written: BaseTuner | BaseTunerLayer) -> list[Tensor]:
+    parts = [written] if isinstance(written, BaseTunerLayer) else written.model.modules()
+    layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
     bases = [layer.get_base_layer() for layer in layers]
     return [weight for base in bases for weight in (*base.parameters(), *base.buffers())]

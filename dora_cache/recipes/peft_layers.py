@@ -149,10 +149,9 @@ def follow_layer(
     def deleted(_: BaseTunerLayer, adapter_name: str) -> None:
         cache.adapter_deleted(binding, adapter_name)
 
-    def switched(layer: BaseTunerLayer) -> None:
-        for adapter in _in_training(layer):
-            cache.event(binding, adapter)
-        changed()
+    def switched(_: BaseTunerLayer) -> None:
+        # Of every adapter: training may write to others than those that it trains.
+        cache.event(binding)
 
     def changed(*_: object, **__: object) -> None:
         # Stamps show it to whoever looks; compiled code does not look.
@@ -191,7 +190,7 @@ def follow_part(
     binding = cache.bind(part, adapter=adapter)
     binding.warmers = warmers
     parent.adopt(binding)
-    # The mode is switched on the layer as well, which knows whether the adapter is in training.
+    # The layer's event is passed on; the part's own switches are followed as any module's.
     observer = Observer(moved=lambda _: cache.revalidate(binding))
     binding.undo.callback(observe(part, observer, overrides))
 
@@ -218,14 +217,3 @@ def memoised(
     """Return an override of ``method`` that is cached, for ``follow_layer`` and ``follow_part``."""
     override: Callable[..., Any] = cached(name, adapter=adapter, depends_on=depends_on)(method)
     return override
-
-
-def _in_training(layer: BaseTunerLayer) -> set[str]:
-    """Return the adapters that training may change: the active ones, and any that require grad."""
-    adapters = set(layer.active_adapters)
-    for attribute in layer.adapter_layer_names:
-        for adapter, part in (getattr(layer, attribute, None) or {}).items():
-            parameters = part.parameters() if isinstance(part, nn.Module) else [part]
-            if any(parameter.requires_grad for parameter in parameters):
-                adapters.add(adapter)
-    return adapters

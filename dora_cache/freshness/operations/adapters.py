@@ -77,6 +77,17 @@ def _add_lora(scene: Scene, pick: Pick) -> None:
         _fill(scene, Pick("lora", seed=pick.seed))
 
 
+@operation("adapters", "add_adapter, which takes its part out of the base weight (OLoRA)")
+def _(scene: Scene, pick: Pick) -> None:
+    name = f"new{pick.seed % 3}"
+    if name not in scene.adapters:
+        config = scene.config(2)
+        config.target_modules, config.init_lora_weights = {"linear"}, "olora"
+        with quiet():
+            scene.model.add_adapter(name, config)
+        scene.model.eval()
+
+
 @operation("adapters", "delete_adapter")
 def _(scene: Scene, pick: Pick) -> None:
     if pick.adapter in scene.adapters and len(scene.adapters) > 1:

@@ -138,6 +138,45 @@ def _(scene: Scene, pick: Pick) -> None:
             _train(scene, pick, fused=True)
 
 
+def _copy_in_silence(scene: Scene, pick: Pick) -> None:
+    # As libraries copy an old policy or an average: not to the adapter that trains.
+    for weight in scene.weights(pick):
+        weight.data.copy_(weight.data * pick.factor)
+
+
+@operation("modes", "train(), p.data.copy_() to an adapter that does not train, eval()")
+def _(scene: Scene, pick: Pick) -> None:
+    before = list(scene.tuner.active_adapters)
+    if pick.other in scene.adapters:
+        scene.activate(pick.other)
+    scene.model.train()
+    _train(scene, pick, fused=True)
+    _copy_in_silence(scene, pick)
+    scene.model.eval()
+    scene.activate(*before)
+
+
+@operation("modes", ".training by hand on layers, and p.data.copy_() in between")
+def _(scene: Scene, pick: Pick) -> None:
+    for layer in scene.layers(pick):
+        layer.training = True
+    _copy_in_silence(scene, pick)
+    for layer in scene.layers(pick):
+        layer.training = False
+
+
+@operation("modes", "train() on containers in layers, p.data.copy_(), eval()")
+def _(scene: Scene, pick: Pick) -> None:
+    containers = [
+        getattr(layer, name) for layer in scene.layers(pick) for name in layer.adapter_layer_names
+    ]
+    for container in containers:
+        container.train()
+    _copy_in_silence(scene, pick)
+    for container in containers:
+        container.eval()
+
+
 @operation("modes", "train() on one layer, a forward, eval()")
 def _(scene: Scene, pick: Pick) -> list[Tensor]:
     for layer in scene.layers(pick):

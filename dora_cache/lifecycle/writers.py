@@ -1,0 +1,169 @@
+"""Libraries' own functions that write weights through ``.data``, which no version counter shows.
+
+Each is named in :data:`WRITERS`; another is one row. Libraries are not imported for it: a function
+is wrapped once its module has been, and unwrapped when the last cache detaches.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from dora_cache.lifecycle.followers import Followers, wrap
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from dora_cache.cache import AdapterCache
+
+__all__ = ["WRITERS", "Writer", "follow_writers", "look_again"]
+
+
+class Writer(NamedTuple):
+    """Methods that write weights.
+
+    Attributes:
+        module: the name of the module that has the class.
+        owner: the class.
+        methods: their names.
+        written: called with a method's arguments after it; returns what it may have written to:
+            tensors, and modules for all their parameters and buffers; None counts as nothing.
+    """
+
+    module: str
+    owner: str
+    methods: tuple[str, ...]
+    written: Callable[..., Iterable[Tensor | nn.Module | None]]
+
+
+def _parameters(_: Any, parameters: Iterable[Tensor]) -> Iterable[Tensor]:
+    return parameters
+
+
+def _both(ema: Any, *_: object, **__: object) -> tuple[nn.Module, nn.Module]:
+    return ema.ema_model, ema.model
+
+
+def _average(callback: Any, _: object, current: Any) -> tuple[nn.Module, nn.Module]:
+    return callback._average_model, current
+
+
+_COPIES = ("copy_params_from_model_to_ema", "copy_params_from_ema_to_model")
+_LIGHTNING = ("on_train_end", "on_validation_epoch_start", "on_validation_epoch_end")
+
+WRITERS = (
+    Writer("diffusers.training_utils", "EMAModel", ("copy_to", "restore"), _parameters),
+    Writer(
+        "torch_ema.ema",
+        "ExponentialMovingAverage",
+        ("copy_to", "restore"),
+        lambda self, parameters=None: self._get_parameters(parameters),
+    ),
+    Writer("ema_pytorch.ema_pytorch", "EMA", (*_COPIES, "update_moving_average"), _both),
+    Writer("ema_pytorch.post_hoc_ema", "KarrasEMA", (*_COPIES, "update_moving_average"), _both),
+    Writer(  # by torch._foreach_lerp_, which is not counted on CUDA
+        "timm.utils.model_ema", "ModelEmaV3", ("update",), lambda self, *_, **__: [self.module]
+    ),
+    Writer(
+        "trl.trainer.callbacks",
+        "SyncRefModelCallback",
+        ("sync_target_model",),
+        lambda model, target_model, alpha: [target_model],  # noqa: ARG005 - TRL's names
+    ),
+    Writer("lightning.pytorch.callbacks.weight_averaging", "WeightAveraging", _LIGHTNING, _average),
+    Writer("pytorch_lightning.callbacks.weight_averaging", "WeightAveraging", _LIGHTNING, _average),
+    Writer(
+        "accelerate.local_sgd",
+        "LocalSGD",
+        ("step", "__exit__"),
+        lambda self, *_: [self.model] if self.enabled else [],
+    ),
+    Writer(
+        "mmengine.model.averaged_model",
+        "BaseAveragedModel",
+        ("update_parameters",),
+        lambda self, model: [self.module],  # noqa: ARG005 - MMEngine's name
+    ),
+    Writer(
+        "mmengine.hooks.ema_hook",
+        "EMAHook",
+        (
+            "after_train_iter",
+            "before_val_epoch",
+            "after_val_epoch",
+            "before_test_epoch",
+            "after_test_epoch",
+        ),
+        lambda self, *_, **__: [self.src_model, self.ema_model],
+    ),
+)
+"""The methods that are followed; of static ones, ``written`` takes no ``self``."""
+
+_waiting = list(WRITERS)  # for their modules to be imported
+
+
+def follow_writers(cache: AdapterCache) -> None:
+    """Void what is derived from weights that the functions in the table write, until detaching."""
+    _followers.add(cache)
+
+
+def look_again() -> None:
+    """Wrap what has been imported since; for where a library's use may have begun."""
+    for writer in _waiting:
+        if writer.module in sys.modules:
+            _followers.again()
+            break
+
+
+def _begin(undo: ExitStack) -> None:
+    for writer in list(_waiting):
+        owner = getattr(sys.modules.get(writer.module), writer.owner, None)
+        if owner is None:  # not imported, or not as far as that yet
+            continue
+        _waiting.remove(writer)
+        undo.callback(_waiting.append, writer)
+        for name in writer.methods:
+            wrap(undo, owner, name, functools.partial(_followed, writer))
+
+
+_followers = Followers(_begin)
+
+
+def _followed(writer: Writer, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        # model.parameters() can be gone through once only.
+        args = tuple(_kept(one) for one in args)
+        kwargs = {name: _kept(one) for name, one in kwargs.items()}
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _void(writer, args, kwargs)
+
+    return write
+
+
+def _kept(argument: Any) -> Any:
+    return list(argument) if isinstance(argument, Iterator) else argument
+
+
+def _void(writer: Writer, args: Any, kwargs: Any) -> None:
+    try:
+        written = list(writer.written(*args, **kwargs))
+        tensors = [tensor for one in written if one is not None for tensor in _tensors(one)]
+    except Exception:  # noqa: BLE001 - another version of the library: anything may be written
+        for cache in _followers:
+            cache.invalidate()
+        return
+    for cache in _followers:
+        cache.touched(tensors)
+
+
+def _tensors(written: Tensor | nn.Module) -> list[Tensor]:
+    if isinstance(written, nn.Module):
+        return [*written.parameters(), *written.buffers()]
+    return [written]
