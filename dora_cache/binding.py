@@ -156,7 +156,12 @@ class Binding:
         if reference is None:
             return True
         owner = args[0]
-        return reference() is owner and not getattr(owner, "training", False)
+        if reference() is not owner:
+            return False
+        try:
+            return not getattr(owner, "training", False)
+        except Exception:  # noqa: BLE001 - an object whose __getattr__ objects to the name
+            return True
 
     def voided(self, adapter: Adapters) -> int:
         """Return the time of the last event that voids values of ``adapter``."""

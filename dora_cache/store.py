@@ -43,7 +43,16 @@ __all__ = ["Flight", "Record", "Store", "exclusive"]
 class Flight:
     """A value on its way: derived by one thread, awaited by others."""
 
-    __slots__ = ("derivation", "done", "entry", "error", "stamp", "thread", "touched")
+    __slots__ = (
+        "derivation",
+        "done",
+        "entry",
+        "error",
+        "stamp",
+        "storable",
+        "thread",
+        "touched",
+    )
 
     def __init__(self, derivation: Derivation, stamp: Stamp) -> None:
         self.derivation = derivation
@@ -51,6 +60,7 @@ class Flight:
         self.thread = threading.get_ident()
         self.done = threading.Event()
         self.touched = False
+        self.storable = True
         self.entry: Entry | None = None
         self.error: Exception | None = None
 

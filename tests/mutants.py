@@ -207,7 +207,7 @@ def _(patch):
     patch.setattr(lookup, "torch", fake)
     patch.setattr(lookup, "_storable", lambda value, stamp: value)
     patch.setattr(
-        backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "_versions", ())
+        backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "_marks", ())
     )
     patch.setattr(backends.Entry, "intact", property(lambda self: True))
 
