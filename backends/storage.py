@@ -65,16 +65,23 @@ def timing_event() -> torch.cuda.Event:
 
 
 class Ledger:
-    """Counts the bytes of a changing set of tensors, each distinct storage once."""
+    """Counts the bytes of a changing set of tensors, each distinct storage once.
+
+    What was counted in is counted out, whatever has become of the tensors' storages meanwhile.
+    """
 
     def __init__(self) -> None:
+        self._added: dict[tuple[int, ...], list[dict[int, int]]] = {}
         self._uses: Counter[int] = Counter()
         self._sizes: dict[int, int] = {}
         self.nbytes = 0
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count ``tensors`` in; they must stay alive until removed."""
-        for key, size in storages(tensors).items():
+        tensors = tuple(tensors)
+        found = storages(tensors)
+        self._added.setdefault(tuple(map(id, tensors)), []).append(found)
+        for key, size in found.items():
             if key not in self._sizes:
                 self._sizes[key] = size
                 self.nbytes += size
@@ -82,7 +89,11 @@ class Ledger:
 
     def remove(self, tensors: Iterable[Tensor]) -> None:
         """Count out ``tensors`` that were added before."""
-        for key in storages(tensors):
+        ids = tuple(map(id, tensors))
+        found = self._added[ids].pop()
+        if not self._added[ids]:
+            del self._added[ids]
+        for key in found:
             self._uses[key] -= 1
             if not self._uses[key]:
                 del self._uses[key]
@@ -90,6 +101,7 @@ class Ledger:
 
     def clear(self) -> None:
         """Count everything out."""
+        self._added.clear()
         self._uses.clear()
         self._sizes.clear()
         self.nbytes = 0

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import dora_cache
-from dora_cache import CacheWarning, ConfigError, cached, stamps
+from dora_cache import CacheWarning, ConfigError, backends, cached, lookup, stamps, store
 
 
 class Layer(nn.Module):
@@ -451,6 +451,34 @@ def test_a_value_of_dora_that_was_changed_is_derived_anew(write):
         assert cache.recall(shortcut, [layer.weight]) is not None
         WRITES[write](layer.one())
         assert cache.recall(shortcut, [layer.weight]) is None
+
+
+def test_who_waited_for_a_value_looks_at_it():
+    """A value whose first caller has changed it is not handed to those who waited for it."""
+    stamp = stamps.Stamp("key", b"", [], 1)
+    flight = store.Flight(cached("value")(lambda: None).__dora_cache_derivation__, stamp)
+    flight.entry = backends.Entry(torch.ones(3), stamp)
+    flight.done.set()
+    assert lookup._awaited(flight) is flight.entry
+    flight.entry.value.requires_grad_()
+    assert lookup._awaited(flight) is None
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("backend", ["dict", "lru", "budget"])
+def test_bytes_are_counted_right_whatever_callers_do(write, backend):
+    """What was counted in is counted out, also if a caller has put other memory in its place."""
+    layer = Derived()
+    settings = {} if backend == "dict" else {"max_bytes": "1MiB"}
+    with dora_cache.attach(layer, backend=backend, **settings) as cache:
+        values = layer.one(), *layer.pair(), layer.twice()[0]
+        nbytes = cache.stats().nbytes
+        for value in values:
+            WRITES[write](value)
+        layer.one(), layer.pair(), layer.twice()
+        assert cache.stats().nbytes == nbytes
+        cache.invalidate()
+        assert cache.stats().nbytes == 0
 
 
 # What a function uses again
