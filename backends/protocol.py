@@ -41,19 +41,25 @@ class Entry(Uncopyable):
     stamp: object = None
     cost: float = 0.0
     ready: Ready | None = None
-    _versions: tuple[int, ...] = field(init=False, repr=False)
+    _marks: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    _facts: tuple[object, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Note the version counters of the tensors, for :attr:`intact`."""
-        object.__setattr__(self, "_versions", tuple(t._version for t in self.tensors))
+        """Note how the tensors are, for :attr:`intact`."""
+        object.__setattr__(self, "_marks", tuple(map(_mark, self.tensors)))
+        object.__setattr__(self, "_facts", tuple(map(_facts, self.tensors)))
 
     @property
     def intact(self) -> bool:
-        """Whether nobody has written into the tensors since the entry was made."""
-        value = self.value
-        if isinstance(value, Tensor):
-            return value._version == self._versions[0]
-        return self._versions == tuple(tensor._version for tensor in value)
+        """Whether the tensors are as they were when the entry was made.
+
+        That is, nobody has written into them, put other data or other tensors into them, freed
+        their memory, or made them require or hold gradients.
+        """
+        tensors = self.tensors
+        return self._marks == tuple(map(_mark, tensors)) and self._facts == tuple(
+            map(_facts, tensors)
+        )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -64,6 +70,17 @@ class Entry(Uncopyable):
     def nbytes(self) -> int:
         """Bytes of the distinct storages under the value (a view counts its whole storage)."""
         return storage_bytes(self.tensors)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return tensor._version, tensor.data_ptr()
+
+
+def _facts(tensor: Tensor) -> tuple[object, ...]:
+    wanted = tensor.requires_grad
+    # To ask for the gradient of what is no leaf warns.
+    grad = None if wanted else tensor.grad
+    return wanted, grad is None, tensor.dtype, tensor.size(), tensor.stride()
 
 
 @runtime_checkable

@@ -75,19 +75,24 @@ class UncopyableBackend(Uncopyable):
 class Ledger(Uncopyable):
     """Counts the bytes of a changing set of tensors, each distinct storage once.
 
+    What was counted in is counted out, whatever has become of the tensors' storages meanwhile.
     It knows storages by number, so a copy would count those of other tensors.
     """
 
     INSTEAD = "it counts storages by number; make a new one, and add the tensors"
 
     def __init__(self) -> None:
+        self._added: dict[tuple[int, ...], list[dict[int, int]]] = {}
         self._uses: Counter[int] = Counter()
         self._sizes: dict[int, int] = {}
         self.nbytes = 0
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count ``tensors`` in; they must stay alive until removed."""
-        for key, size in storages(tensors).items():
+        tensors = tuple(tensors)
+        found = storages(tensors)
+        self._added.setdefault(tuple(map(id, tensors)), []).append(found)
+        for key, size in found.items():
             if key not in self._sizes:
                 self._sizes[key] = size
                 self.nbytes += size
@@ -95,7 +100,11 @@ class Ledger(Uncopyable):
 
     def remove(self, tensors: Iterable[Tensor]) -> None:
         """Count out ``tensors`` that were added before."""
-        for key in storages(tensors):
+        ids = tuple(map(id, tensors))
+        found = self._added[ids].pop()
+        if not self._added[ids]:
+            del self._added[ids]
+        for key in found:
             self._uses[key] -= 1
             if not self._uses[key]:
                 del self._uses[key]
@@ -103,6 +112,7 @@ class Ledger(Uncopyable):
 
     def clear(self) -> None:
         """Count everything out."""
+        self._added.clear()
         self._uses.clear()
         self._sizes.clear()
         self.nbytes = 0

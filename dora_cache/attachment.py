@@ -11,7 +11,15 @@ from torch import nn
 
 from dora_cache.cache import AdapterCache
 from dora_cache.config import CacheConfig
-from dora_cache.decorator import MARK, SLOT, Derivation, derivations_of
+from dora_cache.decorator import (
+    SLOT,
+    Derivation,
+    derivation_of,
+    derivations_of,
+    misplaced_in,
+    owners_in,
+    weights_read_by,
+)
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import (
     Observer,
@@ -42,9 +50,9 @@ def attach(
     entry of its ``state_dict()`` changes. Copies and pickles of the model are of the plain model.
 
     Args:
-        target: any ``nn.Module`` that contains PEFT layers or modules with ``@cached`` methods; a
-            Diffusers pipeline, or another object whose ``components`` hold such modules by name;
-            any other object with ``@cached`` methods, or a ``@cached`` function.
+        target: any ``nn.Module`` that contains PEFT layers, or modules or other objects with
+            ``@cached`` methods; a Diffusers pipeline, or another object whose ``components`` hold
+            such modules by name; an object with ``@cached`` methods, or a ``@cached`` function.
         config: the settings; by default those of the environment.
         **settings: single settings instead of ``config``, e.g. ``backend="lru"``,
             ``max_bytes="256MiB"`` (see :class:`CacheConfig`).
@@ -54,7 +62,8 @@ def attach(
         manager it detaches on exit.
 
     Raises:
-        ConfigError: a setting is wrong, or both ``config`` and settings are given.
+        ConfigError: a setting is wrong, or both ``config`` and settings are given; or a decorated
+            method cannot be cached as it is written.
         BackendError: the backend cannot be made.
         AlreadyAttachedError: part of the model is attached already.
         NothingToCacheError: the model has nothing to cache.
@@ -74,7 +83,7 @@ def attach(
     cache = AdapterCache(config or CacheConfig(**settings), _devices(target))
     try:
         if not _attach(cache, target):
-            raise NothingToCacheError(_nothing(target))
+            raise NothingToCacheError(_nothing(target, cache))
         follow_modes(cache)
         follow_optimizers(cache)
         follow_registrations(cache)
@@ -87,28 +96,59 @@ def attach(
 
 
 def _attach(cache: AdapterCache, target: object) -> int:
-    derivation = getattr(target, MARK, None)
-    if isinstance(derivation, Derivation) and not hasattr(target, "__self__"):
+    derivation = derivation_of(target)
+    if derivation is not None and not hasattr(target, "__self__"):
+        names = [] if derivation.depends_on else weights_read_by(derivation.function)
+        if names:
+            msg = (
+                f"{derivation.name!r} reads {', '.join(names)}, and no argument says whether that "
+                f"changes: give @cached(..., depends_on=lambda ...: [{', '.join(names)}])"
+            )
+            raise ConfigError(msg)
         cache.bind_function(derivation)
         return 1
     if not isinstance(target, nn.Module):
         if derivations_of(type(target)):
             return _attach_owner(cache, target)
-        return sum(_attach_module(cache, part) for part in _components(target).values())
+        components = _components(target)
+        if not components:
+            return _attach_owner(cache, target)
+        return sum(_attach_module(cache, part) for part in components.values())
     return _attach_module(cache, target)
 
 
 def _attach_module(cache: AdapterCache, model: nn.Module) -> int:
     found = apply_recipes(cache, model)
-    for module in list(model.modules()):
-        binding = module.__dict__.get(SLOT)
-        if binding is None or binding.cache is not cache:  # else a recipe has it already
+    known: dict[type, bool] = {}
+    for name, module in list(model.named_modules()):
+        if not _is_taken(cache, module):  # else a recipe has it already
             found += _attach_owner(cache, module)
+        for owner in list(owners_in(module, known)):
+            derivation = derivation_of(owner)
+            if derivation is None:
+                found += 0 if _is_taken(cache, owner) else _attach_owner(cache, owner)
+            elif derivation.binding is None:
+                where = f"an attribute of {name or type(module).__name__}"
+                cache.decline(derivation.name, where, _BY_ITSELF)
     return found
+
+
+_BY_ITSELF = "a function belongs to no object: attach it by itself, with dora_cache.attach(it)"
+
+
+def _is_taken(cache: AdapterCache, owner: object) -> bool:
+    binding = getattr(owner, "__dict__", {}).get(SLOT)
+    return binding is not None and binding.cache is cache
 
 
 def _attach_owner(cache: AdapterCache, owner: object) -> int:
     """Attach an object with decorated methods; return 0 if it has none."""
+    for where, derivation, instead in misplaced_in(type(owner)):
+        if not instead.startswith("a static"):
+            msg = f"the values of {where} cannot be kept: {instead}"
+            raise ConfigError(msg)
+        if derivation.binding is None:
+            cache.decline(derivation.name, where, instead)
     derivations = derivations_of(type(owner))
     if not derivations:
         return 0
@@ -128,7 +168,18 @@ def _attach_owner(cache: AdapterCache, owner: object) -> int:
         mode_switched=lambda _: cache.event(binding),
         moved=lambda _: cache.revalidate(binding),
     )
-    binding.undo.callback(observe(owner, observer))
+    try:
+        binding.undo.callback(observe(owner, observer))
+    except Exception as error:
+        if isinstance(owner, nn.Module):
+            kind = type(owner).__name__
+            msg = (
+                f"{kind} cannot be attached, since no subclass can be made of its class "
+                f"({type(error).__name__}: {error}): give what its __init_subclass__ or metaclass "
+                "takes defaults, or keep the decorated methods in a module of another class"
+            )
+            raise ConfigError(msg) from error
+        # An enum's member, for one. An object has no events to hear of, and a copy has no cache.
     return 1
 
 
@@ -186,7 +237,16 @@ def _components(target: object) -> dict[str, nn.Module]:
     return dict(found.values())
 
 
-def _nothing(target: object) -> str:
+def _nothing(target: object, cache: AdapterCache) -> str:
+    if isinstance(target, type):
+        return f"{target.__name__} is a class: attach an object of it"
+    if derivation_of(target) is not None:
+        return (
+            f"{getattr(target, '__qualname__', target)} is a method of an object: attach the "
+            "object, with all its methods"
+        )
+    if cache.declined:
+        return "; ".join(f"{one.kind} of {one.where}: {one.reason}" for one in cache.declined)
     name = type(target).__name__
     components = _components(target)
     if not isinstance(target, nn.Module) and not components:

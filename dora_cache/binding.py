@@ -146,7 +146,12 @@ class Binding:
 
     def in_training(self, args: tuple[Any, ...]) -> bool:
         """Whether the owner that a call with these arguments is of is in training mode."""
-        return self._owner is not None and getattr(args[0], "training", False)
+        if self._owner is None:
+            return False
+        try:
+            return bool(getattr(args[0], "training", False))
+        except Exception:  # noqa: BLE001 - an object whose __getattr__ objects to the name
+            return False
 
     def voided(self, adapter: Adapters) -> int:
         """Return the time of the last event that voids values of ``adapter``."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dora_cache.binding import Binding
 from dora_cache.config import CacheConfig
-from dora_cache.decorator import SLOT
+from dora_cache.decorator import SLOT, owners_in
 from dora_cache.errors import (
     AdapterNotFoundError,
     AlreadyAttachedError,
+    ConfigError,
     DetachedError,
 )
 from dora_cache.keys import ALL_ADAPTERS, concerns
@@ -85,12 +86,16 @@ class AdapterCache(Lookup):
 
         Args:
             adapter: only this adapter's; by default every adapter's.
-            module: only those of this module and its submodules.
+            module: only those of this module, its submodules, and objects that these hold.
 
         Returns:
             How many entries went.
         """
-        wanted = None if module is None else {id(part) for part in module.modules()}
+        wanted = None
+        if module is not None:
+            parts = list(module.modules())
+            inside = (owner for part in parts for owner in owners_in(part))
+            wanted = {id(owner) for owner in (*parts, *inside)}
         bindings = list(self._bindings.values())
         self._refill_later(bindings)
         return sum(
@@ -371,8 +376,10 @@ class AdapterCache(Lookup):
 
         Raises:
             AlreadyAttachedError: the owner belongs to a cache already.
+            ConfigError: the owner has no ``__dict__``, or cannot be weakly referenced.
         """
         self._check_open()
+        _check_owner(owner)
         if owner.__dict__.get(SLOT) is not None:
             raise AlreadyAttachedError(_twice(owner))
         binding = self._add(Binding(self, owner, adapter))
@@ -510,6 +517,22 @@ def _unbind(reference: weakref.ref[Any], token: int) -> None:
 def _unknown(adapter: str, known: Iterable[str]) -> str:
     names = ", ".join(map(repr, sorted(known))) or "none"
     return f"no cached layer has an adapter {adapter!r}; adapters are: {names}"
+
+
+def _check_owner(owner: object) -> None:
+    missing = []
+    if not isinstance(getattr(owner, "__dict__", None), dict):
+        missing.append('"__dict__"')
+    if not type(owner).__weakrefoffset__:
+        missing.append('"__weakref__"')
+    if missing:
+        kind = type(owner).__name__
+        msg = (
+            f"{kind} has no {' and no '.join(missing).replace(chr(34), '')}, which a cache needs: "
+            f"add {' and '.join(missing)} to its __slots__, leave __slots__ (or slots=True) out, "
+            "or keep its data in an ordinary class"
+        )
+        raise ConfigError(msg)
 
 
 def _twice(owner: object) -> str:

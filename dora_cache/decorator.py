@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import itertools
 import weakref
+from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
 import torch
+from torch import nn
 
 from dora_cache.errors import ConfigError
-from dora_cache.keys import make_binder
+from dora_cache.keys import make_binder, module_attributes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from dora_cache.binding import Binding
     from dora_cache.store import Store
 
-__all__ = ["CacheInfo", "CachedFunction", "Derivation", "cached", "derivations_of"]
+__all__ = [
+    "CacheInfo",
+    "CachedFunction",
+    "Derivation",
+    "cached",
+    "derivation_of",
+    "derivations_of",
+    "misplaced_in",
+    "owners_in",
+    "weights_read_by",
+]
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -100,14 +113,21 @@ class Derivation:
         self.detach = detach
         self.binding: Binding | None = None
         self.caches: weakref.WeakSet[Store] = weakref.WeakSet()
-        self.bind, self.parameters = make_binder(function)
+        try:
+            self.bind, self.parameters = make_binder(function)
+        except ValueError:
+            msg = (
+                f"cached({name!r}): Python cannot tell which parameters {_name_of(function)} has: "
+                "decorate a def that calls it"
+            )
+            raise ConfigError(msg) from None
         if adapter is None:
             self.adapter_index = None
         elif adapter in self.parameters:
             self.adapter_index = self.parameters.index(adapter)
         else:
             msg = (
-                f"cached({name!r}, adapter={adapter!r}): {function.__qualname__} has no parameter "
+                f"cached({name!r}, adapter={adapter!r}): {_name_of(function)} has no parameter "
                 f"{adapter!r}; its parameters are {', '.join(self.parameters)}"
             )
             raise ConfigError(msg)
@@ -128,7 +148,7 @@ class Derivation:
         self.caches = weakref.WeakSet()
 
     def __repr__(self) -> str:
-        return f"<derivation {self.name!r}: {self.function.__qualname__}>"
+        return f"<derivation {self.name!r}: {_name_of(self.function)}>"
 
 
 def cached(
@@ -146,7 +166,8 @@ def cached(
     past the cache: in training mode, while gradients are wanted through the value, under tracing.
 
     Only tensors and tuples of tensors are stored; anything else is returned as it is. Callers must
-    not write into the result.
+    not write into the result. It works under ``@property``; a ``@classmethod`` has no owner to
+    store values for, and what is under ``@staticmethod`` is a plain function, attached by itself.
 
     Args:
         name: what the value is called, in reports.
@@ -155,14 +176,17 @@ def cached(
             it. It may be the ``*args`` of the function.
         depends_on: called with the same arguments as the function, returns the tensors and plain
             scalars (numbers, strings, dtypes; lists and dicts of them) that the result depends on
-            besides the arguments. Without it: the parameters, buffers and attributes of the owner
+            besides the arguments; of a mapping, keys and values count, and of a module all its
+            state. Without it: the parameters, buffers and attributes of the owner
             and of its submodules; with an attribute among them that cannot be compared (an object
             of some class), every call goes past the cache.
         detach: the result is a constant to autograd (as DoRA's norm is): it is derived without a
             graph, and may be stored and used while its dependencies require gradients.
 
     Raises:
-        ConfigError: ``adapter`` is no parameter of the function.
+        ConfigError: what is decorated returns no tensors when it is called, as a coroutine function
+            does not; an argument is of the wrong kind; ``adapter`` is no parameter of the function;
+            or ``depends_on`` does not take the function's arguments.
 
     Example::
 
@@ -171,14 +195,10 @@ def cached(
                     depends_on=lambda self, adapter_name: [self.weight[adapter_name]])
             def rotation(self, adapter_name: str) -> Tensor: ...
     """
+    _check_arguments(name, adapter, depends_on)
 
     def decorate(function: Callable[P, R]) -> CachedFunction[P, R]:
-        if isinstance(function, staticmethod | classmethod) or not inspect.isroutine(function):
-            msg = (
-                f"cached({name!r}) takes a function or method, not {type(function).__name__}: "
-                "put it under @staticmethod, or on the function itself"
-            )
-            raise ConfigError(msg)
+        _check_function(name, function, depends_on)
         derivation = Derivation(name, function, adapter, depends_on, detach=detach)
 
         @functools.wraps(function)
@@ -215,12 +235,244 @@ def cached(
     return decorate
 
 
+def derivation_of(function: object) -> Derivation | None:
+    """Return the derivation of a decorated function; None for anything else."""
+    try:
+        found = getattr(function, MARK, None)
+    except Exception:  # noqa: BLE001 - any object, which may do anything when asked
+        return None
+    return found if isinstance(found, Derivation) else None
+
+
 def derivations_of(kind: type) -> list[Derivation]:
     """Return the derivations of the decorated methods of a class, inherited ones included."""
-    found: dict[str, Derivation] = {}
+    return [found for _, found, instead in _decorated(kind) if instead is None]
+
+
+def misplaced_in(kind: type) -> list[tuple[str, Derivation, str]]:
+    """Return decorated functions of a class whose values cannot be kept for its instances.
+
+    Returns:
+        Of each: where it is, the derivation, and why, with what to write instead.
+    """
+    return [
+        (
+            f"{kind.__qualname__}.{attribute}",
+            found,
+            instead.format(kind=kind.__qualname__, attribute=attribute),
+        )
+        for attribute, found, instead in _decorated(kind)
+        if instead is not None
+    ]
+
+
+def _decorated(kind: type) -> list[tuple[str, Derivation, str | None]]:
+    """Return the decorated attributes of a class, and of those that cannot work, why."""
+    found: dict[str, tuple[str, Derivation, str | None]] = {}
     for base in kind.__mro__:
         for attribute, value in vars(base).items():
-            derivation = getattr(value, MARK, None)
-            if derivation is not None:
-                found.setdefault(attribute, derivation)
+            called = _called_by(value, f"{base.__qualname__}.{attribute}")
+            derivation, instead = derivation_of(called), None
+            if derivation is None:
+                continue
+            for wrapper, text in _MISPLACED.items():
+                if isinstance(value, wrapper):
+                    instead = text
+            found.setdefault(attribute, (attribute, derivation, instead))
     return list(found.values())
+
+
+def _called_by(value: object, name: str) -> object:
+    """Return the function that an attribute of a class calls when it is used.
+
+    Args:
+        value: what the class has there; perhaps a decorator's function that calls the real one.
+        name: the qualified name of the attribute.
+    """
+    if type(value) is FunctionType and derivation_of(value) is None:
+        for inner in _cells(value):
+            found = derivation_of(inner)
+            if found is not None and _name_of(found.function) == name:
+                return inner
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, classmethod | staticmethod):
+        return value.__func__
+    if isinstance(value, functools.partialmethod | functools.cached_property):
+        return value.func
+    return value
+
+
+_MISPLACED: dict[type, str] = {
+    staticmethod: (
+        "a static method belongs to no object: attach it by itself, with "
+        "dora_cache.attach({kind}.{attribute})"
+    ),
+    classmethod: (
+        "a class method has no object to keep values for: make it a method, or a function outside "
+        "the class, attached by itself"
+    ),
+    functools.cached_property: (
+        "functools.cached_property keeps the first value whatever happens to the weights: "
+        "write @property over @cached"
+    ),
+    functools._lru_cache_wrapper: (
+        "functools.lru_cache keeps the first value whatever happens to the weights: leave it out"
+    ),
+}
+
+
+def weights_read_by(function: object) -> list[str]:
+    """Return the names of tensors and modules that a function reads and that are no arguments."""
+    if type(function) is not FunctionType:
+        return []
+    read = dict(zip(function.__code__.co_freevars, _cells(function), strict=False))
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [one for one in code.co_consts if type(one) is CodeType]
+        for step in dis.get_instructions(code):
+            if step.opname == "LOAD_GLOBAL" and step.argval in function.__globals__:
+                read.setdefault(step.argval, function.__globals__[step.argval])
+    return [name for name, value in read.items() if isinstance(value, torch.Tensor | nn.Module)]
+
+
+def _cells(function: FunctionType) -> list[object]:
+    """Return what a function closes over; None where that is not there yet."""
+    found: list[object] = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:
+            found.append(None)
+    return found
+
+
+def owners_in(module: nn.Module, known: dict[type, bool] | None = None) -> Iterator[object]:
+    """Yield the objects with decorated methods, and decorated functions, that a module holds.
+
+    These are attributes, what is in lists, tuples, sets and dicts of these, and the objects whose
+    methods are there; no modules.
+
+    Args:
+        module: whose attributes are looked at; not those of its submodules.
+        known: which classes have decorated methods, to be handed from call to call.
+    """
+    known = {} if known is None else known
+    seen: set[int] = set()
+    waiting: list[Any] = module_attributes(module)
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)  # isinstance() would ask the object
+        if issubclass(kind, _NO_OWNERS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if issubclass(kind, list | tuple | set | frozenset):
+            waiting += value
+        elif issubclass(kind, dict):
+            waiting += value.values()
+        elif kind is MethodType:
+            waiting.append(value.__self__)
+        elif kind is functools.partial:
+            waiting.append(value.func)
+        elif kind is FunctionType:
+            if derivation_of(value) is not None:
+                yield value
+        else:
+            if kind not in known:
+                known[kind] = bool(_decorated(kind))
+            if known[kind]:
+                yield value
+
+
+_NO_OWNERS = (torch.Tensor, nn.Module, str, bytes, int, float, type(None), type)
+
+
+def _check_arguments(name: object, adapter: object, depends_on: object) -> None:
+    if callable(name):
+        msg = f'@cached needs a name: write @cached("{getattr(name, "__name__", "value")}")'
+        raise ConfigError(msg)
+    if not isinstance(name, str):
+        msg = f'cached({name!r}): give the value\'s name as a string, such as cached("scale")'
+        raise ConfigError(msg)
+    if adapter is not None and not isinstance(adapter, str):
+        msg = (
+            f"cached({name!r}, adapter={adapter!r}): give the name of the parameter that carries "
+            "the adapter's name, as a string"
+        )
+        raise ConfigError(msg)
+    if depends_on is not None and (
+        not callable(depends_on) or inspect.iscoroutinefunction(depends_on)
+    ):
+        msg = (
+            f"cached({name!r}): depends_on is a {type(depends_on).__name__}"
+            f"{' that has to be awaited' if callable(depends_on) else ''}: give a function that is "
+            "called with the same arguments and returns the tensors, such as "
+            "depends_on=lambda self: [self.weight]"
+        )
+        raise ConfigError(msg)
+
+
+def _check_function(
+    name: str, function: Callable[..., Any], depends_on: Callable[..., object] | None
+) -> None:
+    kind = type(function).__name__
+    problem = None
+    if isinstance(function, staticmethod | classmethod | property | functools.cached_property):
+        problem = f"a {kind}: put @{kind} over @cached, and @cached on the function itself"
+        if not isinstance(function, staticmethod | property):
+            problem = f"a {kind}: {_MISPLACED[type(function)]}"
+    elif isinstance(function, functools._lru_cache_wrapper):
+        problem = f"a function with a cache of its own: {_MISPLACED[type(function)]}"
+    elif isinstance(function, type):
+        problem = f"the class {kind}: decorate its methods"
+    elif not inspect.isroutine(function):
+        problem = f"a {kind}: decorate the function itself, or a def that calls it"
+    elif inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        problem = "a coroutine function, which returns no tensor: decorate a plain one it calls"
+    elif inspect.isgeneratorfunction(function):
+        problem = "a generator function: return a tuple of tensors instead of yielding them"
+    elif inspect.ismethod(function) and depends_on is None:
+        problem = (
+            "a bound method, and its object is none of its arguments: decorate the method in its "
+            "class, or give depends_on"
+        )
+    if problem is not None:
+        msg = f"cached({name!r}) takes a function or method; this is {problem}"
+        raise ConfigError(msg)
+    if depends_on is not None:
+        _check_signature(name, function, depends_on)
+
+
+def _check_signature(
+    name: str, function: Callable[..., Any], depends_on: Callable[..., object]
+) -> None:
+    """See to it that ``depends_on`` can be called with the fewest arguments of the function."""
+    try:
+        taken = inspect.signature(depends_on)
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C, perhaps: the first call will show
+        return
+    needed = [
+        one
+        for one in parameters
+        if one.default is one.empty and one.kind not in {one.VAR_POSITIONAL, one.VAR_KEYWORD}
+    ]
+    named = {one.name: None for one in needed if one.kind is one.KEYWORD_ONLY}
+    try:
+        taken.bind(*(None for one in needed if one.kind is not one.KEYWORD_ONLY), **named)
+    except TypeError as error:
+        stars: dict[Any, str] = {
+            inspect.Parameter.VAR_POSITIONAL: "*",
+            inspect.Parameter.VAR_KEYWORD: "**",
+        }
+        names = ", ".join(f"{stars.get(one.kind, '')}{one.name}" for one in parameters)
+        msg = (
+            f"cached({name!r}): depends_on is called with the arguments of {_name_of(function)}, "
+            f"and does not take them ({error}): write depends_on=lambda {names}: [...]"
+        )
+        raise ConfigError(msg) from None
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__name__

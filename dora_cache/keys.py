@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import itertools
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "concerns",
     "freeze",
     "make_binder",
+    "module_attributes",
     "own_state",
     "state_names",
 ]
@@ -52,7 +54,9 @@ PLAIN_KEYS = frozenset(
 _WITH_TYPE = frozenset({bool, int, complex})
 
 
-_module_numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+# By identity: modules may define an equality of their own.
+_module_numbers: dict[int, tuple[weakref.ref[nn.Module], int]] = {}
+_numbering = threading.Lock()
 _numbers = itertools.count()
 
 
@@ -97,7 +101,33 @@ _UNSIGNABLE = object()
 
 
 def _number(module: nn.Module) -> int:
-    return _module_numbers.setdefault(module, next(_numbers))
+    address = id(module)
+    known = _module_numbers.get(address)
+    if known is None or known[0]() is not module:
+        with _numbering:
+            known = _module_numbers.get(address)
+            if known is None or known[0]() is not module:
+                known = weakref.ref(module, lambda gone: _forget(address, gone)), next(_numbers)
+                _module_numbers[address] = known
+    return known[1]
+
+
+def _forget(address: int, gone: weakref.ref[nn.Module]) -> None:
+    known = _module_numbers.get(address)
+    if known is not None and known[0] is gone:
+        del _module_numbers[address]
+
+
+def _modules_of(owner: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and its submodules, each once; equal ones are not one, as for PyTorch."""
+    seen: set[int] = set()
+    waiting: list[nn.Module | None] = [owner]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting += reversed(module._modules.values())
 
 
 _MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_dora_cache_binding", "_dora_cache_observer"})
@@ -109,7 +139,7 @@ def own_state(owner: nn.Module) -> Iterator[object]:
     What PyTorch itself keeps in every module (its mode, its hooks) is left out. Attributes that
     cannot be signed come out as they are, so that signing them fails.
     """
-    for module in owner.modules():
+    for module in _modules_of(owner):
         yield _number(module)
         if parametrize._cache_enabled and "parametrizations" in module._modules:
             yield _UNSIGNABLE  # within parametrize.cached(), which does not notice writes
@@ -136,6 +166,11 @@ def state_names(owner: nn.Module) -> Iterator[str]:
         twice = [name for name in attributes for _ in range(2)]
         for name in (*module._parameters, *module._buffers, *twice):
             yield f"{prefix}.{name}" if prefix else name
+
+
+def module_attributes(module: nn.Module) -> list[object]:
+    """Return the attributes of a module that are its own: no parts, and nothing of PyTorch's."""
+    return [value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES]
 
 
 def make_binder(function: Callable[..., Any]) -> tuple[Callable[..., tuple[Any, ...]], list[str]]:

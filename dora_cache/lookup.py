@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from dora_cache.audit import EVERY
 from dora_cache.backends import Entry, Ready
-from dora_cache.backends.storage import storage_id
 from dora_cache.contents import Contents
+from dora_cache.dependencies import Listed, listed, made_anew
 from dora_cache.explain import UNSETTLED, UNUSED, why_unsettled, why_unused
 from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
 from dora_cache.reasons import Reason
+from dora_cache.results import described
+from dora_cache.results import storable as _storable
 from dora_cache.shortcut import Shortcut, make_shortcut
 from dora_cache.stamps import (
     Signature,
@@ -57,6 +59,7 @@ class _Call(NamedTuple):
     signature: Signature
     dependencies: list[object]
     contents: Contents | None
+    listed: Listed | None = None
 
 
 class NotCachedError(Exception):
@@ -88,12 +91,14 @@ class Lookup(Store):
         spelled = None if kwargs else _spelled(derivation, binding, args)
         if spelled is not None and not bypassed:
             shortcut = binding.shortcuts.get(spelled)
-            owner = binding._owner  # what binding.serves() does, without a call
-            if shortcut is not None and (
-                owner is None or (owner() is args[0] and not getattr(args[0], "training", False))
-            ):
+            if shortcut is not None:
+                owner = binding._owner  # what _bars() looks at, without calls
+                entry = None
                 try:
-                    entry = self.recall(shortcut, derivation.depends_on(*args))  # type: ignore[arg-type, misc]
+                    if owner is None or (
+                        owner() is args[0] and not getattr(args[0], "training", False)
+                    ):
+                        entry = self.recall(shortcut, derivation.depends_on(*args))  # type: ignore[arg-type, misc]
                 except Exception:  # noqa: BLE001 - the long way deals with it
                     entry = None
                 if entry is not None:
@@ -157,14 +162,13 @@ class Lookup(Store):
             if flight is not None:
                 if not join:
                     return self._fly(flight, call, derivation, binding, args, kwargs)
-                flight.done.wait()
-                if flight.error is not None:
-                    raise flight.error
-                entry = flight.entry
+                entry = _awaited(flight)
             if entry is not None:
                 return _joined(entry)
             with self._lock:  # declined, or the one waited for came to nothing: no lookup yet
                 usage.add(hit=not declined, count=-1)
+            if flight is not None and not flight.storable:  # each thread derives its own
+                return self._past(Reason.UNSTORABLE, derivation, args, kwargs)
 
     def recall(self, shortcut: Shortcut, dependencies: Sequence[object]) -> Entry | None:
         """Return what a shortcut leads to, if everything is as it was; else make the call.
@@ -199,12 +203,23 @@ class Lookup(Store):
                     return None
                 if entry is None or entry.stamp is not stamp or shortcut.stamp is not stamp:
                     return None
-        value = entry.value
-        if type(value) is Tensor:
-            if value._version != entry._versions[0]:
+        value, holds = entry.value, shortcut.holds
+        if holds is None:
+            if not entry.intact:
                 return None
-        elif not entry.intact:
-            return None
+        elif type(value) is Tensor:  # what entry.intact does, without the calls
+            if (
+                not holds(value)
+                or (value._version, value.data_ptr()) != entry._marks[0]
+                or value.grad is not None
+            ):
+                return None
+        else:
+            if not holds(*value):
+                return None
+            for tensor, mark in zip(value, entry._marks, strict=True):
+                if (tensor._version, tensor.data_ptr()) != mark or tensor.grad is not None:
+                    return None
         if entry.ready is not None:
             entry.ready.join(entry.tensors)
         uses = shortcut.count()
@@ -249,14 +264,23 @@ class Lookup(Store):
     ) -> None:
         """Remember a hit, so that the next one is shorter; the lock is held."""
         record = self._records.get(call.key)
-        if self._guards_content or record is None or derivation.depends_on is None:
+        returned = call.listed
+        if (
+            self._guards_content
+            or record is None
+            or returned is None
+            or returned.form is None
+            or len(returned) != len(call.dependencies)  # tensors among the arguments
+        ):
             return
         if spelled not in binding.shortcuts and len(binding.shortcuts) >= _SPELLINGS:
             return
         gradients = not derivation.detach and any(
             tensor.requires_grad for tensor in tensors_in(call.dependencies)
         )
-        shortcut = make_shortcut(call.dependencies, gradients=gradients)
+        shortcut = make_shortcut(
+            call.dependencies, gradients=gradients, value=entry.value, form=returned.form
+        )
         if shortcut is None or sign(call.dependencies)[0] != call.signature:
             return  # a write since the call was signed: the facts are not those of the entry
         shortcut.spelled, shortcut.key, shortcut.stamp = spelled, call.key, record.stamp
@@ -325,9 +349,10 @@ class Lookup(Store):
             Exception: whatever ``depends_on`` raises.
         """
         frozen, adapter, dependencies = self._bind(derivation, binding, args, kwargs)
-        depends_on = derivation.depends_on
+        depends_on, returned = derivation.depends_on, None
         if depends_on is not None:
-            dependencies += depends_on(*args, **kwargs)
+            returned = listed(depends_on(*args, **kwargs))
+            dependencies += returned
         elif isinstance(binding.owner, nn.Module):
             dependencies += own_state(binding.owner)
         signature, requires_grad = sign(dependencies)
@@ -336,7 +361,7 @@ class Lookup(Store):
             msg = "gradients are wanted through the value"
             raise UncheckableError(msg, Reason.GRADIENTS)
         key = (derivation.number, binding.token, frozen, environment())
-        return _Call(key, adapter, signature, dependencies, contents)
+        return _Call(key, adapter, signature, dependencies, contents, returned)
 
     def _bind(
         self,
@@ -490,8 +515,8 @@ class Lookup(Store):
             self._begin_audit(flight, call)
             value, entry = self._derive(flight, partial(derivation.function, *args, **kwargs), call)
             flight.entry = entry
-            if entry is not None and flight.stamp.audit is not None:
-                flight.stamp.audit.add_value(entry.tensors)
+            if entry is not None:
+                self._audit_value(flight, entry)
         except Exception as error:  # not an interrupt: that is this thread's own
             flight.error = error
             raise
@@ -517,7 +542,9 @@ class Lookup(Store):
                     if (
                         entry is not None
                         and again is not None
+                        and again.key == call.key
                         and not changed
+                        and _read_before(call, again) is None
                         and not flight.touched
                         and not self._closed
                         and flight.stamp.born > binding.voided(call.adapter)
@@ -529,7 +556,12 @@ class Lookup(Store):
                         self._reasons[flight.unstored] += 1
             finally:
                 flight.done.set()
-        if again is not None and usage is not None and usage.unsettled == UNSETTLED:
+        if (
+            again is not None
+            and not self._advise(derivation, call, again)
+            and usage is not None
+            and usage.unsettled == UNSETTLED
+        ):
             self._tell_unsettled(derivation, binding, call, again)
         self._refill(binding, call)
         return value
@@ -539,6 +571,14 @@ class Lookup(Store):
             try:
                 name = flight.derivation.name
                 flight.stamp.audit = self._auditor.begin(name, call.dependencies)
+            except Exception as error:  # noqa: BLE001 - never an inference failure
+                self.failed("the audit", error)
+
+    def _audit_value(self, flight: Flight, entry: Entry) -> None:
+        audit = flight.stamp.audit
+        if audit is not None:
+            try:
+                audit.add_value(entry.tensors)
             except Exception as error:  # noqa: BLE001 - never an inference failure
                 self.failed("the audit", error)
 
@@ -583,9 +623,45 @@ class Lookup(Store):
                 return value, None
             self._relieve(call.dependencies)
         if kept is None:
+            self._pass_on(flight, value)
             return value, None
         tensors = kept if isinstance(kept, tuple) else (kept,)
         return value, Entry(kept, flight.stamp, cost, Ready.now(tensors, began))
+
+    def _pass_on(self, flight: Flight, value: object) -> None:
+        """Count a result that can never be stored as a call past the cache, and say so once."""
+        flight.storable = False
+        name = flight.derivation.name
+        with self._locked():
+            usage = self._usages.get(flight.stamp.key)
+            if usage is not None:
+                usage.add(hit=False, count=-1)
+            self._counts["bypasses"] += 1
+            text = (
+                f"{name!r} is never stored, since it returned {described(value)}: return a tensor "
+                "or a plain tuple of tensors, such as (one, two) or tuple(result)"
+            )
+            self._warn_once(("result", flight.derivation.number), text)
+
+    def _advise(self, derivation: Derivation, call: _Call, again: _Call) -> bool:
+        """Say once what in depends_on keeps values from being stored; return whether it does."""
+        read = _read_before(call, again)
+        if read is not None:
+            text = (
+                f"{derivation.name!r} is never stored, since its depends_on returns the same "
+                f"{read} each time, which can be read only once: return a list"
+            )
+        elif call.signature != again.signature and made_anew(call.dependencies, again.dependencies):
+            text = (
+                f"{derivation.name!r} is never stored, since its depends_on returns new tensors "
+                "each time: return the weights themselves, such as [self.weight] rather than "
+                "[self.weight.T], and state_dict(keep_vars=True) rather than state_dict()"
+            )
+        else:
+            return False
+        with self._locked():
+            self._warn_once(("depends_on", derivation.number), text)
+        return True
 
     @staticmethod
     def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -622,6 +698,15 @@ class Lookup(Store):
             self._evict(devices, everything=everything)
 
 
+def _awaited(flight: Flight) -> Entry | None:
+    """Return what another thread derives, once it is there; None if it came to nothing."""
+    flight.done.wait()
+    if flight.error is not None:
+        raise flight.error
+    entry = flight.entry
+    return entry if entry is not None and entry.intact else None  # its caller may have changed it
+
+
 def _joined(entry: Entry) -> Value:
     """Return an entry's value, for the current stream."""
     if entry.ready is not None:
@@ -648,25 +733,14 @@ def _outside_inference_mode() -> Iterator[None]:
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
-def _storable(value: object, stamp: Stamp) -> Value | None:
-    """Return what to store for a result: it owns its memory and has no graph. None: nothing.
+def _read_before(call: _Call, again: _Call) -> str | None:
+    """Return the kind of an iterator that ``depends_on`` returned twice, or None.
 
-    A view would keep more memory alive than it shows, and an alias of a dependency would change
-    with it, so both are copied.
+    The second time it gave nothing.
     """
-    if type(value) is tuple and value:
-        parts = [_storable(part, stamp) for part in value if isinstance(part, Tensor)]
-        tensors = tuple(part for part in parts if isinstance(part, Tensor))
-        return tensors if len(tensors) == len(value) else None
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+    if call.listed is None or again.listed is None:
         return None
-    try:
-        sign([value])  # the same doubts as for dependencies: inference tensors, fake ones, ...
-    except UncheckableError:
-        return None
-    tensor = value.detach() if type(value) is not Tensor or value.requires_grad else value
-    own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
-    return tensor if own and storage_id(tensor) not in stamp.storages else tensor.clone()
+    return again.listed.read_before(call.listed)
 
 
 def _spelled(derivation: Derivation, binding: Binding, args: tuple[Any, ...]) -> Hashable:

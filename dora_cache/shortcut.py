@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_cache.copying import Uncopyable
-from dora_cache.stamps import untraceable
+from dora_cache.stamps import place, untraceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-    from dora_cache.backends import Entry, Ready
+    from dora_cache.backends import Entry, Ready, Value
     from dora_cache.stamps import Stamp
 
 __all__ = ["Shortcut", "make_shortcut"]
@@ -34,6 +34,7 @@ class Shortcut(Uncopyable):
 
     Attributes:
         spelled: the arguments that lead to it.
+        holds: compares the same as ``guards``, of the value; None where it has to be asked.
         key: the call's key in the backend.
         stamp: of the entry; None once the entry has gone.
         entry: the entry itself, where the backend never drops one of its own accord; else None.
@@ -44,6 +45,7 @@ class Shortcut(Uncopyable):
         guards: compares the tensors' types, dtypes, devices, shapes, strides and
             ``requires_grad``; and what follows operations at present (autocast, transforms,
             tracing, inference mode), which must be what it was.
+        place: where new tensors are made, see :func:`dora_cache.stamps.place`.
         precision: that of float32 matrix products.
         default_dtype: PyTorch's.
         gradients: whether the value must not be used while gradients are enabled.
@@ -59,8 +61,10 @@ class Shortcut(Uncopyable):
         "facts",
         "gradients",
         "guards",
+        "holds",
         "key",
         "phase",
+        "place",
         "precision",
         "ready",
         "spelled",
@@ -73,8 +77,10 @@ class Shortcut(Uncopyable):
     facts: tuple[object, ...]
     gradients: bool
     guards: Callable[..., bool]
+    holds: Callable[..., bool] | None
     key: Hashable
     phase: int
+    place: tuple[torch.device, int]
     precision: object
     default_dtype: torch.dtype
     ready: Ready | None
@@ -86,14 +92,27 @@ class Shortcut(Uncopyable):
         self.stamp = self.entry = self.ready = None
 
 
-def make_shortcut(dependencies: Sequence[object], *, gradients: bool) -> Shortcut | None:
+def make_shortcut(
+    dependencies: Sequence[object],
+    *,
+    gradients: bool,
+    value: Value | None = None,
+    form: str = "items",
+) -> Shortcut | None:
     """Note the facts of now; None where they cannot be told shortly, as under autocast.
 
     Args:
         dependencies: tensors, None, scalars, and shapes.
         gradients: whether the value must not be used while gradients are enabled.
+        value: what the entry holds.
+        form: how the dependencies will be given to ``check``: one by one as the ``"items"`` of
+            something, as the keys and values of a ``"mapping"``, or as a ``"tensor"``.
     """
-    if torch._C._is_any_autocast_enabled() or not _trusted():
+    if (
+        torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_function_stack()  # a default device, which hits have none of
+        or not _trusted()
+    ):
         return None
     pattern = ""
     facts: list[object] = []
@@ -124,15 +143,19 @@ def make_shortcut(dependencies: Sequence[object], *, gradients: bool) -> Shortcu
     except RuntimeError:  # it was set for each backend by itself
         return None
     shortcut.default_dtype = torch.get_default_dtype()
-    shortcut.check = _checker(pattern)
+    shortcut.check = _checker(pattern, form)
     shortcut.facts = tuple(facts)
     shortcut.guards = _guards(tensors)
+    parts = value if isinstance(value, tuple) else () if value is None else (value,)
+    distinct = len({id(part) for part in parts}) == len(parts)
+    shortcut.holds = _guards(parts) if parts and distinct else None
+    shortcut.place = place()
     shortcut.gradients = gradients
     return shortcut
 
 
 @functools.cache
-def _checker(pattern: str) -> Callable[[Sequence[object], Shortcut], bool]:
+def _checker(pattern: str, form: str) -> Callable[[Sequence[object], Shortcut], bool]:
     """Write the comparison out for dependencies of certain kinds, as one expression.
 
     It runs at every hit, where each call of a function would cost a twentieth of the whole.
@@ -160,19 +183,26 @@ def _checker(pattern: str) -> Callable[[Sequence[object], Shortcut], bool]:
         "not (shortcut.gradients and grad_enabled())",
         "(shortcut.ready is None or not capturing())",
     ]
+    if torch.cuda.is_available():  # else there is one place only
+        terms.append("default_device() == shortcut.place[0].type")
+        if torch.cuda.device_count() > 1:
+            terms.append("place() == shortcut.place")
+    given = "*dependencies, *dependencies.values()" if form == "mapping" else "dependencies"
     source = (
         f"def check(dependencies, shortcut):\n"
-        f"    {', '.join(names)}, = dependencies\n"
+        f"    {', '.join(names)}{'' if form == 'tensor' else ','} = {given}\n"
         f"    return {' and '.join(terms)}\n"
     )
     namespace: dict[str, Any] = {
         "any_autocast": torch._C._is_any_autocast_enabled,
         "address": torch._C._storage_address,  # type: ignore[attr-defined]
         "capturing": getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool),
+        "default_device": torch._C._get_default_device,
         "default_dtype": torch.get_default_dtype,
         "forward_ad": forward_ad,
         "function_modes": torch._C._len_torch_function_stack,
         "grad_enabled": torch.is_grad_enabled,
+        "place": place,
         "precision": torch._C._get_float32_matmul_precision,
     }
     exec(source, namespace)  # noqa: S102 - made of the letters above alone

@@ -31,6 +31,7 @@ __all__ = [
     "environment",
     "functorch_stack",
     "mark_refilled",
+    "place",
     "sign",
     "split",
     "tensors_in",
@@ -261,7 +262,8 @@ class Stamp(Uncopyable):
 def environment() -> tuple[object, ...]:
     """Return the global settings that change what the same operations compute.
 
-    Autocast for every device type, the precision of float32 matrix products, and the default dtype.
+    Autocast for every device type, the precision of float32 matrix products, the default dtype, and
+    where new tensors are made that are told no device.
     """
     precision: object
     try:
@@ -273,13 +275,25 @@ def environment() -> tuple[object, ...]:
         )
     default = torch.get_default_dtype()
     if not torch._C._is_any_autocast_enabled():
-        return (precision, default)
+        return (precision, default, place())
     autocast = tuple(
         (kind, torch.get_autocast_dtype(kind))
         for kind in ("cpu", "cuda", "xpu", "mps")
         if torch.is_autocast_enabled(kind)
     )
-    return (precision, default, autocast)
+    return (precision, default, place(), autocast)
+
+
+def place() -> tuple[torch.device, int]:
+    """Return the default device of this thread, and which CUDA device ``"cuda"`` means."""
+    device = None
+    if torch._C._len_torch_function_stack():
+        for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            if isinstance(mode, DeviceContext):
+                device = mode.device  # the innermost decides
+    if device is None:
+        device = torch.device(torch._C._get_default_device())
+    return device, torch._C._cuda_getDevice() if torch.cuda._initialized else 0
 
 
 def untraceable() -> bool:

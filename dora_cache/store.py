@@ -56,6 +56,7 @@ class Flight(Uncopyable):
         "entry",
         "error",
         "stamp",
+        "storable",
         "thread",
         "touched",
         "unstored",
@@ -71,6 +72,7 @@ class Flight(Uncopyable):
         self.thread = threading.get_ident()
         self.done = threading.Event()
         self.touched = False
+        self.storable = True
         self.entry: Entry | None = None
         self.error: Exception | None = None
         self.unstored = Reason.UNSTORABLE  # why there is no entry, if there is none

@@ -7,7 +7,7 @@ A call must see every write that was over, and noticed, before the call began.
 import contextlib
 import itertools
 import threading
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 from hypothesis import strategies as st
@@ -29,14 +29,45 @@ SETTINGS = [
     {"backend": "paused-budget", "max_bytes": 2 * BYTES},
 ]
 names = st.sampled_from(["a", "a", "b"])
+# What depends_on returns of a weight. The text is refused, so calls go past the cache.
+FORMS = {
+    "list": lambda weight: [weight],
+    "tuple": lambda weight: (weight, "more"),
+    "generator": lambda weight: iter([weight]),
+    "tensor": lambda weight: weight,
+    "dict": lambda weight: {"weight": weight},
+    "mapping": lambda weight: MappingProxyType({"weight": weight}),
+    "nested": lambda weight: [{"weight": [weight]}],
+    "text": lambda weight: "weight",
+}
+
+
+def _swap(value):
+    torch.utils.swap_tensors(value, torch.full((2,), -1.0))
+
+
+# What callers do to what they got, each so that the next to use it would notice.
+DAMAGE = {
+    "written": lambda value: value.fill_(-1),
+    "graph": lambda value: value.requires_grad_(),
+    "grad": lambda value: setattr(value, "grad", torch.ones(2)),
+    "data": lambda value: setattr(value, "data", torch.full((2,), -1.0)),
+    "strides": lambda value: setattr(value, "data", value.data.expand(2, 2)),
+    "swapped": _swap,
+    "freed": lambda value: value.untyped_storage().resize_(0),
+}
 # How often a task goes on at once.
 far = st.sampled_from([100, 100, 100, 0, 1, 1, 2, 2, 3, 3, 4, 5, 8])
 
 _machine = None
+_NOTHING = contextlib.nullcontext()
 
 
 def make_owner(machine):
-    """Return an owner of a class of its own: what failed before has no part in its values."""
+    """Return an owner of a class of its own: what failed before has no part in its values.
+
+    Its value is on the default device, and in memory that a later derivation will use again.
+    """
 
     class Owner(nn.Module):
         """Derives a value by reading its weight twice; others may write in between."""
@@ -49,9 +80,12 @@ def make_owner(machine):
             self.eval()
 
         def depends(self, name):
-            self.machine[0].schedule.pause()
-            self.machine[0].signs(name)
-            return [self.weight[name]]
+            machine = self.machine[0]
+            machine.schedule.pause()
+            machine.signs(name)
+            if machine.form == "text":
+                machine.signed.pop(threading.get_ident(), None)
+            return FORMS[machine.form](self.weight[name])
 
         @cached("value", adapter="name", depends_on=depends)
         def value(self, name):
@@ -64,7 +98,12 @@ def make_owner(machine):
                 machine.schedule.pause()
                 if machine.failing:
                     machine.fail(name)
-                return torch.cat([first, second, first, second])[:2]  # a view of twice its size
+                parts = torch.cat([first, second, first, second])
+                if torch.empty(0).is_meta:
+                    return parts[:2].to("meta")
+                if machine.aliases:
+                    return machine.buffer().copy_(parts[:2]).data
+                return parts[:2]  # a view of twice its size
             finally:
                 machine.ends(name)
 
@@ -103,8 +142,12 @@ class DecoratorMachine(RuleBasedStateMachine):
     steps = 0
     inference = False  # whether calls by keyword are under inference_mode
 
-    @initialize(which=st.sampled_from(SETTINGS))
-    def start(self, which):
+    @initialize(
+        which=st.sampled_from(SETTINGS),
+        form=st.sampled_from(["list", *FORMS]),
+        aliases=st.booleans(),
+    )
+    def start(self, which, form="list", aliases=False):
         global _machine  # noqa: PLW0603 - a backend is made by its name and knows of no machine
         _machine = self
         self.schedule = Schedule()
@@ -113,6 +156,12 @@ class DecoratorMachine(RuleBasedStateMachine):
         # What the budget keeps goes by what values cost, and a run that is repeated must repeat.
         lookup.time = SimpleNamespace(perf_counter=itertools.count().__next__)
         self.owner = make_owner(self)
+        self.form = form  # what depends_on returns
+        self.aliases = aliases  # whether values are in memory that is used again
+        self.free = []  # such memory
+        self.buffers = set()  # where it all is
+        self.damaged = []  # values that their callers have changed
+        self.taken = {}  # by thread: such memory, in use
         self.failing = False
         self.failures = 0
         self.failed_in = set()  # threads whose derivation has failed, and that still work on it
@@ -122,7 +171,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.replaced = {name: [] for name in NAMES}
         self.events = dict.fromkeys(NAMES, 0)  # how often anything happened that voids values
         self.passed_by = 0
-        self.may_pass = False
+        self.may_pass = form == "text"
         self.voiding = 0  # events that are on their way
         self.signed = {}  # by thread: how many events there had been when it signed
         # How many there had been when each derivation under way signed, and when it began.
@@ -154,7 +203,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         signed = self.signed.get(threading.get_ident())
         if signed is not None:  # else it goes past the cache
             # An event between the two keeps it from waiting for another that signed with it.
-            events = signed, self.count(name)
+            events = signed, self.count(name), torch.empty(0).device
             assert events not in self.deriving[name], "one value is derived twice"
             self.deriving[name].add(events)
             self.begun[threading.get_ident()] = events
@@ -168,6 +217,13 @@ class DecoratorMachine(RuleBasedStateMachine):
     def ends(self, name):
         self.deriving[name].discard(self.begun.pop(threading.get_ident(), None))
 
+    def buffer(self):
+        """Return memory that the call has for itself until it is over."""
+        buffer = self.free.pop() if self.free else torch.zeros(2)
+        self.taken.setdefault(threading.get_ident(), []).append(buffer)
+        self.buffers.add(buffer.data_ptr())
+        return buffer.data
+
     def fail(self, name):
         self.failing = False
         self.failures += 1
@@ -176,13 +232,17 @@ class DecoratorMachine(RuleBasedStateMachine):
 
     # Tasks
 
-    def call(self, name, far, *, keyword=False):
+    def call(self, name, far, *, keyword=False, meta=False, damage=None):
         def run():
             wanted = self.noticed[name]
             failures, failing = self.failures, set(self.failed_in)
+            undamaged = len(self.damaged)
             self.signed.pop(threading.get_ident(), None)
             try:
-                with torch.inference_mode(mode=self.inference and keyword):
+                with (
+                    torch.inference_mode(mode=self.inference and keyword),
+                    torch.device("meta" if meta else "cpu") if meta or keyword else _NOTHING,
+                ):
                     found = self.owner.value(name=name) if keyword else self.owner.value(name)
             except ArithmeticError:
                 assert self.failures > failures or failing, "an error of nobody's derivation"
@@ -190,9 +250,19 @@ class DecoratorMachine(RuleBasedStateMachine):
                 return
             finally:
                 self.signed.pop(threading.get_ident(), None)
+                self.free += self.taken.pop(threading.get_ident(), ())
+            if any(found is other for other in self.damaged[undamaged:]):
+                return  # shared with one who got it at the same time
             assert found.shape == (2,)
+            assert found.is_meta == meta
+            assert not found.requires_grad
+            assert found.grad is None
+            assert found.data_ptr() or meta, "freed memory"
             allowed = self.history[name][wanted:]
-            assert set(found.tolist()) <= set(allowed), (found, allowed)
+            assert meta or set(found.tolist()) <= set(allowed), (found, allowed)
+            if damage is not None and not meta and found.data_ptr() not in self.buffers:
+                self.damaged.append(found)
+                DAMAGE[damage](found)
 
         self.begin(run, far)
 
@@ -210,11 +280,33 @@ class DecoratorMachine(RuleBasedStateMachine):
                 return
             far -= 1
 
-    @rule(name=names, keyword=st.booleans(), far=far, fails=st.sampled_from([False] * 4 + [True]))
-    def calls_value(self, name, keyword, far, fails=False):
-        """A call; the next derivation, its own or another's, may have to fail."""
+    @rule(
+        name=names,
+        keyword=st.booleans(),
+        far=far,
+        fails=st.sampled_from([False] * 4 + [True]),
+        meta=st.sampled_from([False] * 5 + [True]),
+        damage=st.sampled_from([None] * 14 + [*DAMAGE]),
+    )
+    def calls_value(self, name, keyword, far, fails=False, meta=False, damage=None):
+        """A call; the next derivation, its own or another's, may have to fail.
+
+        The caller may do something to the value that it gets. By keyword, there is a default device
+        in any case.
+        """
         self.failing = self.failing or fails
-        self.call(name, far, keyword=keyword)
+        self.call(name, far, keyword=keyword, meta=meta, damage=damage)
+
+    @rule(form=st.sampled_from(["list", *FORMS]), aliases=st.booleans())
+    def returns(self, form, aliases):
+        """From now on depends_on returns something else, and values are in other memory."""
+        type(self).steps += 1
+        self.aliases = aliases
+        if form != self.form:
+            self.form = form
+            self.may_pass = self.may_pass or form == "text"
+            for name in NAMES:
+                self.events[name] += 1
 
     def happened(self, name, number, *, noticed=True):
         """Note what the weight holds from now on."""
@@ -362,7 +454,7 @@ class DecoratorMachine(RuleBasedStateMachine):
         entries = self.entries(backend)
         assert not self.caps or self.held(entries) <= max(self.caps)
         for entry in entries:
-            assert not entry.value.requires_grad
+            assert not entry.value.requires_grad or not entry.intact
             assert not entry.value.is_inference()
 
     @staticmethod

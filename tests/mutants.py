@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,7 +10,17 @@ import torch
 from decorator_machine import DecoratorMachine, InferenceMachine
 from model_machine import ModelMachine
 
-from dora_cache import AdapterCache, attachment, backends, lookup, memory, shortcut
+from dora_cache import (
+    AdapterCache,
+    attachment,
+    backends,
+    dependencies,
+    lookup,
+    memory,
+    results,
+    shortcut,
+    stamps,
+)
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
 from dora_cache.decorator import SLOT
@@ -254,7 +265,7 @@ def _(patch):
     patch.setattr(lookup, "torch", fake)
     patch.setattr(lookup, "_storable", lambda value, stamp: value)
     patch.setattr(
-        backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "_versions", ())
+        backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "_marks", ())
     )
     patch.setattr(backends.Entry, "intact", property(lambda self: True))
 
@@ -274,6 +285,73 @@ def _(patch):
 @mutant("stand-ins left behind by detach", ModelMachine)
 def _(patch):
     patch.setattr(dora, "_restore", lambda variants: None)
+
+
+# What users of the decorator do
+
+
+@mutant("the default device missing from the key", DecoratorMachine)
+def _(patch):
+    patch.setattr(lookup, "environment", lambda: stamps.environment()[:2])
+
+
+def _listed(kind, read):
+    listed = dependencies.listed
+    return lambda found: listed(read(found) if isinstance(found, kind) else found)
+
+
+@mutant("a mapping signed by its keys alone", DecoratorMachine)
+def _(patch):
+    patch.setattr(lookup, "listed", _listed(Mapping, list))
+
+
+@mutant("a text signed by its letters", DecoratorMachine)
+def _(patch):
+    patch.setattr(lookup, "listed", _listed(str, list))
+
+
+@mutant("a bare tensor signed by its type", DecoratorMachine)
+def _(patch):
+    patch.setattr(lookup, "listed", _listed(torch.Tensor, lambda found: [found.dtype]))
+
+
+@mutant("values looked at by their versions alone", DecoratorMachine)
+def _(patch):
+    def intact(self):
+        return all(one._version == mark[0] for one, mark in zip(self.tensors, self._marks))  # noqa: B905
+
+    patch.setattr(backends.Entry, "intact", property(intact))
+    patch.setattr(lookup, "make_shortcut", lambda *_, **__: None)
+
+
+@mutant("shortcuts that look at the address of a value alone", DecoratorMachine, rare=True)
+def _(patch):
+    make = shortcut.make_shortcut
+
+    def make_shortcut(*args, **kwargs):
+        found = make(*args, **kwargs)
+        if found is not None:
+            found.holds = lambda *_: True
+        return found
+
+    patch.setattr(lookup, "make_shortcut", make_shortcut)
+
+
+@mutant("memory that the function uses again stored as it is", DecoratorMachine)
+def _(patch):
+    patch.setattr(results, "_is_shared", lambda tensor: False)
+
+
+@mutant("bytes counted out by what a caller has put in place", DecoratorMachine, rare=True)
+def _(patch):
+    def remove(self, tensors):
+        for key in storage.storages(tensors):
+            self._uses[key] -= 1
+            if not self._uses[key]:
+                del self._uses[key]
+                self.nbytes -= self._sizes.pop(key)
+
+    patch.setattr(storage.Ledger, "remove", remove)
 
 
 # Storing and forgetting, under threads

@@ -514,7 +514,7 @@ class Wrong:
         (lambda model: {"a": model}, r"attach\(torch\.nn\.ModuleList"),
         (lambda model: [1, 2], "list has nothing to cache"),
         (lambda model: Wrong(), "Wrong has nothing to cache"),
-        (lambda model: type(model), "type has nothing to cache"),
+        (lambda model: type(model), "is a class: attach an object of it"),
         (lambda model: Holder(components={"a": 1}), "Holder has nothing to cache"),
         (lambda model: Holder(components=[model], model=model), r"attach\(obj\.model\)$"),
     ],
