@@ -221,12 +221,12 @@ def _(patch):
     patch.setattr(attachment, "follow_modes", lambda cache: None)
 
 
-@mutant("no events of libraries that write through .data", ModelMachine)
+@mutant("no events of libraries that write through .data", ModelMachine, rare=True)
 def _(patch):
     patch.setattr(attachment, "follow_writers", lambda cache: None)
 
 
-@mutant("no event when OLoRA writes the base weight", ModelMachine)
+@mutant("no event when OLoRA writes the base weight", ModelMachine, rare=True)
 def _(patch):
     wrap = merging.wrap
 
