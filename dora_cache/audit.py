@@ -2,8 +2,8 @@
 
 Version counters do not show writes through ``p.data``, numpy or collectives. So the contents of a
 value's dependencies, and of the value itself, are hashed when it is derived, and hashed again at
-some of its uses: tensors of up to :data:`SMALL` bytes at every :data:`EVERY`-th use, larger ones
-less often in proportion, at the latest at every :data:`EVERY` * :data:`MOST`-th.
+some of its uses: tensors of up to :data:`SMALL` bytes at every 32nd use on a CPU and every 64th on
+CUDA, larger ones less often in proportion, at the latest at every 1,024th.
 
 On CUDA a kernel hashes and compares, and writes what it finds into pinned host memory. That is read
 at later audits, so nothing waits for the device. Tensors on other devices are not audited.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,27 +23,40 @@ from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
 from dora_cache.stamps import tensors_in
+from dora_cache.triton_launch import launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
 __all__ = ["EVERY", "MOST", "SMALL", "Audit", "Auditor"]
 
-EVERY = 32  # uses of a value; a power of two
-MOST = 32  # a power of two
+EVERY = 32
+"""Uses of a value, a power of two, at the last of which it is audited."""
+
+MOST = 32
+"""At every how-manieth audit of a value everything is compared; a power of two."""
 SMALL = {"cpu": 1 << 17, "cuda": 1 << 21}
-"""Bytes of a tensor that is compared at each audit of a value, by its device."""
+"""Bytes of a tensor that counts as small, by its device."""
+
+LEAST = {"cpu": 1, "cuda": 2}
+"""At every how-manieth audit of a value its small tensors are compared: a launch takes longer."""
+
+SPANS = 8
+"""Tensors that one launch of the kernel hashes, at most."""
 
 _BLOCK_BYTES = 1 << 16
+_SPARE = 16  # blocks: a megabyte of a value is hashed together with what it is derived from
 _numbers = itertools.count(1)
 
 
 def _period(tensor: Tensor) -> int:
     """Return at every how-manieth audit of a value a tensor is compared; a power of two."""
-    times = _span(tensor)[1] // SMALL[tensor.device.type]
-    return min(MOST, 1 << times.bit_length()) if times else 1
+    kind = tensor.device.type
+    times = _span(tensor)[1] // SMALL[kind]
+    return min(MOST, LEAST[kind] << times.bit_length())
 
 
 class _Digest(Uncopyable):
@@ -63,52 +77,111 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 class _DeviceDigest(Uncopyable):
-    """Hashes of tensors on one CUDA device, kept there and compared there."""
+    """Hashes of tensors on one CUDA device, kept there and compared there.
 
-    __slots__ = ("__weakref__", "_device", "_expected", "_ready", "_spans", "_table", "_width")
+    Args:
+        tensors: up to :data:`SPANS`.
+        spare: blocks of further tensors that :meth:`extend` may take.
+        shared: whether other values use it, perhaps on other streams.
+    """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._device = tensors[0].device
-        rows: list[int] = []
-        self._spans = [_span(tensor) for tensor in tensors]
-        self._width = 1 if any((start | size) % 4 for start, size in self._spans) else 4
-        for start, size in self._spans:
-            for offset in range(0, size, _BLOCK_BYTES):
-                block = min(_BLOCK_BYTES, size - offset)
-                rows += (start + offset, block // self._width)
-        with torch.cuda.device(self._device):
-            table = torch.tensor(rows, dtype=torch.int64).pin_memory()
-            self._table = table.to(self._device, non_blocking=True)
-            if _kernel() is None:
-                self._expected = self._sums(tensors)
-            else:
-                self._expected = torch.empty(len(rows) // 2, dtype=torch.int64, device=self._device)
-                self._launch(self._expected, 0, compare=False)
-        self._ready = Ready.now([self._expected])
+    __slots__ = ("__weakref__", "_blocks", "_device", "_expected", "_ready", "_spans", "_stream")
+
+    def __init__(self, tensors: Sequence[Tensor], *, spare: int = 0, shared: bool = False) -> None:
+        self._device = tensors[0].get_device()
+        self._stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self._spans: list[tuple[int, int]] = []
+        self._blocks = 0
+        size = sum(map(_blocks, tensors)) + spare
+        with _current(self._device):
+            self._expected = torch.empty(size, dtype=torch.int64, device=tensors[0].device)
+            self._append(tensors)
+        self._ready = Ready.now([self._expected]) if shared else None
+
+    def on(self, device: torch.device) -> bool:
+        """Whether it is on a device, and has room."""
+        return self._device == device.index and self._blocks < self._expected.numel()
+
+    def extend(self, tensors: Sequence[Tensor]) -> bool:
+        """Hash further tensors into it; return False if it has no room for them."""
+        blocks = self._blocks + sum(map(_blocks, tensors))
+        if len(self._spans) + len(tensors) > SPANS or blocks > self._expected.numel():
+            return False
+        if torch._C._cuda_getCurrentRawStream(self._device) != self._stream:
+            return False
+        with _current(self._device):
+            self._append(tensors)
+        return True
+
+    def _append(self, tensors: Sequence[Tensor]) -> None:
+        spans = [_span(tensor) for tensor in tensors]
+        if _kernel() is None:
+            end = self._blocks + 2 * len(tensors)
+            torch.cat(
+                [sums_of(tensor) for tensor in tensors], out=self._expected[self._blocks : end]
+            )
+        else:
+            end = self._blocks + sum(map(_blocks, tensors))
+            self._launch(self._expected, 0, spans, first=self._blocks, blocks=end - self._blocks)
+        self._spans += spans
+        self._blocks = end
 
     def compare(self, tensors: Sequence[Tensor], flag: Tensor, number: int) -> None:
         """Have the device write ``number`` to ``flag``, pinned memory, if contents differ."""
-        if [_span(tensor) for tensor in tensors] != self._spans:
+        spans = [_span(tensor) for tensor in tensors]
+        if spans != self._spans[: len(spans)]:
             return  # a value that somebody has freed or moved; that shows elsewhere
-        with torch.cuda.device(self._device):
+        if torch._C._cuda_getCurrentRawStream(self._device) != self._stream:
+            # Using the value has made this stream wait for what came before it on its own.
             if self._ready is not None:
-                self._ready.join([self._table, self._expected])
+                self._ready.join([])
+            self._expected.record_stream(torch.cuda.current_stream(self._device))
+        with _current(self._device):
             if _kernel() is None:
-                differ = (self._sums(tensors) != self._expected).any()
-                flag.copy_(torch.where(differ, number, flag.to(self._device)), non_blocking=True)
+                found = torch.cat([sums_of(tensor) for tensor in tensors])
+                differ = (found != self._expected[: found.numel()]).any()
+                flag.copy_(torch.where(differ, number, 0), non_blocking=True)
             else:
-                self._launch(flag, number, compare=True)
+                self._launch(flag, number, spans, blocks=sum(map(_blocks, tensors)))
 
-    def _launch(self, flag: Tensor, number: int, *, compare: bool) -> None:
-        blocks = self._expected.numel()
-        if blocks:
-            _kernel()[(blocks,)](
-                self._table, self._expected, flag, number, compare, self._width, 1024
-            )
+    def _launch(
+        self,
+        flag: Tensor,
+        number: int,
+        spans: Sequence[tuple[int, int]],
+        *,
+        blocks: int,
+        first: int = 0,
+    ) -> None:
+        if not blocks:
+            return
+        width = 1 if any((start | size) % 4 for start, size in spans) else 4
+        unused = SPANS - len(spans)
+        starts = [start for start, _ in spans] + [spans[0][0]] * unused
+        sizes = [size // width for _, size in spans] + [0] * unused
+        constants = (flag is not self._expected, width, _BLOCK_BYTES // width, 1024)
+        launch(
+            _kernel(),
+            (blocks, 1),
+            (self._expected, flag),
+            (number, first, *starts, *sizes),
+            constants,
+            key=("audit", self._device, constants),
+            device=self._device,
+        )
 
-    @staticmethod
-    def _sums(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([sums_of(tensor) for tensor in tensors])
+
+def _blocks(tensor: Tensor) -> int:
+    """Return how many hashes a tensor takes."""
+    return 2 if _kernel() is None else -(-_span(tensor)[1] // _BLOCK_BYTES)
+
+
+def _current(device: int) -> AbstractContextManager[object]:
+    """Return a context in which a CUDA device is the current one."""
+    return _NOTHING if torch._C._cuda_getDevice() == device else torch.cuda.device(device)
+
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 @functools.cache
@@ -136,7 +209,7 @@ def _digest_of(tensor: Tensor) -> Any:
     facts = (storage, *_span(tensor), hash(tensor.stride()), tensor._version)
     found = _large.get(facts)
     if found is None:
-        found = _DeviceDigest([tensor]) if tensor.is_cuda else _Digest(tensor)
+        found = _DeviceDigest([tensor], shared=True) if tensor.is_cuda else _Digest(tensor)
         _large[facts] = found
     return found
 
@@ -164,21 +237,31 @@ class Audit(Uncopyable):
         self._add(tensors, 0)
 
     def _add(self, tensors: Sequence[Tensor], first: int) -> None:
-        """Hash tensors; the small ones of a CUDA device together."""
+        """Hash tensors; the small ones of a CUDA device together, if one launch takes them."""
         small: dict[torch.device, list[int]] = {}
-        for index, tensor in enumerate(tensors):
+        for index, tensor in enumerate(tensors, start=first):
             if not _auditable(tensor):
                 continue
             period = _period(tensor)
-            if period > 1:
-                self._checks.append((period, (first + index,), _digest_of(tensor)))
+            if period > LEAST[tensor.device.type]:
+                self._checks.append((period, (index,), _digest_of(tensor)))
             elif tensor.is_cuda:
                 small.setdefault(tensor.device, []).append(index)
             else:
-                self._checks.append((period, (first + index,), _Digest(tensor)))
-        for indices in small.values():
-            digest = _DeviceDigest([tensors[index] for index in indices])
-            self._checks.append((1, tuple(first + index for index in indices), digest))
+                self._checks.append((period, (index,), _Digest(tensor)))
+        for device, indices in small.items():
+            for start in range(0, len(indices), SPANS):
+                some = tuple(indices[start : start + SPANS])
+                self._hash_together(device, some, [tensors[index - first] for index in some])
+
+    def _hash_together(
+        self, device: torch.device, indices: tuple[int, ...], tensors: Sequence[Tensor]
+    ) -> None:
+        for place, (_, before, kept) in enumerate(self._checks):
+            if type(kept) is _DeviceDigest and kept.on(device) and kept.extend(tensors):
+                self._checks[place] = (LEAST["cuda"], (*before, *indices), kept)
+                return
+        self._checks.append((LEAST["cuda"], indices, _DeviceDigest(tensors, spare=_SPARE)))
 
     def add_value(self, tensors: Sequence[Tensor]) -> None:
         """Hash the value once it has been derived; it is compared for as long as it stays there."""
@@ -203,13 +286,16 @@ class Audit(Uncopyable):
         if self._value == tuple(map(id, value)):
             tensors += value
         for period, indices, kept in self._checks:
-            if (turn + self.number) % period or indices[-1] >= len(tensors):
+            if (turn + self.number) % period:
+                continue
+            # Without the value, where it has been moved.
+            chosen = [tensors[index] for index in indices if index < len(tensors)]
+            if not chosen:
                 continue
             if type(kept) is _Digest:
-                if not kept.equals(tensors[indices[0]]):
+                if not kept.equals(chosen[0]):
                     return False
             elif not torch.cuda.is_current_stream_capturing():
-                chosen = [tensors[index] for index in indices]
                 kept.compare(chosen, flags.on(chosen[0].device), self.number)
         return True
 

@@ -146,7 +146,7 @@ def test_values_cross_streams_safely(settings):
 
 
 def test_the_cpu_backend_frees_device_memory():
-    """With backend="cpu" the device holds the hot tier and no more."""
+    """With backend="cpu" the device holds the hot tier and no more, but for the audit's hashes."""
     owner = Big("abcdef")
     for name in "abcdef":
         owner.power(name)
@@ -156,7 +156,8 @@ def test_the_cpu_backend_frees_device_memory():
         for name in "abcdef" * 2:
             owner.power(name)
         torch.cuda.synchronize()
-        assert torch.cuda.memory_allocated() - before <= 8 * 2**20
+        hashes = 6 * 2048
+        assert torch.cuda.memory_allocated() - before <= 8 * 2**20 + hashes
         assert cache.stats().entries == 6
         assert cache.stats().hits == 6
     assert torch.cuda.memory_allocated() == before

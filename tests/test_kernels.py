@@ -7,6 +7,7 @@ import torch
 from zoo import dora_model, run, sample
 
 import dora_cache
+from dora_cache import triton_launch
 from dora_cache.recipes.dora import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -153,7 +154,8 @@ def test_a_launcher_that_has_changed(monkeypatch):
     def changed(*_):
         raise TypeError("function takes exactly 99 arguments")
 
-    monkeypatch.setattr(kernels, "_compiled", dict.fromkeys(kernels._compiled, (changed, 0, 0)))
+    compiled = dict.fromkeys(triton_launch._compiled, (changed, 0, 0))
+    monkeypatch.setattr(triton_launch, "_compiled", compiled)
     for _ in range(3):
         assert torch.equal(kernels.combine(result, delta, scale, None, 0.7), expected)
     assert not kernels._broken
@@ -181,7 +183,7 @@ def test_layers_use_them(monkeypatch):
         assert torch.equal(run(model, x), expected)
         assert len(launched) == 3
     monkeypatch.setattr(kernels, "_kernels", lambda: object())  # a launch raises
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_compiled", {})
     with dora_cache.attach(model):
         try:
             with pytest.warns(dora_cache.CacheWarning, match="Triton kernel 'combine' failed"):

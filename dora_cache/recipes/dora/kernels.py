@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_cache.errors import CacheWarning
+from dora_cache.triton_launch import launch
 
 __all__ = ["adapted", "combine", "combine_fast", "norms", "usable"]
 
@@ -240,39 +241,15 @@ def _launch(
     scalings: tuple[float, ...],
     constants: tuple[object, ...],
 ) -> bool:
-    """Launch a kernel; return whether it was, else it will not be any more.
-
-    Triton compiles a kernel for each combination of dtypes, of what integers are divisible by, and
-    of how pointers are aligned, and finds that out anew at each launch. So what has been compiled
-    is launched past that, at a tenth of the cost.
-    """
+    """Launch a kernel; return whether it was, else it will not be any more."""
     if name in _broken:
         return False
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    key = None
-    if not functools.reduce(operator.or_, pointers) % 16:
-        device = tensors[0].get_device()
+    key, device = None, tensors[0].get_device()
+    if not functools.reduce(operator.or_, [tensor.data_ptr() for tensor in tensors]) % 16:
         key = (name, device, sizes, constants, *[one.dtype for one in tensors])
-        known = _compiled.get(key)
-        if known is not None:
-            run, function, metadata = known
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            rest = (None, None, None, *pointers, *sizes, *scalings, *constants)
-            try:
-                run(*grid, 1, stream, function, metadata, *rest)
-            except Exception:  # noqa: BLE001 - no public interface: the public one may do
-                _compiled[key] = None
-            else:
-                return True
     try:
-        compiled = getattr(_kernels(), name)[(*grid, 1)](
-            *tensors,
-            *sizes,
-            *scalings,
-            *constants,
-            num_warps=4,
-            enable_fp_fusion=False,  # a fused multiply-add rounds once, not twice
-        )
+        kernel = getattr(_kernels(), name)
+        launch(kernel, grid, tensors, (*sizes, *scalings), constants, key=key, device=device)
     except Exception as error:  # noqa: BLE001 - it compiles at the first launch, with a compiler
         _broken.add(name)  # for the whole process: the next launch would fail as well
         kind = type(error).__name__
@@ -280,13 +257,7 @@ def _launch(
         with suppress(CacheWarning):  # never an error, whatever the filters
             warnings.warn(text, CacheWarning, stacklevel=2)
         return False
-    if key is not None and key not in _compiled:
-        with suppress(AttributeError):
-            _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
     return True
-
-
-_compiled: dict[Any, Any] = {}
 
 
 @functools.cache
