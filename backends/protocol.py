@@ -46,7 +46,9 @@ class Entry(Uncopyable):
 
     def __post_init__(self) -> None:
         """Note how the tensors are, for :attr:`intact`."""
-        object.__setattr__(self, "_marks", tuple(map(_mark, self.tensors)))
+        object.__setattr__(
+            self, "_marks", tuple([(one._version, one.data_ptr()) for one in self.tensors])
+        )
         object.__setattr__(self, "_facts", tuple(map(_facts, self.tensors)))
 
     @property
@@ -57,9 +59,18 @@ class Entry(Uncopyable):
         their memory, or made them require or hold gradients.
         """
         tensors = self.tensors
-        return self._marks == tuple(map(_mark, tensors)) and self._facts == tuple(
-            map(_facts, tensors)
-        )
+        if len(tensors) != len(self._marks):
+            return False
+        for tensor, (version, address), facts in zip(
+            tensors, self._marks, self._facts, strict=True
+        ):
+            if (
+                tensor._version != version
+                or tensor.data_ptr() != address
+                or _facts(tensor) != facts
+            ):
+                return False
+        return True
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -70,10 +81,6 @@ class Entry(Uncopyable):
     def nbytes(self) -> int:
         """Bytes of the distinct storages under the value (a view counts its whole storage)."""
         return storage_bytes(self.tensors)
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    return tensor._version, tensor.data_ptr()
 
 
 def _facts(tensor: Tensor) -> tuple[object, ...]:

@@ -143,8 +143,8 @@ def _is_taken(cache: AdapterCache, owner: object) -> bool:
 
 def _attach_owner(cache: AdapterCache, owner: object) -> int:
     """Attach an object with decorated methods; return 0 if it has none."""
-    for where, derivation, instead in misplaced_in(type(owner)):
-        if not instead.startswith("a static"):
+    for where, derivation, how, instead in misplaced_in(type(owner)):
+        if how is not staticmethod:
             msg = f"the values of {where} cannot be kept: {instead}"
             raise ConfigError(msg)
         if derivation.binding is None:

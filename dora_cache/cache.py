@@ -522,14 +522,14 @@ def _unknown(adapter: str, known: Iterable[str]) -> str:
 def _check_owner(owner: object) -> None:
     missing = []
     if not isinstance(getattr(owner, "__dict__", None), dict):
-        missing.append('"__dict__"')
+        missing.append("__dict__")
     if not type(owner).__weakrefoffset__:
-        missing.append('"__weakref__"')
+        missing.append("__weakref__")
     if missing:
-        kind = type(owner).__name__
+        quoted = " and ".join(f'"{name}"' for name in missing)
         msg = (
-            f"{kind} has no {' and no '.join(missing).replace(chr(34), '')}, which a cache needs: "
-            f"add {' and '.join(missing)} to its __slots__, leave __slots__ (or slots=True) out, "
+            f"{type(owner).__name__} has no {' and no '.join(missing)}, which a cache needs: "
+            f"add {quoted} to its __slots__, leave __slots__ (or slots=True) out, "
             "or keep its data in an ordinary class"
         )
         raise ConfigError(msg)

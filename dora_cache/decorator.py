@@ -246,39 +246,33 @@ def derivation_of(function: object) -> Derivation | None:
 
 def derivations_of(kind: type) -> list[Derivation]:
     """Return the derivations of the decorated methods of a class, inherited ones included."""
-    return [found for _, found, instead in _decorated(kind) if instead is None]
+    return [found for _, found, how in _decorated(kind) if how is None]
 
 
-def misplaced_in(kind: type) -> list[tuple[str, Derivation, str]]:
+def misplaced_in(kind: type) -> list[tuple[str, Derivation, type, str]]:
     """Return decorated functions of a class whose values cannot be kept for its instances.
 
     Returns:
-        Of each: where it is, the derivation, and why, with what to write instead.
+        Of each: where it is, the derivation, the kind of decorator that it is under, and why that
+        does not work, with what to write instead.
     """
+    owner = kind.__qualname__
     return [
-        (
-            f"{kind.__qualname__}.{attribute}",
-            found,
-            instead.format(kind=kind.__qualname__, attribute=attribute),
-        )
-        for attribute, found, instead in _decorated(kind)
-        if instead is not None
+        (f"{owner}.{name}", found, how, _MISPLACED[how].format(kind=owner, attribute=name))
+        for name, found, how in _decorated(kind)
+        if how is not None
     ]
 
 
-def _decorated(kind: type) -> list[tuple[str, Derivation, str | None]]:
-    """Return the decorated attributes of a class, and of those that cannot work, why."""
-    found: dict[str, tuple[str, Derivation, str | None]] = {}
+def _decorated(kind: type) -> list[tuple[str, Derivation, type | None]]:
+    """Return the decorated attributes of a class, and under what kind of decorator they fail."""
+    found: dict[str, tuple[str, Derivation, type | None]] = {}
     for base in kind.__mro__:
         for attribute, value in vars(base).items():
-            called = _called_by(value, f"{base.__qualname__}.{attribute}")
-            derivation, instead = derivation_of(called), None
-            if derivation is None:
-                continue
-            for wrapper, text in _MISPLACED.items():
-                if isinstance(value, wrapper):
-                    instead = text
-            found.setdefault(attribute, (attribute, derivation, instead))
+            derivation = derivation_of(_called_by(value, f"{base.__qualname__}.{attribute}"))
+            if derivation is not None:
+                how = next((one for one in _MISPLACED if isinstance(value, one)), None)
+                found.setdefault(attribute, (attribute, derivation, how))
     return list(found.values())
 
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import (
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from typing import Any
 
 import torch
@@ -43,10 +51,8 @@ class Listed(list[object]):
         iterators: what of it could be read only once.
     """
 
-    __slots__ = ("form", "iterators")
-
-    form: str | None
-    iterators: list[object]
+    form: str | None = "items"
+    iterators: Sequence[object] = ()
 
     def read_before(self, earlier: Listed) -> str | None:
         """Return the kind of an iterator that both were read from, the second one in vain."""
@@ -70,18 +76,16 @@ def listed(found: Any) -> Listed:
     kind = type(found)
     if kind is list or kind is tuple:
         result = Listed(found)
-        result.form, result.iterators = "items", []
     else:
         items, form = _items(found)
         result = Listed(items)
         result.form = form
-        result.iterators = [found] if isinstance(found, Iterator) else []
-    for index, item in enumerate(result):
+        if isinstance(found, Iterator):
+            result.iterators = [found]
+    for item in result:
         if type(item) not in _READY:
-            opened = _opened(item, result.iterators)
-            if opened is not item:
-                result[index] = opened
-                result.form = None
+            _open(result)
+            break
     return result
 
 
@@ -111,6 +115,15 @@ def _items(found: Any) -> tuple[Iterable[object], str]:
         msg = f"it returned {what}: {_INSTEAD}"
         raise ConfigError(msg)
     return found, "items"
+
+
+def _open(result: Listed) -> None:
+    """Bring the items of a list into terms of what can be signed."""
+    iterators = list(result.iterators)
+    opened = [_opened(item, iterators) for item in result]
+    if any(new is not old for new, old in zip(opened, result, strict=True)):
+        result[:] = opened
+        result.form, result.iterators = None, iterators
 
 
 def _opened(item: object, iterators: list[object]) -> object:

@@ -208,17 +208,23 @@ class Lookup(Store):
             if not entry.intact:
                 return None
         elif type(value) is Tensor:  # what entry.intact does, without the calls
+            version, address = entry._marks[0]
             if (
-                not holds(value)
-                or (value._version, value.data_ptr()) != entry._marks[0]
+                value._version != version
+                or value.data_ptr() != address
+                or not holds(value)
                 or value.grad is not None
             ):
                 return None
         else:
             if not holds(*value):
                 return None
-            for tensor, mark in zip(value, entry._marks, strict=True):
-                if (tensor._version, tensor.data_ptr()) != mark or tensor.grad is not None:
+            for tensor, (version, address) in zip(value, entry._marks, strict=True):
+                if (
+                    tensor._version != version
+                    or tensor.data_ptr() != address
+                    or tensor.grad is not None
+                ):
                     return None
         if entry.ready is not None:
             entry.ready.join(entry.tensors)
@@ -747,6 +753,8 @@ def _spelled(derivation: Derivation, binding: Binding, args: tuple[Any, ...]) ->
     """Return what stands for a call as it is spelled; None if an argument is not plain."""
     if binding._owner is None:
         rest = args
+    elif len(args) == 1:
+        return derivation.number
     elif len(args) == 2:  # noqa: PLR2004 - the owner, and an adapter's name most often
         one = args[1]
         return (derivation.number, one) if type(one) in PLAIN_KEYS else None

@@ -286,14 +286,21 @@ def environment() -> tuple[object, ...]:
 
 def place() -> tuple[torch.device, int]:
     """Return the default device of this thread, and which CUDA device ``"cuda"`` means."""
-    device = None
+    device: torch.device | None = None
     if torch._C._len_torch_function_stack():
         for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             if isinstance(mode, DeviceContext):
                 device = mode.device  # the innermost decides
+    elif not _HAS_CUDA:
+        return _CPU
     if device is None:
         device = torch.device(torch._C._get_default_device())
     return device, torch._C._cuda_getDevice() if torch.cuda._initialized else 0
+
+
+_CPU = torch.device("cpu"), 0
+_HAS_CUDA = hasattr(torch._C, "_cuda_getDevice")
+"""Whether PyTorch is built with it; without, nothing but a function mode changes the place."""
 
 
 def untraceable() -> bool:

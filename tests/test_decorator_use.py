@@ -103,6 +103,7 @@ def test_the_innermost_default_device_decides():
 def test_the_current_cuda_device_is_part_of_the_key(monkeypatch):
     """The device "cuda" without a number is another one after ``torch.cuda.set_device``."""
     monkeypatch.setattr(torch.cuda, "_initialized", True)
+    monkeypatch.setattr(stamps, "_HAS_CUDA", True)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     before = stamps.environment()
     assert stamps.environment() == before
