@@ -147,7 +147,8 @@ class Lookup(Store):
                     if flight is None and not declined:
                         flight = self._take_off(derivation, binding, call)
                 uses = usage.add(hit=entry is not None or join)
-            if entry is not None and uses % EVERY == 0 and audited:
+            if entry is not None and audited and (usage.due or uses % EVERY == 0):
+                usage.due = False
                 audited = self._passes_audit(entry.stamp, uses, call.dependencies, entry)
                 if not audited:
                     with self._lock:
@@ -230,9 +231,15 @@ class Lookup(Store):
             entry.ready.join(entry.tensors)
         uses = shortcut.count()
         if uses & _AUDITED == shortcut.phase:
+            # Iterators are spent by now, and mappings are listed by the long way alone.
+            plain = type(dependencies) is tuple or type(dependencies) is list
             stamp = shortcut.stamp
-            if stamp is None or not self._passes_audit(stamp, uses, dependencies, entry):
-                self._uncount(shortcut)
+            if (
+                not plain
+                or stamp is None
+                or not self._passes_audit(stamp, uses, dependencies, entry)
+            ):
+                self._uncount(shortcut, due=not plain)
                 return None
         return entry
 
@@ -253,11 +260,12 @@ class Lookup(Store):
         self._uncounted(name)
         return False
 
-    def _uncount(self, shortcut: Shortcut) -> None:
-        """Take back the hit of a call that goes on to derive."""
+    def _uncount(self, shortcut: Shortcut, *, due: bool) -> None:
+        """Take back the hit of a call that goes the long way, and is audited there if it is due."""
         with self._lock:
             usage = self._usages.get(shortcut.key)
             if usage is not None:
+                usage.due = due
                 usage.add(hit=True, count=-1)
 
     def _shorten(

@@ -31,15 +31,16 @@ def storable(value: object, stamp: Stamp) -> Value | None:
     """
     whole, each = _references(value)
     if type(value) is tuple and value:
+        alone, (alone_part,) = _alone(lambda: (object(),))
         times = Counter(map(id, value))  # one tensor may be there several times
         kept: dict[int, Tensor | None] = {}
         for part, count in zip(value, each, strict=True):
             if id(part) not in kept:
-                held = whole > _ALONE[1][0] or count > _ALONE[1][1][0] + times[id(part)] - 1
+                held = whole > alone or count > alone_part + times[id(part)] - 1
                 kept[id(part)] = _own(part, stamp, held=held)
         tensors = tuple([one for one in (kept[id(part)] for part in value) if one is not None])
         return tensors if len(tensors) == len(value) else None
-    return _own(value, stamp, held=whole > _ALONE[0][0])
+    return _own(value, stamp, held=whole > _alone(object)[0])
 
 
 def _own(value: object, stamp: Stamp, *, held: bool) -> Tensor | None:
@@ -90,7 +91,11 @@ def _references(value: object) -> tuple[int, list[int]]:
 
 
 def _alone(make: Callable[[], object]) -> tuple[int, list[int]]:
-    """Count the references to what nobody else holds, as :func:`storable` counts them."""
+    """Count the references to what nobody else holds, as :func:`storable` counts them.
+
+    Each time anew: how many references a call takes depends on who follows Python's frames, as
+    TorchDynamo does after it has failed.
+    """
 
     def count(value: object) -> tuple[int, list[int]]:
         whole, each = _references(value)
@@ -100,7 +105,6 @@ def _alone(make: Callable[[], object]) -> tuple[int, list[int]]:
     return count(value)
 
 
-_ALONE = (_alone(object), _alone(lambda: (object(),)))
 _ALONE_HOLDERS = min(_holders(torch.empty(1, device="cpu")), sys.maxsize)
 _ALONE_VIEW = min(_holders(torch.empty(1, device="cpu").view(1, 1)), sys.maxsize)
 

@@ -38,6 +38,7 @@ class Usage(Uncopyable):
         nbytes: size of the last value.
         device: where it was.
         owner: token of the binding whose value it is.
+        due: whether the next use by the long way is to be audited.
         born: the cache's clock when deriving it began; 0 if it is known not to hold any more.
         unsettled: derivations in a row during which a dependency changed.
     """
@@ -49,6 +50,7 @@ class Usage(Uncopyable):
         "derivation",
         "derived",
         "device",
+        "due",
         "kind",
         "living_derivation",
         "misses",
@@ -72,6 +74,7 @@ class Usage(Uncopyable):
         self.nbytes = 0
         self.device: torch.device | None = None
         self.owner = owner
+        self.due = False
         self.born = 0
         self.unsettled = 0
 

@@ -14,6 +14,7 @@ from pretended import TIERS
 from zoo import quiet
 
 import dora_cache
+from dora_cache.audit import EVERY
 from dora_cache.freshness import KINDS, LAYERS, OPERATIONS, RAW, Pick, Scene
 
 NAMES = ("ada", "bob", "lora", "new0", "new1")
@@ -305,6 +306,19 @@ class ContentModelMachine(ModelMachine):
     """With guard="content", writes that PyTorch does not count are found as well."""
 
     guard = "content"
+
+
+@with_rules([one for one in RAW if one.repeatable])
+class AuditedModelMachine(ModelMachine):
+    """By default, writes that PyTorch does not count are found within so many forwards."""
+
+    @invariant()
+    def fresh(self):
+        type(self).steps += 1
+        if self.cache:
+            for _ in range(EVERY + 2):
+                outcome(lambda scene, _: [scene.run()], self.cached, Pick())
+        self.both(lambda scene, _: [scene.run()], Pick())
 
 
 class CompiledModelMachine(ModelMachine):

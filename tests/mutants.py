@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from decorator_machine import DecoratorMachine, InferenceMachine
-from model_machine import ModelMachine
+from model_machine import AuditedModelMachine, ModelMachine
 
 from dora_cache import (
     AdapterCache,
@@ -21,6 +21,7 @@ from dora_cache import (
     shortcut,
     stamps,
 )
+from dora_cache.audit import Audit
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
 from dora_cache.decorator import SLOT
@@ -235,6 +236,19 @@ def _(patch):
             wrap(undo, owner, name, make)
 
     patch.setattr(merging, "wrap", without)
+
+
+# What the audit compares
+
+
+@mutant("an audit that compares nothing", AuditedModelMachine)
+def _(patch):
+    patch.setattr(Audit, "holds", lambda *_: True)
+
+
+@mutant("an audit that drops what it has looked at alone", AuditedModelMachine, rare=True)
+def _(patch):
+    patch.setattr(AdapterCache, "_uncounted", lambda self, name: 0)
 
 
 # How a value is used

@@ -173,6 +173,42 @@ def test_values_are_watched_as_well(depends_on):
         assert torch.equal(found, torch.full((4,), 2.0))
 
 
+@pytest.mark.parametrize(
+    "depends_on",
+    [
+        lambda self: [self.weight],
+        lambda self: (self.weight,),
+        lambda self: self.parameters(),
+        lambda self: {"weight": self.weight},
+        lambda self: self.weight,
+        lambda self: [[self.weight]],
+        lambda self: self,
+    ],
+    ids=["list", "tuple", "iterator", "mapping", "tensor", "nested", "module"],
+)
+def test_every_form_of_dependencies_is_audited(depends_on):
+    """Nothing is found without a write, and a write is found, however depends_on returns them."""
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        @dora_cache.cached("doubled", depends_on=depends_on)
+        def doubled(self):
+            return self.weight.detach() * 2
+
+    owner = Owner().eval()
+    with dora_cache.attach(owner) as cache, torch.no_grad():
+        for _ in range(3 * EVERY):
+            owner.doubled()
+        assert (cache.stats().misses, cache.stats().hits) == (1, 3 * EVERY - 1)
+        owner.weight.data.mul_(3)
+        with pytest.warns(dora_cache.CacheWarning, match="doubled"):
+            found = doubled_often(owner)
+        assert torch.equal(found, torch.full((4,), 6.0))
+
+
 @pytest.mark.parametrize("backend", ["dict", "lru", "budget", "cpu"])
 def test_counted_writes_and_events_are_no_finding(backend):
     """What version counters or events show is not what the audit is for."""

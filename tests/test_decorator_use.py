@@ -457,7 +457,9 @@ def test_a_value_of_dora_that_was_changed_is_derived_anew(write):
 def test_who_waited_for_a_value_looks_at_it():
     """A value whose first caller has changed it is not handed to those who waited for it."""
     stamp = stamps.Stamp("key", b"", [], 1)
-    flight = store.Flight(cached("value")(lambda: None).__dora_cache_derivation__, stamp)
+    flight = store.Flight(
+        cached("value")(lambda: None).__dora_cache_derivation__, None, None, stamp
+    )
     flight.entry = backends.Entry(torch.ones(3), stamp)
     flight.done.set()
     assert lookup._awaited(flight) is flight.entry

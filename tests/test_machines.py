@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from kinds_machine import FastKindsMachine, KindsMachine
 from model_machine import (
+    AuditedModelMachine,
     CompiledModelMachine,
     ContentModelMachine,
     FastModelMachine,
@@ -19,6 +20,7 @@ MACHINES = [
     (ModelMachine, 25, 1000),
     (FastModelMachine, 12, 250),
     (ContentModelMachine, 12, 250),
+    (AuditedModelMachine, 4, 100),  # each step is 35 forwards
     (CompiledModelMachine, 2, 40),  # it compiles again and again
     (KindsMachine, 12, 250),
     (FastKindsMachine, 5, 100),
