@@ -58,6 +58,7 @@ class ModelMachine(RuleBasedStateMachine):
     numerics = "peft"
     guard = "version"
     buffers = False  # whether bytes may be held without entries
+    outputs = ()  # of the latest action
     steps = 0
 
     @initialize(
@@ -99,6 +100,7 @@ class ModelMachine(RuleBasedStateMachine):
             assert type(found) is type(expected), (found, expected)
             return
         assert len(found) == len(expected)
+        self.outputs = [one for one in found if one is not None]
         for one, other in zip(found, expected, strict=True):
             assert (one is None) == (other is None)
             if one is not None:
@@ -295,8 +297,10 @@ class FastModelMachine(ModelMachine):
     numerics = "fast"
 
     def assert_same(self, found, expected):
-        # Some layers may be of another dtype than the output, and round as that one does.
-        dtypes = {found.dtype, *(weight.dtype for weight in self.plain.model.parameters())}
+        # Some layers may be of another dtype than the output, and round as that one does; under
+        # autocast that shows in what else comes out.
+        weights = self.plain.model.parameters()
+        dtypes = {found.dtype, *(one.dtype for one in (*weights, *self.outputs))}
         loose = max({torch.float64: 1e-9, torch.float32: 1e-3}.get(one, 0.1) for one in dtypes)
         torch.testing.assert_close(found, expected, rtol=loose, atol=loose, equal_nan=True)
 
