@@ -78,7 +78,7 @@ def profile(model: PeftModel, input_ids: Tensor, *, adapter: str, way: Way) -> P
             for _ in range(_WARM_UPS):
                 step()
             times = [step() for _ in range(2 * _STEPS)]
-            with torch.profiler.profile(activities=activities) as profiler:
+            with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
                 profiled = [step() for _ in range(_STEPS)]
         layers = _layers(running.model)
     averages: Any = profiler.key_averages()
