@@ -3,9 +3,11 @@
 Some bugs show themselves only after a long search, which `make test-deep` allows.
 """
 
+import sys
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.errors import FlakyFailure
+from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from mutants import MUTANTS
 from zoo import quiet
@@ -15,11 +17,21 @@ from dora_cache import DoraCacheError
 
 def caught(machine, examples):
     """Run a machine until it fails; return the steps that took and the failure, or None."""
-    counted = type(machine.__name__, (machine,), {"steps": 0})
+
+    class Counted(machine):
+        steps = 0
+        failure = None
+
+        def teardown(self):
+            found = sys.exc_info()[1]
+            if isinstance(found, Exception):  # not what Hypothesis stops a run with
+                type(self).failure = type(self).failure or found
+            super().teardown()
+
     with quiet():
         try:
             run_state_machine_as_test(
-                counted,
+                Counted,
                 settings=settings(
                     max_examples=examples,
                     stateful_step_count=50,
@@ -31,11 +43,11 @@ def caught(machine, examples):
                     report_multiple_bugs=False,
                 ),
             )
-        except FlakyFailure as error:  # e.g. it depends on where in memory a tensor came to lie
-            return counted.steps, error.exceptions[0]
+        except Flaky as error:  # e.g. it depends on where in memory a tensor came to lie
+            return Counted.steps, Counted.failure or error
         except Exception as error:  # noqa: BLE001 - looked at by the test
-            return counted.steps, error
-    return counted.steps, None
+            return Counted.steps, error
+    return Counted.steps, None
 
 
 @pytest.mark.machine
