@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import weakref
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from cachetools import LRUCache
 
 from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
-from dora_cache.stamps import tensors_in
+from dora_cache.stamps import Held, tensors_in
 from dora_cache.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ SPANS = 8
 """Tensors that one launch of the kernel hashes, at most."""
 
 _BLOCK_BYTES = 1 << 16
+_REMEMBERED = 4096
+_PRUNED = 64  # digests added before those of freed storages are dropped
 _SPARE = 16  # blocks: a megabyte of a value is hashed together with what it is derived from
 _numbers = itertools.count(1)
 
@@ -194,41 +198,58 @@ def _kernel() -> Any:
     return hash_blocks
 
 
-# Large tensors are shared by many values, as a base weight by all adapters of its layer.
-_large: weakref.WeakValueDictionary[tuple[int, ...], _Digest | _DeviceDigest] = (
-    weakref.WeakValueDictionary()
-)
+class _Large:
+    """Digests of large tensors, which many values share, as adapters share a base weight.
 
-
-def _digest_of(tensor: Tensor) -> Any:
-    """Return the digest of a large tensor: an earlier one, if none of its facts has changed.
-
-    If the contents have, the earlier one is what other values were derived from, and finds it.
+    They outlive the values: those that no cap has room for are derived again and again.
     """
-    storage = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
-    facts = (storage, *_span(tensor), hash(tensor.stride()), tensor._version)
-    found = _large.get(facts)
-    if found is None:
-        found = _DeviceDigest([tensor], shared=True) if tensor.is_cuda else _Digest(tensor)
-        _large[facts] = found
-    return found
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # With a weak reference each, which keeps the storage's number from being used again.
+        self._known: LRUCache[tuple[int, ...], tuple[Any, Held]] = LRUCache(_REMEMBERED)
+        self._added = 0
+
+    def of(self, tensor: Tensor) -> Any:
+        """Return the digest of a tensor: an earlier one, if none of its facts has changed.
+
+        If the contents have, the earlier one is what other values were derived from, and finds it.
+        """
+        storage = tensor.untyped_storage()
+        facts = (storage._cdata, *_span(tensor), hash(tensor.stride()), tensor._version)
+        with self._lock:
+            found = self._known.get(facts)
+        if found is None:
+            kept = _DeviceDigest([tensor], shared=True) if tensor.is_cuda else _Digest(tensor)
+            found = kept, Held(storage)  # type: ignore[no-untyped-call]
+            with self._lock:
+                self._known[facts] = found
+                self._added += 1
+                if self._added % _PRUNED == 0:
+                    for old, (_, held) in list(self._known.items()):
+                        if held.expired():  # type: ignore[no-untyped-call]
+                            del self._known[old]
+        return found[0]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._known.clear()
 
 
 class Audit(Uncopyable):
     """Hashes of what one value was derived from, and of the value.
 
-    It lives in the value's stamp, whose references keep storages' numbers from being used again:
-    the digests of large tensors are found by them.
-
     Args:
         name: what the value is called.
         dependencies: what it is derived from, before it is.
+        large: where digests of large tensors are shared.
     """
 
-    __slots__ = ("__weakref__", "_checks", "_count", "_value", "name", "number")
+    __slots__ = ("__weakref__", "_checks", "_count", "_large", "_value", "name", "number")
 
-    def __init__(self, name: str, dependencies: Iterable[object]) -> None:
+    def __init__(self, name: str, dependencies: Iterable[object], large: _Large) -> None:
         self.name = name
+        self._large = large
         self.number = next(_numbers)
         self._checks: list[tuple[int, tuple[int, ...], Any]] = []
         self._value: tuple[int, ...] = ()
@@ -244,7 +265,7 @@ class Audit(Uncopyable):
                 continue
             period = _period(tensor)
             if period > LEAST[tensor.device.type]:
-                self._checks.append((period, (index,), _digest_of(tensor)))
+                self._checks.append((period, (index,), self._large.of(tensor)))
             elif tensor.is_cuda:
                 small.setdefault(tensor.device, []).append(index)
             else:
@@ -336,13 +357,18 @@ class Auditor:
     def __init__(self) -> None:
         self.found = 0
         self._flags = _Flags()
+        self._large = _Large()
         self._audits: weakref.WeakValueDictionary[int, Audit] = weakref.WeakValueDictionary()
 
     def begin(self, name: str, dependencies: Iterable[object]) -> Audit:
         """Hash what a value is about to be derived from."""
-        audit = Audit(name, dependencies)
+        audit = Audit(name, dependencies, self._large)
         self._audits[audit.number] = audit
         return audit
+
+    def close(self) -> None:
+        """Forget the digests that values share."""
+        self._large.clear()
 
     def changed(
         self, audit: Audit, uses: int, dependencies: Iterable[object], value: Sequence[Tensor]

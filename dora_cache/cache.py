@@ -341,6 +341,8 @@ class AdapterCache(Lookup):
         self._try("close", self._backend.close, None)
         self._records.clear()
         self._by_storage.clear()
+        if self._auditor is not None:
+            self._auditor.close()
         return gone
 
     def __enter__(self) -> Self:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dora_cache.contents import Contents
 
 __all__ = [
+    "Held",
     "Signature",
     "Stamp",
     "UncheckableError",
@@ -212,7 +213,7 @@ def tensors_in(dependencies: Iterable[object]) -> Iterable[Tensor]:
             yield from tensors_in(item.values())
 
 
-class _Held(Uncopyable, StorageWeakRef):
+class Held(Uncopyable, StorageWeakRef):
     """A weak reference to a storage: it owns a raw count, which a copy would give back again."""
 
     __slots__ = ()
@@ -244,7 +245,7 @@ class Stamp(Uncopyable):
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
         # them. Storages may have them.
         self._held = tuple(
-            _Held(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            Held(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             for tensor in tensors_in(dependencies)
         )
 

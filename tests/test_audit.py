@@ -1,6 +1,7 @@
 """The audit: writes that PyTorch does not count are noticed within a bounded number of uses."""
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -289,16 +290,40 @@ def test_an_audit_that_fails_costs_a_warning_and_nothing_else(monkeypatch):
 
 
 def test_it_keeps_nothing_alive():
-    """Digests go with the values they belong to."""
+    """Digests go with the values that they belong to, and all of them on detach."""
     model, x = make(layers=1, width=512), torch.randn(1, 512)
-    before = len(dora_cache.audit._large)
     cache = dora_cache.attach(model)
     with torch.no_grad():
         model(x)
-    assert len(dora_cache.audit._large) == before + 1
+    (audit,) = (weakref.ref(one) for one in cache._auditor._audits.values())
+    assert len(cache._auditor._large._known) == 1
     cache.detach()
-    del cache
-    assert len(dora_cache.audit._large) == before
+    assert audit() is None
+    assert not cache._auditor._large._known
+
+
+def test_digests_of_large_weights_go_with_the_weights(monkeypatch):
+    """A server that adds and deletes large adapters does not gather them."""
+    monkeypatch.setattr(dora_cache.audit, "_PRUNED", 4)
+    large = dora_cache.audit._Large()
+    for _ in range(20):
+        large.of(torch.ones(1 << 16))
+    assert len(large._known) <= 4
+
+
+def test_values_that_no_cap_has_room_for_do_not_hash_large_weights_again(monkeypatch):
+    """A base weight is hashed once, however often the value is derived."""
+    hashed = []
+    digest = dora_cache.audit.digest
+    monkeypatch.setattr(
+        dora_cache.audit, "digest", lambda tensor: hashed.append(tensor.numel()) or digest(tensor)
+    )
+    model, x = make(layers=1, width=512), torch.randn(1, 512)
+    with dora_cache.attach(model, backend="lru", max_bytes=100) as cache, torch.no_grad():
+        for _ in range(5):
+            model(x)
+        assert cache.stats().rejections == 5
+        assert hashed.count(512 * 512) == 1
 
 
 @CUDA
