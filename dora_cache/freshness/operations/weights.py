@@ -187,7 +187,8 @@ def _refill(scene: Scene, pick: Pick, *, free: bool) -> None:
             weight.mul_(pick.factor)
 
 
-@operation("weights", "storage freed, taken anew and filled, not counted")
+# Not in the state machine, where weights may lie in shared memory: PyTorch frees that twice.
+@operation("weights", "storage freed, taken anew and filled, not counted", repeatable=False)
 def _(scene: Scene, pick: Pick) -> None:
     _refill(scene, pick, free=True)
 
