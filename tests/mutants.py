@@ -201,7 +201,7 @@ def _(patch):
     patch.setattr(refills, "mark_refilled", lambda storage: False)
 
 
-@mutant("a switch drops the active adapters' values only", ModelMachine)
+@mutant("a switch drops the active adapters' values only", ModelMachine, rare=True)
 def _(patch):
     patch.setattr(attachment, "follow_modes", lambda cache: None)
     observer = peft_layers.Observer
@@ -217,7 +217,7 @@ def _(patch):
     patch.setattr(peft_layers, "Observer", partial_to_active)
 
 
-@mutant("no switches of containers", ModelMachine)
+@mutant("no switches of containers", ModelMachine, rare=True)
 def _(patch):
     patch.setattr(attachment, "follow_modes", lambda cache: None)
 
