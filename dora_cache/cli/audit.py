@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,25 +10,27 @@ from dora_cache.cli.console import quiet, reported, results, spinner
 from dora_cache.cli.loading import (
     check_source,
     load_adapters,
-    load_model,
-    make_shape,
+    load_base,
     parse_adapters,
     parse_device,
 )
-from dora_cache.cli.options import DTYPES, AdapterOption, DeviceOption, Dtype, LayersOption
+from dora_cache.cli.options import (
+    DTYPES,
+    AdapterOption,
+    DeviceOption,
+    Dtype,
+    LayersOption,
+    ModelOrShape,
+    ShapeOption,
+)
 
 __all__ = ["audit"]
 
 
 def audit(
-    model: Annotated[
-        Path | None,
-        typer.Argument(metavar="[MODEL]", help="Folder of a causal language model; or --shape."),
-    ] = None,
+    model: ModelOrShape = None,
     *,
-    shape: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Instead of MODEL, random weights.")
-    ] = None,
+    shape: ShapeOption = None,
     layers: LayersOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights of --shape.")] = None,
     adapter: AdapterOption = None,
@@ -47,11 +48,7 @@ def audit(
         paths = parse_adapters(adapter or [])
         where = parse_device(device)
         with quiet(), spinner("measuring"):
-            base: Any = (
-                load_model(model, where)
-                if model is not None
-                else make_shape(shape or "", where, layers=layers, dtype=DTYPES[dtype or "fp32"])
-            )
+            base: Any = load_base(model, shape, where, layers=layers, dtype=DTYPES[dtype or "fp32"])
             names = list(paths) or ["a"]
             wrapped = (
                 load_adapters(base, paths) if paths else bench.random_dora(base, names, rank=rank)

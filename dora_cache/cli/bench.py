@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,8 +14,7 @@ from dora_cache.cli.console import CliError, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
     check_source,
     load_adapters,
-    load_model,
-    make_shape,
+    load_base,
     parse_adapters,
     parse_device,
 )
@@ -29,15 +28,14 @@ from dora_cache.cli.options import (
     Dtype,
     LayersOption,
     MaxBytesOption,
+    ModelOrShape,
     NumericsOption,
     OutOption,
+    ShapeOption,
     given,
 )
 from dora_cache.cli.output import make_folder
 from dora_cache.config import CacheConfig
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["bench"]
 
@@ -46,18 +44,9 @@ _RANDOM = ("a", "b")
 
 
 def bench(
-    model: Annotated[
-        Path | None,
-        typer.Argument(metavar="[MODEL]", help="Folder of a causal language model; or --shape."),
-    ] = None,
+    model: ModelOrShape = None,
     *,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Instead of MODEL, random weights: {', '.join(measurement.SHAPES)}.",
-        ),
-    ] = None,
+    shape: ShapeOption = None,
     layers: LayersOption = None,
     dtype: Annotated[
         Dtype | None,
@@ -113,7 +102,11 @@ def bench(
         where = parse_device(device)
         folder = None if profile else make_folder(out, "bench.json", "bench.png")
         with spinner("loading"):
-            base = _base(model, shape, layers, dtype, where)
+            usual: Dtype | None = "bf16" if shape and where.type == "cuda" else None
+            kind = dtype or usual
+            base = load_base(
+                model, shape, where, layers=layers, dtype=None if kind is None else DTYPES[kind]
+            )
             names = tuple(paths) or _RANDOM
             with quiet():
                 wrapped = (
@@ -190,20 +183,6 @@ def _check(
         raise CliError("--adapter is for a MODEL: a shape's adapters are random as well")
     if adapters and adapter_dtype is not None:
         raise CliError("--adapter-dtype is for random adapters: leave it out with --adapter")
-
-
-def _base(
-    model: Path | None,
-    shape: str | None,
-    layers: int | None,
-    dtype: Dtype | None,
-    device: torch.device,
-) -> Any:
-    if model is not None:
-        loaded = load_model(model, device)
-        return loaded if dtype is None else loaded.to(DTYPES[dtype])
-    usual: Dtype = "bf16" if device.type == "cuda" else "fp32"
-    return make_shape(shape or "", device, layers=layers, dtype=DTYPES[dtype or usual])
 
 
 def _one(ways: list[measurement.Way]) -> measurement.Way:

@@ -10,8 +10,7 @@ from dora_cache.cli.console import CliError, progress_bar, quiet, reported, resu
 from dora_cache.cli.loading import (
     check_source,
     load_adapters,
-    load_model,
-    make_shape,
+    load_base,
     parse_adapters,
     parse_device,
 )
@@ -21,7 +20,9 @@ from dora_cache.cli.options import (
     DeviceOption,
     Dtype,
     LayersOption,
+    ModelOrShape,
     OutOption,
+    ShapeOption,
 )
 from dora_cache.cli.output import make_folder, writing
 
@@ -31,14 +32,9 @@ _PROMPT_TOKENS = 8
 
 
 def caps(
-    model: Annotated[
-        Path | None,
-        typer.Argument(metavar="[MODEL]", help="Folder of a causal language model; or --shape."),
-    ] = None,
+    model: ModelOrShape = None,
     *,
-    shape: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Instead of MODEL, random weights.")
-    ] = None,
+    shape: ShapeOption = None,
     layers: LayersOption = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the weights; by default the model's, or float32.")
@@ -72,13 +68,9 @@ def caps(
         where = parse_device(device)
         folder = make_folder(out, "caps.json", "caps.png")
         with quiet():
-            base: Any = (
-                load_model(model, where)
-                if model is not None
-                else make_shape(shape or "", where, layers=layers, dtype=DTYPES[dtype or "fp32"])
+            base: Any = load_base(
+                model, shape, where, layers=layers, dtype=None if dtype is None else DTYPES[dtype]
             )
-            if model is not None and dtype is not None:
-                base = base.to(DTYPES[dtype])
             wrapped = load_adapters(base, paths) if paths else measuring.random_adapter(base, kind)
             input_ids = bench.random_prompt(base, 1, _PROMPT_TOKENS)
             total = rounds * (2 + len(percents) * len(names))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "check_source",
     "load_adapters",
+    "load_base",
     "load_model",
-    "make_shape",
     "parse_adapters",
     "parse_device",
     "read_adapters",
@@ -130,18 +130,37 @@ def check_source(model: Path | None, shape: str | None, layers: int | None) -> N
         raise CliError("--layers is for shapes: a MODEL has the layers that it has")
 
 
-def make_shape(name: str, device: torch.device, *, layers: int | None, dtype: torch.dtype) -> Any:
-    """Make a model of a named shape with random weights, in eval mode.
+def load_base(
+    model: Path | None,
+    shape: str | None,
+    device: torch.device,
+    *,
+    layers: int | None,
+    dtype: torch.dtype | None,
+) -> Any:
+    """Load a model, or make one of a named shape with random weights; in eval mode.
+
+    Args:
+        model: its folder; None for a shape. See :func:`check_source`.
+        shape: the shape's name.
+        device: where it goes.
+        layers: of a shape, how many; by default all.
+        dtype: of the weights; by default the model's own, or float32.
 
     Raises:
-        CliError: it has fewer layers than that, or does not fit on the device.
+        CliError: the model cannot be loaded, or the shape has fewer layers than that, or does not
+            fit on the device.
     """
+    if model is not None:
+        loaded = load_model(model, device)
+        return loaded if dtype is None else loaded.to(dtype)
+    assert shape is not None  # noqa: S101 - for the type checker
     try:
-        return shaped(name, layers=layers, dtype=dtype, device=device)
+        return shaped(shape, layers=layers, dtype=dtype or torch.float32, device=device)
     except ValueError as error:
         raise CliError(f"--layers {layers}: {error}") from None
     except torch.OutOfMemoryError:
-        msg = f"{name} does not fit in the memory of {device}: give fewer layers, as --layers 8"
+        msg = f"{shape} does not fit in the memory of {device}: give fewer layers, as --layers 8"
         raise CliError(msg) from None
 
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 import typer
 
+from dora_cache.bench import SHAPES
+
 __all__ = [
     "DTYPES",
     "AdapterOption",
@@ -16,8 +18,10 @@ __all__ = [
     "LayersOption",
     "MaxBytesOption",
     "ModelArgument",
+    "ModelOrShape",
     "NumericsOption",
     "OutOption",
+    "ShapeOption",
     "given",
 ]
 
@@ -26,6 +30,14 @@ DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float3
 
 ModelArgument: TypeAlias = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Folder of a causal language model.")
+]
+ModelOrShape: TypeAlias = Annotated[
+    Path | None,
+    typer.Argument(metavar="[MODEL]", help="Folder of a causal language model; or --shape."),
+]
+ShapeOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help=f"Instead of MODEL, random weights: {', '.join(SHAPES)}."),
 ]
 AdapterOption: TypeAlias = Annotated[
     list[str] | None,
