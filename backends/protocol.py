@@ -33,6 +33,7 @@ class Entry(Uncopyable):
         cost: seconds that deriving the value took.
         ready: on CUDA, the event after which the value's data may be read; None where the data is
             there already.
+        marks: version and address of each tensor when the entry was made.
     """
 
     INSTEAD = "it belongs to one cache; copy its tensors, entry.value"
@@ -41,14 +42,12 @@ class Entry(Uncopyable):
     stamp: object = None
     cost: float = 0.0
     ready: Ready | None = None
-    _marks: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    marks: tuple[int, ...] = field(init=False, repr=False)
     _facts: tuple[object, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Note how the tensors are, for :attr:`intact`."""
-        object.__setattr__(
-            self, "_marks", tuple([(one._version, one.data_ptr()) for one in self.tensors])
-        )
+        object.__setattr__(self, "marks", _marks(self.tensors))
         object.__setattr__(self, "_facts", tuple(map(_facts, self.tensors)))
 
     @property
@@ -59,18 +58,7 @@ class Entry(Uncopyable):
         their memory, or made them require or hold gradients.
         """
         tensors = self.tensors
-        if len(tensors) != len(self._marks):
-            return False
-        for tensor, (version, address), facts in zip(
-            tensors, self._marks, self._facts, strict=True
-        ):
-            if (
-                tensor._version != version
-                or tensor.data_ptr() != address
-                or _facts(tensor) != facts
-            ):
-                return False
-        return True
+        return _marks(tensors) == self.marks and tuple(map(_facts, tensors)) == self._facts
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -81,6 +69,10 @@ class Entry(Uncopyable):
     def nbytes(self) -> int:
         """Bytes of the distinct storages under the value (a view counts its whole storage)."""
         return storage_bytes(self.tensors)
+
+
+def _marks(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple([mark for one in tensors for mark in (one._version, one.data_ptr())])
 
 
 def _facts(tensor: Tensor) -> tuple[object, ...]:

@@ -20,6 +20,7 @@ from dora_cache.decorator import (
     owners_in,
     weights_read_by,
 )
+from dora_cache.engine import Engine
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import (
     Observer,
@@ -80,7 +81,7 @@ def attach(
             'CacheConfig.from_file("cache.toml"), or backend="lru", max_bytes="256MiB"'
         )
         raise ConfigError(msg)
-    cache = AdapterCache(config or CacheConfig(**settings), _devices(target))
+    cache = Engine(config or CacheConfig(**settings), _devices(target))
     try:
         if not _attach(cache, target):
             raise NothingToCacheError(_nothing(target, cache))
@@ -90,12 +91,12 @@ def attach(
         follow_refills(cache)
         follow_writers(cache)
     except BaseException:
-        cache.detach()
+        cache.close()
         raise
-    return cache
+    return AdapterCache(cache)
 
 
-def _attach(cache: AdapterCache, target: object) -> int:
+def _attach(cache: Engine, target: object) -> int:
     derivation = derivation_of(target)
     if derivation is not None and not hasattr(target, "__self__"):
         names = [] if derivation.depends_on else weights_read_by(derivation.function)
@@ -117,7 +118,7 @@ def _attach(cache: AdapterCache, target: object) -> int:
     return _attach_module(cache, target)
 
 
-def _attach_module(cache: AdapterCache, model: nn.Module) -> int:
+def _attach_module(cache: Engine, model: nn.Module) -> int:
     found = apply_recipes(cache, model)
     known: dict[type, bool] = {}
     for name, module in list(model.named_modules()):
@@ -136,12 +137,12 @@ def _attach_module(cache: AdapterCache, model: nn.Module) -> int:
 _BY_ITSELF = "a function belongs to no object: attach it by itself, with dora_cache.attach(it)"
 
 
-def _is_taken(cache: AdapterCache, owner: object) -> bool:
+def _is_taken(cache: Engine, owner: object) -> bool:
     binding = getattr(owner, "__dict__", {}).get(SLOT)
     return binding is not None and binding.cache is cache
 
 
-def _attach_owner(cache: AdapterCache, owner: object) -> int:
+def _attach_owner(cache: Engine, owner: object) -> int:
     """Attach an object with decorated methods; return 0 if it has none."""
     for where, derivation, how, instead in misplaced_in(type(owner)):
         if how is not staticmethod:
@@ -237,7 +238,7 @@ def _components(target: object) -> dict[str, nn.Module]:
     return dict(found.values())
 
 
-def _nothing(target: object, cache: AdapterCache) -> str:
+def _nothing(target: object, cache: Engine) -> str:
     if isinstance(target, type):
         return f"{target.__name__} is a class: attach an object of it"
     if derivation_of(target) is not None:

@@ -24,7 +24,7 @@ from cachetools import LRUCache
 from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
-from dora_cache.stamps import Held, tensors_in
+from dora_cache.facts import Held, tensors_in
 from dora_cache.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class Audit(Uncopyable):
         self.number = next(_numbers)
         self._checks: list[tuple[int, tuple[int, ...], Any]] = []
         self._value: tuple[int, ...] = ()
-        tensors = list(tensors_in(dependencies))
+        tensors = tensors_in(dependencies)
         self._count = len(tensors)
         self._add(tensors, 0)
 
@@ -303,7 +303,7 @@ class Audit(Uncopyable):
         Returns:
             Whether contents in host memory are as they were.
         """
-        tensors = list(tensors_in(dependencies))
+        tensors = tensors_in(dependencies)
         if len(tensors) != self._count:
             return True
         if self._value == tuple(map(id, value)):

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.config import CacheConfig
+    from dora_cache.decorator import Derivation
+    from dora_cache.facts import Shortcut
     from dora_cache.keys import Adapters
-    from dora_cache.shortcut import Shortcut
 
-__all__ = ["Binding", "Buffer", "Warmers", "next_token"]
+__all__ = ["Binding", "Buffer", "Host", "Warmers", "next_token"]
 
 _tokens = itertools.count(1)
 
@@ -32,6 +33,21 @@ def next_token() -> int:
 Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]
 """Called with an owner and the wanted adapters (None: all); yields an adapter's name, and a
 function that derives its values exactly as the first forward would."""
+
+
+class Host(Protocol):
+    """What resolves the calls of an owner: the engine of a cache."""
+
+    config: CacheConfig
+    token: int
+
+    def lookup(
+        self, derivation: Derivation, binding: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the valid stored value of a call, or derive it."""
+
+    def owner_died(self, token: int) -> None:
+        """Drop everything of an owner that has been garbage collected."""
 
 
 class Buffer(Protocol):
@@ -74,6 +90,9 @@ class Binding:
         adapter: the adapter of all its values where the derivation names none.
         buffers: what compiled code reads of it, by adapter.
         children: bindings that this one's events are passed on to.
+        reference: weak reference to the owner; None for a plain function, which has none.
+        has_owner: whether there is one.
+        resting: calls that go past the cache for a while, as they are spelled, and for how long.
         spellings: frozen arguments and adapters of calls as they were spelled, to save time.
         shortcuts: short ways to stored values, by the calls' arguments as they were spelled.
         undo: what to call on detach to give the owner back as it was, last added first.
@@ -82,14 +101,15 @@ class Binding:
 
     __slots__ = (
         "__weakref__",
-        "_owner",
         "_voided",
         "_voided_all",
         "adapter",
         "buffers",
         "cache",
         "children",
-        "keys",
+        "has_owner",
+        "reference",
+        "resting",
         "shortcuts",
         "spellings",
         "token",
@@ -97,20 +117,21 @@ class Binding:
         "warmers",
     )
 
-    def __init__(self, cache: AdapterCache, owner: object | None, adapter: str | None) -> None:
+    def __init__(self, cache: Any, owner: object | None, adapter: str | None) -> None:
         self.cache = cache
         self.token = next_token()
         self.adapter = adapter
         self.buffers: dict[str, Buffer] = {}
         self.children: list[weakref.ref[Binding]] = []
-        self.keys: set[Hashable] = set()
+        self.resting: dict[Hashable, int] = {}
         self.spellings: dict[Hashable, tuple[Hashable, Adapters]] = {}
         self.shortcuts: dict[Hashable, Shortcut] = {}
         self.undo = ExitStack()
         self.warmers: Warmers | None = None
         self._voided: dict[str | None, int] = {}
         self._voided_all = 0
-        self._owner: weakref.ref[Any] | None = None
+        self.reference: weakref.ref[Any] | None = None
+        self.has_owner = owner is not None
         if owner is not None:
             gone, token = weakref.ref(cache), self.token
 
@@ -119,7 +140,7 @@ class Binding:
                 if living is not None:
                     living.owner_died(token)
 
-            self._owner = weakref.ref(owner, forget)
+            self.reference = weakref.ref(owner, forget)
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """Copy and pickle as None: a copy of the owner belongs to no cache."""
@@ -133,20 +154,15 @@ class Binding:
     @property
     def owner(self) -> Any:
         """The owner, or None where there is none or it is gone."""
-        return None if self._owner is None else self._owner()
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is of a plain function, which has no owner."""
-        return self._owner is None
+        return None if self.reference is None else self.reference()
 
     def owned_by(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments is the owner's own, not that of a copy of it."""
-        return self._owner is None or self._owner() is args[0]
+        return self.reference is None or self.reference() is args[0]
 
     def in_training(self, args: tuple[Any, ...]) -> bool:
         """Whether the owner that a call with these arguments is of is in training mode."""
-        if self._owner is None:
+        if self.reference is None:
             return False
         try:
             return bool(getattr(args[0], "training", False))
@@ -167,6 +183,7 @@ class Binding:
         for spelled, (_, owners) in list(self.spellings.items()):
             if concerns(adapter, owners):
                 self.spellings.pop(spelled, None)
+                self.resting.pop(spelled, None)
 
     def void(self, adapter: str | None, now: int) -> None:
         """Void every value of ``adapter`` whose derivation began before ``now``."""

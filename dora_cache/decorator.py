@@ -19,8 +19,6 @@ from dora_cache.keys import make_binder, module_attributes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from dora_cache.binding import Binding
-    from dora_cache.store import Store
 
 __all__ = [
     "CacheInfo",
@@ -43,6 +41,22 @@ SLOT = "_dora_cache_binding"
 
 MARK = "__dora_cache_derivation__"
 """Where a decorated function keeps its :class:`Derivation`."""
+
+
+class Resolver(Protocol):
+    """Resolves the calls of one owner: a :class:`dora_cache.binding.Binding`."""
+
+    cache: Any
+
+
+class Holder(Protocol):
+    """A cache that may hold values of a derivation."""
+
+    def derivation_counts(self, derivation: Derivation) -> tuple[int, int, int]:
+        """Return hits, misses and entries."""
+
+    def invalidate_derivation(self, derivation: Derivation) -> int:
+        """Drop its entries; return how many."""
 
 
 class CacheInfo(NamedTuple):
@@ -111,8 +125,8 @@ class Derivation:
         self.adapter = adapter
         self.depends_on = depends_on
         self.detach = detach
-        self.binding: Binding | None = None
-        self.caches: weakref.WeakSet[Store] = weakref.WeakSet()
+        self.binding: Resolver | None = None
+        self.caches: weakref.WeakSet[Holder] = weakref.WeakSet()
         try:
             self.bind, self.parameters = make_binder(function)
         except ValueError:
@@ -219,7 +233,10 @@ def cached(
             return result
 
         def cache_info() -> CacheInfo:
-            counts = [(0, 0, 0), *(cache.counts(derivation) for cache in derivation.caches)]
+            counts = [
+                (0, 0, 0),
+                *(cache.derivation_counts(derivation) for cache in derivation.caches),
+            ]
             hits, misses, size = (sum(column) for column in zip(*counts, strict=True))
             return CacheInfo(hits, misses, None, size)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_cache.errors import ConfigError
+from dora_cache.facts import tensors_in
 from dora_cache.keys import own_state
-from dora_cache.stamps import tensors_in
 
 __all__ = ["Listed", "listed", "made_anew"]
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_cache.keys import state_names
-from dora_cache.stamps import split
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Iterable
 
     from dora_cache.decorator import Derivation
-    from dora_cache.stamps import Signature
 
-__all__ = ["UNSETTLED", "UNUSED", "changed_attributes", "why_unsettled", "why_unused"]
+State = tuple["Hashable", Sequence[object]]
+"""The plain part and the rows of a :class:`dora_cache.facts.Reading`."""
+
+__all__ = ["UNSETTLED", "UNUSED", "changed_attributes", "pieces", "why_unsettled", "why_unused"]
 
 UNSETTLED = 2
 """Derivations in a row with a change before it is told: one alone may be another thread's write."""
@@ -30,15 +32,15 @@ _SHOWN = 5
 def why_unsettled(
     derivation: Derivation,
     owner: object,
-    before: tuple[Sequence[object], Signature],
-    after: tuple[Sequence[object], Signature],
+    before: State,
+    after: State,
 ) -> str:
     """Say what to do about a derivation whose dependencies change while it runs.
 
     Args:
         derivation: whose value is not stored.
         owner: the module, or what else has the method; None for a plain function.
-        before: the dependencies and their signature before the derivation.
+        before: what it depends on, before the derivation.
         after: the same after it.
     """
     name, function = derivation.name, derivation.function.__qualname__
@@ -49,7 +51,7 @@ def why_unsettled(
             "them, and nothing that the function changes"
         )
     found = changed_attributes(owner, before, after) if isinstance(owner, nn.Module) else []
-    if not found and len(before[0]) == len(after[0]):
+    if not found and len(pieces(before)) == len(pieces(after)):
         return (
             f"{name!r} is never stored: {function} writes into an argument, on which its result "
             "depends. Have it write into a copy"
@@ -60,23 +62,20 @@ def why_unsettled(
     )
 
 
-def why_unused(
-    derivation: Derivation, owner: object, dependencies: Sequence[object], *signatures: Signature
-) -> str | None:
+def why_unused(derivation: Derivation, owner: object, before: State, after: State) -> str | None:
     """Say what to do about a derivation whose values are void before their first use.
 
     Args:
         derivation: one without a ``depends_on``.
         owner: what has the method.
-        dependencies: as they are now.
-        signatures: of the dependencies, at the last derivation and now.
+        before: what it depends on, at the last derivation.
+        after: the same now.
 
     Returns:
         None where it is tensors that change: those are what a cache is to follow.
     """
     if not isinstance(owner, nn.Module):
         return None
-    before, after = ((dependencies, signature) for signature in signatures)
     found = changed_attributes(owner, before, after)
     tensors = {name for name, _ in (*owner.named_parameters(), *owner.named_buffers())}
     if not found or not tensors.isdisjoint(found):
@@ -105,14 +104,14 @@ def _remedy(derivation: Derivation) -> str:
 
 def changed_attributes(
     owner: nn.Module,
-    before: tuple[Sequence[object], Signature],
-    after: tuple[Sequence[object], Signature],
+    before: State,
+    after: State,
 ) -> list[str]:
-    """Name the attributes of a module that changed between two signatures of its state.
+    """Name the attributes of a module that changed between two readings of its state.
 
     Args:
         owner: the module, as it is after the change; ``own_state`` of it ends the dependencies.
-        before: the dependencies and their signature before the change.
+        before: what is read before the change.
         after: the same after it.
 
     Returns:
@@ -120,10 +119,10 @@ def changed_attributes(
         or attributes were only taken away.
     """
     labels: list[str | None] = list(state_names(owner))
-    if len(labels) > len(after[0]):  # changed once more since it was signed
+    old, new = pieces(before), pieces(after)
+    if len(labels) > len(new):  # changed once more since it was read
         return []
-    labels[:0] = [None] * (len(after[0]) - len(labels))
-    old, new = ([repr(piece) for piece in split(*pair)] for pair in (before, after))
+    labels[:0] = [None] * (len(new) - len(labels))
     found: list[str | None] = []
     if len(old) == len(new):
         found += [label for label, one, two in zip(labels, old, new, strict=True) if one != two]
@@ -133,3 +132,17 @@ def changed_attributes(
             if kind != "equal":
                 found += labels[low:high]
     return list(dict.fromkeys(name for name in found if name))
+
+
+def pieces(state: State) -> list[str]:
+    """Return what a reading says of each dependency, in order."""
+    plain, rows = state
+    rest = iter(rows)
+    parts: Iterable[Hashable] = plain if isinstance(plain, tuple) else ()
+    return [repr((piece, [next(rest, None) for _ in range(_tensors(piece))])) for piece in parts]
+
+
+def _tensors(piece: Hashable) -> int:
+    if piece is Tensor:
+        return 1
+    return sum(map(_tensors, piece)) if isinstance(piece, tuple) else 0

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from dora_cache.backends import Backend, Entry
     from dora_cache.binding import Buffer
+    from dora_cache.cells import Cell
     from dora_cache.config import CacheConfig
     from dora_cache.keys import Adapters
-    from dora_cache.usage import Usage
 
 __all__ = ["Memory", "Part"]
 
@@ -261,7 +261,7 @@ class Memory(Uncopyable):
         max_bytes: int | str,
         buffers: Iterable[tuple[str, Buffer]],
         drop: Callable[[Buffer], None],
-        usages: Iterable[Usage],
+        cells: Iterable[Cell],
     ) -> None:
         """Change the caps, as ``AdapterCache.resize``.
 
@@ -269,13 +269,13 @@ class Memory(Uncopyable):
             max_bytes: a size, or a share of each device's free memory.
             buffers: every buffer with its adapter.
             drop: called with those that the cap has no room for.
-            usages: of all values seen that hold.
+            cells: of all values seen that hold.
         """
         try:
             size = parse_size(max_bytes)
         except ValueError as error:
             raise ConfigError(f"max_bytes: {error}") from None
-        needs = self._needs(self.pins, usages)
+        needs = self._needs(self.pins, cells)
         wanted: list[tuple[Part, int]] = []
         for part in self._parts.values():
             cap = resolve_size(size, part.device)
@@ -307,19 +307,16 @@ class Memory(Uncopyable):
         """Whether values of an adapter are to be kept."""
         return bool(self.pins) and any(concerns(name, adapter) for name in self.pins)
 
-    def pin(
-        self, adapter: str, usages: Iterable[tuple[Hashable, Usage]], held: Container[Hashable]
-    ) -> int:
+    def pin(self, adapter: str, cells: Sequence[Cell], held: Container[Hashable]) -> int:
         """Pin an adapter, as ``AdapterCache.pin``.
 
         Args:
             adapter: its name.
-            usages: keys and usages of all values seen that hold.
+            cells: of all values seen that hold.
             held: keys of the entries held.
         """
-        usages = list(usages)
         names = {*self.pins, adapter}
-        needs = self._needs(names, (usage for _, usage in usages))
+        needs = self._needs(names, cells)
         for part in self.parts:
             limit = part.limit
             if limit is None:
@@ -331,13 +328,13 @@ class Memory(Uncopyable):
                 raise PinError(_too_many(names, needs[part], left))
         self.pins.add(adapter)
         found = 0
-        for key, usage in usages:
-            if key in held and concerns(adapter, usage.adapter):
+        for cell in cells:
+            if cell.key in held and concerns(adapter, cell.adapter):
                 found += 1
-                part = self.part(usage.device)
+                part = self.part(cell.device)
                 if isinstance(part.backend, Pinning):
-                    part.backend.pin(key)
-                    part.pinned[key] = usage.nbytes
+                    part.backend.pin(cell.key)
+                    part.pinned[cell.key] = cell.nbytes
         return found
 
     def _cannot_pin(self) -> str:
@@ -346,14 +343,14 @@ class Memory(Uncopyable):
             'with backend="budget" or "lru", which can'
         )
 
-    def _needs(self, names: Collection[str], usages: Iterable[Usage]) -> dict[Part, int]:
+    def _needs(self, names: Collection[str], cells: Iterable[Cell]) -> dict[Part, int]:
         """Return how many bytes the values seen of some adapters take in each part."""
         needs: dict[Part, int] = {}
         if names:
-            for usage in usages:
-                if any(concerns(name, usage.adapter) for name in names):
-                    part = self.part(usage.device)
-                    needs[part] = needs.get(part, 0) + usage.nbytes
+            for cell in cells:
+                if any(concerns(name, cell.adapter) for name in names):
+                    part = self.part(cell.device)
+                    needs[part] = needs.get(part, 0) + cell.nbytes
         return needs
 
     def unpin(self, adapter: str, adapter_of: Callable[[Hashable], Adapters]) -> None:

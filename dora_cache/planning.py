@@ -278,7 +278,7 @@ def plan(model: nn.Module, *, numerics: str = "peft") -> Plan:
 
 
 def _derive(cache: AdapterCache, declined: list[Declined]) -> list[PlannedValue]:
-    _, jobs, _ = cache._jobs(None)
+    _, jobs, _ = cache._engine.jobs(None)
     failed: dict[str, int] = {}
     with torch.no_grad():
         for job in jobs:
@@ -290,7 +290,7 @@ def _derive(cache: AdapterCache, declined: list[Declined]) -> list[PlannedValue]
     for text, count in failed.items():
         reason = f"its size cannot be told without weights ({text})"
         declined.append(Declined("value", None, f"{count} layers", reason))
-    values = [PlannedValue(usage.kind, usage.adapter, usage.nbytes) for _, usage in cache._seen()]
+    values = [PlannedValue(cell.kind, cell.adapter, cell.nbytes) for cell in cache._engine.seen()]
     order = {name: place for place, name in enumerate(dict.fromkeys(v.adapter for v in values))}
     return sorted(values, key=lambda value: order[value.adapter])
 

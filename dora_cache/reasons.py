@@ -54,7 +54,7 @@ class Reason(enum.Enum):
     )
     SUBCLASS = (
         "tensor subclass without data of its own",
-        "use weights that are plain tensors; what wraps others cannot be checked",
+        "use weights that are plain tensors, or that name those they wrap (__tensor_flatten__)",
     )
     UNVERSIONED = (
         "weights without version counter",
@@ -69,6 +69,10 @@ class Reason(enum.Enum):
         "have depends_on return tensors and plain scalars",
     )
     DEPENDS_ON_FAILED = "depends_on failed", "see the warning that says how"
+    NEVER_REUSED = (
+        "values never reused lately",
+        "nothing, if weights change at every call; the cache tries again now and then",
+    )
     REENTERED = "called from within the cache", "nothing: garbage collection ran the call"
 
     # The value was derived and is not kept.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dora_cache.cells import Totals
 from dora_cache.units import format_bytes, format_seconds
-from dora_cache.usage import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Container, Hashable, Iterable
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
+    from dora_cache.cells import Cell, Cells
     from dora_cache.keys import Adapters
     from dora_cache.reasons import Reason
     from dora_cache.stats import CacheStats
-    from dora_cache.usage import Usage, Usages
 
 __all__ = ["CacheReport", "CurvePoint", "Declined", "ReportRow", "Seen", "rows_of", "seen_of"]
 
@@ -289,28 +289,28 @@ class CacheReport:
 
 
 def rows_of(
-    usages: Usages, held: Container[Hashable], pinned: Iterable[Adapters]
+    cells: Cells, held: Container[Hashable], pinned: Iterable[Adapters]
 ) -> tuple[ReportRow, ...]:
-    """Sum up usages by kind and adapter.
+    """Sum up cells by kind and adapter.
 
     Args:
-        usages: all of them.
+        cells: all of them.
         held: keys of the entries held.
         pinned: of the adapters among them, those that are pinned.
     """
     totals: defaultdict[tuple[str, Adapters], Totals] = defaultdict(Totals)
     entries: defaultdict[tuple[str, Adapters], list[int]] = defaultdict(list)
-    for (_, kind, adapter), old in usages.retired():
+    for (_, kind, adapter), old in cells.retired():
         total = totals[kind, adapter]
         total.hits += old.hits
         total.misses += old.misses
         total.seconds += old.seconds
         total.saved += old.saved
-    for key, usage in usages.items():
-        name = usage.kind, usage.adapter
-        totals[name].add(usage)
-        if key in held:
-            entries[name].append(usage.nbytes)
+    for cell in cells:
+        name = cell.kind, cell.adapter
+        totals[name].add(cell)
+        if cell.facts is not None and cell.key in held:
+            entries[name].append(cell.nbytes)
     pins = set(pinned)
     return tuple(
         ReportRow(
@@ -328,9 +328,9 @@ def rows_of(
     )
 
 
-def seen_of(usages: Iterable[Usage]) -> tuple[Seen, ...]:
-    """Return what usages say of the values."""
-    return tuple(Seen(usage.nbytes, usage.cost, usage.hits + usage.misses) for usage in usages)
+def seen_of(cells: Iterable[Cell]) -> tuple[Seen, ...]:
+    """Return what cells say of the values."""
+    return tuple(Seen(cell.nbytes, cell.cost, cell.hits + cell.misses) for cell in cells)
 
 
 def _scale(nbytes: int) -> tuple[int, str]:

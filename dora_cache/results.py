@@ -11,23 +11,26 @@ import torch
 from torch import Tensor
 
 from dora_cache.backends.storage import storage_id
-from dora_cache.stamps import UncheckableError, sign
+from dora_cache.facts import UncheckableError, is_plain, read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from dora_cache.backends import Value
-    from dora_cache.stamps import Stamp
 
 __all__ = ["described", "storable"]
 
 
-def storable(value: object, stamp: Stamp) -> Value | None:
+def storable(value: object, storages: Collection[int]) -> Value | None:
     """Return what to store for a result: it owns its memory and has no graph. None: nothing.
 
     A view would keep more memory alive than it shows. Memory that anybody else holds, a dependency
     or the function itself, may be written to past the version counter of the result. So these are
     copied. The caller must hold the result in one variable.
+
+    Args:
+        value: what the function returned.
+        storages: numbers of the dependencies' storages.
     """
     whole, each = _references(value)
     if type(value) is tuple and value:
@@ -37,20 +40,22 @@ def storable(value: object, stamp: Stamp) -> Value | None:
         for part, count in zip(value, each, strict=True):
             if id(part) not in kept:
                 held = whole > alone or count > alone_part + times[id(part)] - 1
-                kept[id(part)] = _own(part, stamp, held=held)
+                kept[id(part)] = _own(part, storages, held=held)
         tensors = tuple([one for one in (kept[id(part)] for part in value) if one is not None])
         return tensors if len(tensors) == len(value) else None
-    return _own(value, stamp, held=whole > _alone(object)[0])
+    return _own(value, storages, held=whole > _alone(object)[0])
 
 
-def _own(value: object, stamp: Stamp, *, held: bool) -> Tensor | None:
+def _own(value: object, storages: Collection[int], *, held: bool) -> Tensor | None:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
+    if not is_plain(type(value)):
+        return None
     try:
-        sign([value])  # the same doubts as for dependencies: inference tensors, fake ones, ...
+        read([value])  # the same doubts as for dependencies: inference tensors, fake ones, ...
     except UncheckableError:
         return None
-    if held or storage_id(value) in stamp.storages or _is_shared(value):
+    if held or storage_id(value) in storages or _is_shared(value):
         return value.detach().clone()
     tensor = value.detach() if type(value) is not Tensor or value.requires_grad else value
     own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()

@@ -16,7 +16,7 @@ from schedule import Schedule
 from torch import nn
 
 import dora_cache
-from dora_cache import backends, cached, lookup, store
+from dora_cache import backends, cached, cells, derive, engine
 
 NAMES = ("a", "b")
 BYTES = 8  # of one value
@@ -151,10 +151,10 @@ class DecoratorMachine(RuleBasedStateMachine):
         global _machine  # noqa: PLW0603 - a backend is made by its name and knows of no machine
         _machine = self
         self.schedule = Schedule()
-        self.real = store.threading, lookup.time
-        store.threading = self.schedule.threading()
+        self.real = engine.threading, cells.threading, derive.time
+        engine.threading = cells.threading = self.schedule.threading()
         # What the budget keeps goes by what values cost, and a run that is repeated must repeat.
-        lookup.time = SimpleNamespace(perf_counter=itertools.count().__next__)
+        derive.time = SimpleNamespace(perf_counter=itertools.count().__next__)
         self.owner = make_owner(self)
         self.form = form  # what depends_on returns
         self.aliases = aliases  # whether values are in memory that is used again
@@ -189,9 +189,9 @@ class DecoratorMachine(RuleBasedStateMachine):
             self.failing = False
             self.all_go_on()
         finally:
-            store.threading, lookup.time = self.real
+            engine.threading, cells.threading, derive.time = self.real
             # Some task may have the lock and never go on; and what hears of all optimizers must go.
-            self.cache._lock = threading.RLock()
+            self.cache._engine.lock = threading.RLock()
             self.cache.detach()
 
     # What the owner tells
@@ -367,7 +367,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             elif how == "clear":
                 type(self.owner).value.cache_clear()
             elif how == "touched":
-                self.cache.touched([self.owner.weight[name]])
+                self.cache._engine.touched([self.owner.weight[name]])
             else:
                 self.may_pass = True
                 self.owner.train()
@@ -450,7 +450,7 @@ class DecoratorMachine(RuleBasedStateMachine):
     # What holds
 
     def check_bytes(self):
-        backend = self.cache._backend
+        backend = self.cache._engine.memory.backend
         entries = self.entries(backend)
         assert not self.caps or self.held(entries) <= max(self.caps)
         for entry in entries:

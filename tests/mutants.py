@@ -11,25 +11,27 @@ from decorator_machine import DecoratorMachine, InferenceMachine
 from model_machine import AuditedModelMachine, ModelMachine
 
 from dora_cache import (
-    AdapterCache,
+    ambient,
     attachment,
     backends,
+    cache,
     dependencies,
-    lookup,
+    derive,
+    engine,
+    facts,
     memory,
     results,
-    shortcut,
-    stamps,
 )
 from dora_cache.audit import Audit
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
+from dora_cache.cells import Cell, Pending
 from dora_cache.decorator import SLOT
+from dora_cache.engine import Engine
 from dora_cache.lifecycle import refills
 from dora_cache.reasons import Reason
 from dora_cache.recipes import dora, hotswap, merging, peft_layers
 from dora_cache.recipes.dora import linear, outputs, values, variants
-from dora_cache.store import Flight
 
 SCALE = values.stored_scale.__dora_cache_derivation__
 
@@ -77,15 +79,20 @@ def without(pick):
 
 @mutant("keyed by the adapter's name alone", ModelMachine)
 def _(patch):
-    patch.setattr(lookup, "sign", lambda dependencies: (b"", False))
+    def read(dependencies):
+        found = facts.read(dependencies)
+        found.rows, found.plain = [], ()
+        return found
+
+    patch.setattr(engine, "read", read)
 
 
-@mutant("scaling missing from the stamp", ModelMachine)
+@mutant("scaling missing from the dependencies", ModelMachine)
 def _(patch):
     patch.setattr(SCALE, "depends_on", without(lambda layer, name: [layer.scaling[name]]))
 
 
-@mutant("magnitude missing from the stamp", ModelMachine)
+@mutant("magnitude missing from the dependencies", ModelMachine)
 def _(patch):
     patch.setattr(
         SCALE,
@@ -94,73 +101,73 @@ def _(patch):
     )
 
 
-@mutant("base weight missing from the stamp", ModelMachine)
+@mutant("base weight missing from the dependencies", ModelMachine)
 def _(patch):
     patch.setattr(values, "weights_of", lambda base: ())
 
 
-def _signed_by(*what):
-    def sign(dependencies):
-        parts = [
-            tuple(getter(item) for getter in what) if isinstance(item, torch.Tensor) else item
-            for item in dependencies
-        ]
-        wanted = any(isinstance(d, torch.Tensor) and d.requires_grad for d in dependencies)
-        return (b"", [str(part) for part in parts]), wanted
+def read_by(patch, *what):
+    """Have tensors read by some of their facts only."""
 
-    return sign
+    class Reading(facts.Reading):
+        __slots__ = ()
+
+        def _add_tensor(self, item):
+            super()._add_tensor(item)
+            self.rows[-1] = tuple(getter(item) for getter in what)
+
+    patch.setattr(facts, "Reading", Reading)
 
 
-@mutant("stamps without version counters", ModelMachine)
+@mutant("facts without version counters", ModelMachine)
 def _(patch):
-    patch.setattr(lookup, "sign", _signed_by(id, torch.Tensor.data_ptr))
+    read_by(patch, id, torch.Tensor.data_ptr)
 
 
-@mutant("stamps of version counters alone", ModelMachine)
+@mutant("facts of version counters alone", ModelMachine)
 def _(patch):
-    patch.setattr(lookup, "sign", _signed_by(lambda tensor: tensor._version))
+    read_by(patch, lambda tensor: tensor._version)
 
 
 @mutant("autocast missing from the key", ModelMachine)
 def _(patch):
-    patch.setattr(lookup, "environment", tuple)
+    patch.setattr(engine, "environment", tuple)
 
 
 @mutant("shortcuts without version counters", ModelMachine)
 def _(patch):
-    patch.setattr(lookup, "make_shortcut", _shortcut_of(id, torch.Tensor.data_ptr))
+    _shortcuts_by(patch, id, torch.Tensor.data_ptr)
 
 
 @mutant("shortcuts that outlive their entries", ModelMachine, rare=True)
 def _(patch):
-    forget = AdapterCache._forget
-
-    def keep(self, key):
-        record = self._records.get(key)
-        if record is not None:
-            record.shortcuts.clear()
-        forget(self, key)
-
-    patch.setattr(AdapterCache, "_forget", keep)
+    patch.setattr(Cell, "clear_shortcuts", lambda self: None)
 
 
-def _shortcut_of(*what):
-    make = shortcut.make_shortcut
+def _shortcuts_by(patch, *what, intact=lambda entry: entry.intact):
+    """Have shortcuts compare some facts of the dependencies only.
 
-    def facts(dependencies):
+    Args:
+        patch: pytest's.
+        what: gives one fact of a tensor.
+        intact: whether the value may be used.
+    """
+    make = facts.make_shortcut
+
+    def noted(dependencies):
         return [
             tuple(getter(item) for getter in what) if isinstance(item, torch.Tensor) else item
             for item in dependencies
         ]
 
-    def make_shortcut(dependencies, **settings):
-        found = make(dependencies, **settings)
+    def make_shortcut(dependencies, entry, **settings):
+        found = make(dependencies, entry, **settings)
         if found is not None:
-            before = facts(dependencies)
-            found.check = lambda dependencies, _: facts(dependencies) == before
+            before = noted(dependencies)
+            found.check = lambda now, entry, _: noted(now) == before and intact(entry)
         return found
 
-    return make_shortcut
+    patch.setattr(engine, "make_shortcut", make_shortcut)
 
 
 # Events
@@ -168,8 +175,8 @@ def _shortcut_of(*what):
 
 @mutant("no events at all", ModelMachine)
 def _(patch):
-    patch.setattr(AdapterCache, "_void", lambda self, binding, adapter: 0)
-    patch.setattr(AdapterCache, "touched", lambda self, tensors: 0)
+    patch.setattr(Engine, "_void", lambda self, binding, adapter: 0)
+    patch.setattr(Engine, "touched", lambda self, tensors: 0)
 
 
 @mutant("no optimizer hook", ModelMachine)
@@ -248,7 +255,7 @@ def _(patch):
 
 @mutant("an audit that drops what it has looked at alone", AuditedModelMachine, rare=True)
 def _(patch):
-    patch.setattr(AdapterCache, "_uncounted", lambda self, name: 0)
+    patch.setattr(Engine, "_drop_uncounted", lambda self, name: 0)
 
 
 # How a value is used
@@ -276,10 +283,10 @@ def _(patch):
 def _(patch):
     fake = SimpleNamespace(**vars(torch))
     fake.inference_mode = lambda mode: contextlib.nullcontext()
-    patch.setattr(lookup, "torch", fake)
-    patch.setattr(lookup, "_storable", lambda value, stamp: value)
+    patch.setattr(derive, "torch", fake)
+    patch.setattr(derive, "storable", lambda value, storages: value)
     patch.setattr(
-        backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "_marks", ())
+        backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "marks", ())
     )
     patch.setattr(backends.Entry, "intact", property(lambda self: True))
 
@@ -292,8 +299,8 @@ def _(patch):
     for shared in (Binding, variants.CachedVariant):
         patch.setattr(shared, "__deepcopy__", lambda self, memo: self, raising=False)
     patch.setattr(Binding, "owned_by", lambda self, args: True)
-    # The tensors' identities in the stamps would show that it is another model.
-    patch.setattr(lookup, "sign", _signed_by(lambda tensor: tensor._version))
+    # The tensors' identities among the facts would show that it is another model.
+    read_by(patch, lambda tensor: tensor._version)
 
 
 @mutant("stand-ins left behind by detach", ModelMachine)
@@ -306,7 +313,7 @@ def _(patch):
 
 @mutant("the default device missing from the key", DecoratorMachine)
 def _(patch):
-    patch.setattr(lookup, "environment", lambda: stamps.environment()[:2])
+    patch.setattr(engine, "environment", lambda: ambient.environment()[:2])
 
 
 def _listed(kind, read):
@@ -316,39 +323,34 @@ def _listed(kind, read):
 
 @mutant("a mapping signed by its keys alone", DecoratorMachine)
 def _(patch):
-    patch.setattr(lookup, "listed", _listed(Mapping, list))
+    patch.setattr(engine, "listed", _listed(Mapping, list))
 
 
 @mutant("a text signed by its letters", DecoratorMachine)
 def _(patch):
-    patch.setattr(lookup, "listed", _listed(str, list))
+    patch.setattr(engine, "listed", _listed(str, list))
 
 
 @mutant("a bare tensor signed by its type", DecoratorMachine)
 def _(patch):
-    patch.setattr(lookup, "listed", _listed(torch.Tensor, lambda found: [found.dtype]))
+    patch.setattr(engine, "listed", _listed(torch.Tensor, lambda found: [found.dtype]))
 
 
 @mutant("values looked at by their versions alone", DecoratorMachine)
 def _(patch):
     def intact(self):
-        return all(one._version == mark[0] for one, mark in zip(self.tensors, self._marks))  # noqa: B905
+        return tuple(one._version for one in self.tensors) == self.marks[::2]
 
     patch.setattr(backends.Entry, "intact", property(intact))
-    patch.setattr(lookup, "make_shortcut", lambda *_, **__: None)
+    patch.setattr(engine, "make_shortcut", lambda *_, **__: None)
 
 
 @mutant("shortcuts that look at the address of a value alone", DecoratorMachine, rare=True)
 def _(patch):
-    make = shortcut.make_shortcut
+    def intact(entry):
+        return tuple(one.data_ptr() for one in entry.tensors) == entry.marks[1::2]
 
-    def make_shortcut(*args, **kwargs):
-        found = make(*args, **kwargs)
-        if found is not None:
-            found.holds = lambda *_: True
-        return found
-
-    patch.setattr(lookup, "make_shortcut", make_shortcut)
+    _shortcuts_by(patch, id, lambda tensor: tensor._version, torch.Tensor.data_ptr, intact=intact)
 
 
 @mutant("memory that the function uses again stored as it is", DecoratorMachine)
@@ -376,75 +378,64 @@ def _(patch):
     patch.setattr(Binding, "voided", lambda self, adapter: 0)
 
 
-@mutant("no second look at the stamp", DecoratorMachine, rare=True)
+@mutant("no second look at the dependencies", DecoratorMachine, rare=True)
 def _(patch):
-    class Same(bytes):
-        __hash__ = bytes.__hash__
-
-        def __eq__(self, other):
-            return True
-
-    fly = AdapterCache._fly
-    patch.setattr(
-        AdapterCache,
-        "_fly",
-        lambda self, flight, call, *rest: fly(self, flight, call._replace(signature=Same()), *rest),
-    )
+    patch.setattr(engine, "_same", lambda one, other: True)
 
 
 @mutant("waiters take whatever is being derived", DecoratorMachine)
 def _(patch):
-    patch.setattr(AdapterCache, "_joinable", lambda self, flight, call, binding: True)
+    patch.setattr(Engine, "_joins", lambda self, pending, call, binding: True)
 
 
 @mutant("nobody waits", DecoratorMachine)
 def _(patch):
-    patch.setattr(AdapterCache, "_joinable", lambda self, flight, call, binding: False)
+    patch.setattr(Engine, "_joins", lambda self, pending, call, binding: False)
 
 
 @mutant("writes during a derivation are not noted", DecoratorMachine, rare=True)
 def _(patch):
     patch.setattr(
-        Flight, "touched", property(lambda self: False, lambda self, _: None), raising=False
+        Pending, "touched", property(lambda self: False, lambda self, _: None), raising=False
     )
 
 
 @mutant("waiters hang when a derivation fails", DecoratorMachine, rare=True)
 def _(patch):
-    fly = AdapterCache._fly
+    run = Engine._derive
 
-    def hang(self, flight, call, *rest):
-        done, flight.done = flight.done, SimpleNamespace(set=lambda: None, wait=flight.done.wait)
-        result = fly(self, flight, call, *rest)  # no set() if this raises
+    def hang(self, pending, *rest):
+        done, pending.done = pending.done, SimpleNamespace(set=lambda: None, wait=pending.done.wait)
+        result = run(self, pending, *rest)  # no set() if this raises
         done.set()
         return result
 
-    patch.setattr(AdapterCache, "_fly", hang)
+    patch.setattr(Engine, "_derive", hang)
 
 
 @mutant("a failed derivation is stored", DecoratorMachine)
 def _(patch):
-    fly = AdapterCache._fly
+    run = Engine._derive
 
-    def store(self, flight, call, derivation, binding, args, kwargs):
+    def store(self, pending, *rest):
         try:
-            return fly(self, flight, call, derivation, binding, args, kwargs)
+            return run(self, pending, *rest)
         except ArithmeticError:
-            with self._locked():
-                entry = backends.Entry(torch.zeros(2), flight.stamp)
-                self._store(call.key, call.adapter, entry, derivation, binding)
+            with self.locked():
+                entry = backends.Entry(torch.zeros(2), pending.facts)
+                self._store(pending.cell, entry, pending)
             raise
 
-    patch.setattr(AdapterCache, "_fly", store)
+    patch.setattr(Engine, "_derive", store)
 
 
 @mutant("invalidations that are not counted", DecoratorMachine)
 def _(patch):
-    def discard(self, key, why="invalidations"):
-        self._forget(key)
-        return int(self._backend.delete(key))
+    def discard(self, cell, why="invalidations"):
+        self._forget(cell)
+        return int(self.memory.backend.delete(cell.key))
 
-    patch.setattr(AdapterCache, "_discard", discard)
+    patch.setattr(Engine, "_discard", discard)
 
 
 @mutant("a view counted by its elements", DecoratorMachine)
@@ -455,7 +446,7 @@ def _(patch):
     for module in (storage, lru, backends.protocol):
         if hasattr(module, "storage_bytes"):
             patch.setattr(module, "storage_bytes", by_elements)
-    patch.setattr(lookup, "_storable", lambda value, stamp: value)
+    patch.setattr(derive, "storable", lambda value, storages: value)
 
 
 @mutant("a smaller cap that evicts nothing", DecoratorMachine)
@@ -476,4 +467,6 @@ def _(patch):
         def set(self, value):
             self.value = value
 
-    patch.setattr(lookup, "bypassed_here", Shared())
+    shared = Shared()
+    patch.setattr(engine, "bypassed_here", shared)
+    patch.setattr(cache, "bypassed_here", shared)

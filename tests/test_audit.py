@@ -295,11 +295,11 @@ def test_it_keeps_nothing_alive():
     cache = dora_cache.attach(model)
     with torch.no_grad():
         model(x)
-    (audit,) = (weakref.ref(one) for one in cache._auditor._audits.values())
-    assert len(cache._auditor._large._known) == 1
+    (audit,) = (weakref.ref(one) for one in cache._engine.auditor._audits.values())
+    assert len(cache._engine.auditor._large._known) == 1
     cache.detach()
     assert audit() is None
-    assert not cache._auditor._large._known
+    assert not cache._engine.auditor._large._known
 
 
 def test_digests_of_large_weights_go_with_the_weights(monkeypatch):

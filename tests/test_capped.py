@@ -173,7 +173,7 @@ def test_a_backend_that_cannot_tell(declining, monkeypatch):
     owner = Owner()
     with dora_cache.attach(owner, backend=declining, max_bytes=8 * SIZE) as cache:
         owner.value("a")
-        cache._backend.clear()
+        cache._engine.memory.backend.clear()
         result, texts = warned(lambda: owner.value("a"))
         assert result.tolist() == [2.0] * 4
         assert len(texts) == 1
@@ -298,12 +298,12 @@ class Buffer:
 
 def with_buffers(cache, owner, **sizes):
     """Let compiled code hold bytes for adapters."""
-    (binding,) = cache._bindings.values()
+    (binding,) = cache._engine.bindings.values()
     made = {}
     for adapter, size in sizes.items():
         made[adapter] = Buffer()
-        cache.follow_buffer(binding, adapter, made[adapter])
-        assert cache.reserve(made[adapter], size, torch.device("cpu"))
+        cache._engine.follow_buffer(binding, adapter, made[adapter])
+        assert cache._engine.reserve(made[adapter], size, torch.device("cpu"))
     return made
 
 
@@ -428,10 +428,10 @@ def test_pins_leave_room_to_compiled_code_and_take_it_from_none():
             owner.value("a", place)
         cache.pin("a")
         with_buffers(cache, owner, b=2 * SIZE)
-        (binding,) = cache._bindings.values()
+        (binding,) = cache._engine.bindings.values()
         late = Buffer()
-        cache.follow_buffer(binding, "c", late)
-        assert not cache.reserve(late, SIZE, torch.device("cpu"))
+        cache._engine.follow_buffer(binding, "c", late)
+        assert not cache._engine.reserve(late, SIZE, torch.device("cpu"))
         assert held(owner, cache, ("a", 0), ("a", 1)) == [True, True]
         owner.value("c")
         with pytest.raises(dora_cache.PinError):
@@ -622,15 +622,15 @@ def test_out_of_memory_while_taking_a_view_apart(monkeypatch):
             self.derived += 1
             return torch.ones(8)[:4]
 
-    from dora_cache import lookup
+    from dora_cache import derive
 
-    def no_room(value, stamp):
+    def no_room(value, storages):
         raise torch.OutOfMemoryError("no memory")
 
     owner = Views()
     with dora_cache.attach(owner) as cache:
         owner.value("a")
-        monkeypatch.setattr(lookup, "_storable", no_room)
+        monkeypatch.setattr(derive, "storable", no_room)
         with pytest.warns(dora_cache.CacheWarning):
             assert owner.view().tolist() == [1.0] * 4
         assert owner.derived == 2
@@ -718,9 +718,9 @@ def test_pins_and_buffers_go_by_device(spanning):
             owner.value("a")
         cache.pin("a")
         buffer = Buffer()
-        assert cache.reserve(buffer, SIZE, torch.device("cpu"))
-        assert not cache.reserve(Buffer(), SIZE, torch.device("cpu"))
-        assert cache.reserve(Buffer(), SIZE, torch.device("meta"))
+        assert cache._engine.reserve(buffer, SIZE, torch.device("cpu"))
+        assert not cache._engine.reserve(Buffer(), SIZE, torch.device("cpu"))
+        assert cache._engine.reserve(Buffer(), SIZE, torch.device("meta"))
         for owner in (spanning.first, spanning.second):
             for place in range(3):
                 owner.value("b", place)
@@ -750,20 +750,20 @@ def test_a_share_is_of_each_devices_memory(spanning, monkeypatch):
 def test_one_backend_where_no_cap_is_a_devices(spanning, settings):
     """Without a cap, or with one of host memory, there is nothing to divide."""
     with dora_cache.attach(spanning, **settings) as cache:
-        assert not isinstance(cache._backend, PerDeviceBackend)
+        assert not isinstance(cache._engine.memory.backend, PerDeviceBackend)
 
 
 def test_a_model_on_one_device_has_one_backend():
     """The router is only for models that span devices."""
     with dora_cache.attach(Owner(), backend="lru", max_bytes=SIZE) as cache:
-        assert type(cache._backend) is backends.LRUBackend
+        assert type(cache._engine.memory.backend) is backends.LRUBackend
 
 
 def test_a_device_that_comes_later(spanning):
     """A part that moves to a third device gets a cap there, the one set last."""
     with dora_cache.attach(spanning, backend="lru", max_bytes=4 * SIZE) as cache:
         cache.resize(2 * SIZE)
-        part = cache._memory.part(torch.device("cuda", 7))
+        part = cache._engine.memory.part(torch.device("cuda", 7))
         assert part.limit == 2 * SIZE
         assert cache.stats().max_bytes == 6 * SIZE
 

@@ -527,11 +527,11 @@ def test_events_of_one_adapter_leave_the_others_buffers():
     setup.check()
     setup.activate("second")
     setup.check()
-    stamps = [setup.buffer(name)._stamp for name in ("first", "second")]
+    stamps = [setup.buffer(name)._facts for name in ("first", "second")]
     _step(setup)
     setup.layer.set_scale("first", 3)
-    assert setup.buffer("first")._stamp is not stamps[0]
-    assert setup.buffer("second")._stamp is stamps[1]
+    assert setup.buffer("first")._facts is not stamps[0]
+    assert setup.buffer("second")._facts is stamps[1]
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -557,7 +557,7 @@ def test_what_comes_while_a_buffer_is_filled_wins(monkeypatch, counted):
                 weight.mul_(2)
             return
         weight.data.mul_(2)
-        with setup.cache._locked():
+        with setup.cache._engine.locked():
             buffer.void()
 
     monkeypatch.setattr(buffer, "_derive", slowly)
@@ -1057,7 +1057,7 @@ def test_deleting_an_adapter_that_compiled_code_has_used_warns_of_nothing(active
         setup.check()
     bytes_of_both = setup.cache.stats().nbytes
     assert warned(lambda: quietly_delete(setup.model, "first")) == []
-    (buffers,) = [one.buffers for one in setup.cache._bindings.values() if one.buffers]
+    (buffers,) = [one.buffers for one in setup.cache._engine.bindings.values() if one.buffers]
     assert list(buffers) == ["second"]
     assert setup.cache.stats().nbytes < bytes_of_both
     assert warned(setup.cache.refresh) == []
@@ -1090,7 +1090,7 @@ def test_an_adapter_made_again_under_a_deleted_ones_name_warns_of_nothing(use_do
     if use_dora:
         assert setup.buffer().values is not None
     else:
-        assert not setup.cache.buffers("first")
+        assert not setup.cache._engine.buffers("first")
 
 
 def test_an_adapter_taken_out_by_hand_frees_its_buffer():

@@ -16,9 +16,8 @@ from torch import nn
 from zoo import dora_model, run, sample
 
 import dora_cache
-from dora_cache import backends
+from dora_cache import backends, facts
 from dora_cache.decorator import MARK, SLOT
-from dora_cache.stamps import Stamp
 
 COPY = {
     "copy": copy.copy,
@@ -191,7 +190,6 @@ def test_a_copied_cache_is_detached_and_cold(how):
             lambda: other.pin("first"),
             lambda: other.unpin("first"),
             lambda: other.resize("2MiB"),
-            lambda: other.bind(model),
         ):
             with pytest.raises(dora_cache.DetachedError, match=r"a detached copy.*attach"):
                 use()
@@ -228,7 +226,7 @@ def test_config_stats_and_report_are_copied(how):
             cache.warm()
             run(model, sample("linear"))
             with pytest.warns(dora_cache.CacheWarning, match="OFT"):
-                cache.decline("OFT", "layer", "for this test")
+                cache._engine.decline("OFT", "layer", "for this test")
             config, stats, report = cache.config, cache.stats(), cache.report()
     finally:
         del backends.registry._registered["with options"]
@@ -270,7 +268,8 @@ def test_what_stands_for_memory_cannot_be_copied():
         from dora_cache.backends.per_device import PerDeviceBackend
         from dora_cache.decorator import SLOT
         from dora_cache.recipes.substitutes import Gate
-        from dora_cache.store import Flight
+        from dora_cache.cells import Pending
+        from dora_cache.facts import read
 
         class Own:
             max_bytes = None
@@ -303,25 +302,25 @@ def test_what_stands_for_memory_cannot_be_copied():
             for _ in range(3):
                 expected = service(x)
             cache = service.cache
-            backend, (record,) = cache._backend, cache._records.values()
+            engine = cache._engine
+            backend, (cell,) = engine.memory.backend, engine.cells
             (key,) = backend.keys()
-            entry, stamp = backend.get(key), record.stamp
-            for one in (backend, entry, stamp, stamp._held[0], record.usage, cache._memory,
-                        cache._memory.parts[0], backends.Ledger()):
+            entry, facts = backend.get(key), cell.facts
+            for one in (backend, entry, facts, facts._held[0], cell, engine, engine.cells,
+                        engine.memory, engine.memory.parts[0], backends.Ledger()):
                 refuses(one)
             layer = service.model.base_model.model.layer
             binding = layer.__dict__[SLOT]
             for shortcut in binding.shortcuts.values():
                 refuses(shortcut)
-            refuses(Flight(record.derivation, record.binding(), None, stamp))
-            refuses(record, copy.deepcopy)
+            refuses(Pending(cell, read([x]), None, 1))
             refuses(layer.lora_variant["first"].buffer)
             refuses([{"entries": (entry,)}], copy.deepcopy, pickle.dumps)
             refuses(entry, dataclasses.asdict, dataclasses.astuple)
             for one in (binding, layer.__dict__["_dora_cache_observer"]):
                 assert copy.copy(one) is copy.deepcopy(one) is None
             again = dataclasses.replace(entry, cost=2.0)
-            assert again.stamp is stamp and again.intact
+            assert again.stamp is facts and again.intact
             gc.collect()
             assert torch.equal(service(x), expected)
             services.append(service)
@@ -339,7 +338,7 @@ def test_what_stands_for_memory_cannot_be_copied():
         copy.deepcopy(service)
         for service in services:
             service.cache.detach()
-        del services, service, cache, backend, record, entry, again, stamp, one, own
+        del services, service, cache, engine, backend, cell, entry, again, facts, one, own
         gc.collect()
         """
     )
@@ -350,20 +349,20 @@ def test_a_stamp_counts_its_storage_once():
     survives(
         """
         import contextlib, copy, gc, pickle, torch
-        from dora_cache.stamps import Stamp
+        from dora_cache.facts import Facts, read
 
         tensor = torch.zeros(1000)
-        stamp = Stamp("key", b"", [tensor, [tensor]], 1)
+        facts = Facts(read([tensor, [tensor]]))
         for how in (copy.copy, copy.deepcopy, pickle.dumps):
-            for one in (stamp, stamp._held[0]):
+            for one in (facts, facts._held[0]):
                 for _ in range(20):
                     with contextlib.suppress(TypeError):
                         how(one)
             gc.collect()
-        assert not stamp.expired
+        assert not facts.expired
         del tensor
-        assert stamp.expired
-        del stamp
+        assert facts.expired
+        del facts
         gc.collect()
         """
     )
@@ -375,7 +374,7 @@ def test_the_message_of_a_refusal_says_what_to_do():
     for one, hint in (
         (entry, r"Entry .*entry\.value"),
         (backends.LRUBackend(64), "LRUBackend .*make a new backend"),
-        (Stamp("key", b"", [], 1), "Stamp .*copy the model, and attach to the copy"),
+        (facts.Facts(facts.read([])), "Facts .*copy the model, and attach to the copy"),
     ):
         with pytest.raises(TypeError, match=hint):
             copy.deepcopy(one)

@@ -182,7 +182,7 @@ def test_copies_ahead_are_whole():
 
     with dora_cache.attach(owner, backend="cpu", device_bytes="33MiB") as cache:
         serve(20)  # alone: the order is always the same
-        backend = cache._backend
+        backend = cache._engine.memory.backend
         assert backend.prefetched > 0.9 * backend.fetches > 20
         threads = [threading.Thread(target=serve, args=(60,)) for _ in range(4)]
         for thread in threads:

@@ -576,7 +576,9 @@ def test_a_dependency_may_be_listed_twice_and_beside_shapes():
     with dora_cache.attach(module) as cache:
         for _ in range(3):
             module.total()
-        shortcuts = [s for binding in cache._bindings.values() for s in binding.shortcuts.values()]
+        shortcuts = [
+            s for binding in cache._engine.bindings.values() for s in binding.shortcuts.values()
+        ]
         assert len(shortcuts) == 1
         for change in (
             lambda: module.one.add_(1),

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 import dora_cache
-from dora_cache import CacheWarning, ConfigError, backends, cached, lookup, stamps, store
+from dora_cache import CacheWarning, ConfigError, ambient, backends, cached
+from dora_cache.cells import Pending
+from dora_cache.facts import read
 
 
 class Layer(nn.Module):
@@ -102,13 +104,13 @@ def test_the_innermost_default_device_decides():
 
 def test_the_current_cuda_device_is_part_of_the_key(monkeypatch):
     """The device "cuda" without a number is another one after ``torch.cuda.set_device``."""
-    monkeypatch.setattr(torch.cuda, "_initialized", True)
-    monkeypatch.setattr(stamps, "_HAS_CUDA", True)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    before = stamps.environment()
-    assert stamps.environment() == before
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
-    assert stamps.environment() != before
+    monkeypatch.setattr(ambient, "_cuda_is_used", lambda: True)
+    monkeypatch.setattr(ambient, "_HAS_CUDA", True)
+    monkeypatch.setattr(ambient, "_cuda_device", lambda: 0)
+    before = ambient.environment()
+    assert ambient.environment() == before
+    monkeypatch.setattr(ambient, "_cuda_device", lambda: 1)
+    assert ambient.environment() != before
 
 
 def test_a_default_dtype_that_changes_meanwhile_is_noticed():
@@ -447,24 +449,21 @@ def test_a_value_of_dora_that_was_changed_is_derived_anew(write):
     layer = Derived()
     with dora_cache.attach(layer) as cache:
         layer.one(), layer.one(), layer.one()
-        (binding,) = cache._bindings.values()
+        (binding,) = cache._engine.bindings.values()
         (shortcut,) = binding.shortcuts.values()
-        assert cache.recall(shortcut, [layer.weight]) is not None
+        assert cache._engine.recall(shortcut, [layer.weight]) is not None
         WRITES[write](layer.one())
-        assert cache.recall(shortcut, [layer.weight]) is None
+        assert cache._engine.recall(shortcut, [layer.weight]) is None
 
 
 def test_who_waited_for_a_value_looks_at_it():
     """A value whose first caller has changed it is not handed to those who waited for it."""
-    stamp = stamps.Stamp("key", b"", [], 1)
-    flight = store.Flight(
-        cached("value")(lambda: None).__dora_cache_derivation__, None, None, stamp
-    )
-    flight.entry = backends.Entry(torch.ones(3), stamp)
-    flight.done.set()
-    assert lookup._awaited(flight) is flight.entry
-    flight.entry.value.requires_grad_()
-    assert lookup._awaited(flight) is None
+    pending = Pending(None, read([]), None, 1)
+    pending.entry = backends.Entry(torch.ones(3), pending.facts)
+    pending.done.set()
+    assert pending.wait() is pending.entry
+    pending.entry.value.requires_grad_()
+    assert pending.wait() is None
 
 
 @pytest.mark.parametrize("write", WRITES)

@@ -115,7 +115,7 @@ def test_layers_that_go_leave_nothing():
     assert [layer() for layer in layers] == [None, None]
     assert cache.stats().entries == 0
     assert cache.report().rows == ()
-    assert not cache._usages.values()
+    assert not list(cache._engine.cells)
     cache.detach()
 
 
@@ -139,7 +139,7 @@ def test_an_adapter_deleted_while_its_value_is_derived_is_not_stored():
     owner = Rotation().eval()
     with dora_cache.attach(owner) as cache, torch.no_grad():
         binding = owner.__dict__["_dora_cache_binding"]
-        owner.during = lambda: cache.adapter_deleted(binding, "a")
+        owner.during = lambda: cache._engine.adapter_deleted(binding, "a")
         owner.rotation("a")
         assert cache.stats().entries == 0
         owner.during = lambda: None
@@ -154,7 +154,7 @@ def test_the_counters_take_no_longer_for_adapters_that_are_gone():
     with dora_cache.attach(model) as cache, torch.no_grad():
         for index in range(cycles()):
             serve(model, f"a{index}", config)
-        assert len(cache._usages.values()) == 2
+        assert len(list(cache._engine.cells)) == 2
 
 
 def measure(count):

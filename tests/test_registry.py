@@ -251,7 +251,7 @@ USE = """
     with dora_cache.attach(owner, config) as cache:
         owner.value(), owner.value()
         stats = cache.stats()
-        kind = type(cache._backend).__name__, cache._backend.flavour
+        kind = type(cache._engine.memory.backend).__name__, cache._engine.memory.backend.flavour
     try:
         CacheConfig(backend="acme-broken")
     except dora_cache.BackendError as error:

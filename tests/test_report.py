@@ -12,7 +12,7 @@ from test_capped import SIZE, Owner
 from zoo import activate, dora_model, run, sample
 
 import dora_cache
-from dora_cache import usage as usages
+from dora_cache import cells
 from dora_cache.report import Declined
 
 
@@ -46,10 +46,10 @@ def test_rows_are_by_kind_and_adapter():
 
 def test_time_saved_is_hits_times_the_cost_of_deriving(monkeypatch):
     """Each hit saves what a derivation of the same key has taken on average."""
-    from dora_cache import lookup
+    from dora_cache import derive
 
     ticks = itertools.count()
-    monkeypatch.setattr(lookup.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(derive.time, "perf_counter", lambda: float(next(ticks)))
     owner = Owner()
     with dora_cache.attach(owner) as cache:
         for name, times in (("a", 5), ("b", 2)):
@@ -80,10 +80,10 @@ def test_the_working_set_is_what_has_been_seen_and_holds():
 
 def test_the_curve_keeps_what_saves_most_per_byte(monkeypatch):
     """At every cap listed, no other fixed set of the values seen would have saved more."""
-    from dora_cache import lookup
+    from dora_cache import derive
 
     ticks = itertools.count()
-    monkeypatch.setattr(lookup.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(derive.time, "perf_counter", lambda: float(next(ticks)))
     owner = Owner("abcd")
     with dora_cache.attach(owner) as cache:
         for name, times in (("a", 2), ("b", 9), ("c", 1), ("d", 4)):
@@ -114,7 +114,9 @@ def test_the_report_shows_itself():
             owner.value("b")
         cache.pin("b")
         with pytest.warns(dora_cache.CacheWarning):
-            cache.decline("OFT", "model.layer.3", "constrained OFT writes its weight", adapter="b")
+            cache._engine.decline(
+                "OFT", "model.layer.3", "constrained OFT writes its weight", adapter="b"
+            )
         report = cache.report()
     text = str(report)
     console = Console(width=110, file=io.StringIO())
@@ -143,9 +145,9 @@ def test_what_is_declined_is_listed_once_and_told_once_per_reason():
         with dora_cache.attach(Owner()) as cache:
             for _ in range(2):
                 for where in ("layer.0", "layer.1"):
-                    cache.decline("OFT", where, "no reason")
-            cache.decline("OFT", "layer.0", "another reason")
-            cache.decline("LoHa", "layer.0", "no reason", adapter="a")
+                    cache._engine.decline("OFT", where, "no reason")
+            cache._engine.decline("OFT", "layer.0", "another reason")
+            cache._engine.decline("LoHa", "layer.0", "no reason", adapter="a")
             declined = cache.declined
     assert declined == [
         Declined("OFT", None, "layer.0", "no reason"),
@@ -168,7 +170,11 @@ def test_declining_from_many_threads():
 
     with dora_cache.attach(Owner()) as cache, ThreadPoolExecutor(8) as pool:
         with pytest.warns(dora_cache.CacheWarning):
-            list(pool.map(lambda i: cache.decline("OFT", f"layer.{i % 20}", "so"), range(400)))
+            list(
+                pool.map(
+                    lambda i: cache._engine.decline("OFT", f"layer.{i % 20}", "so"), range(400)
+                )
+            )
         assert sorted(one.where for one in cache.declined) == sorted(
             f"layer.{i}" for i in range(20)
         )
@@ -206,18 +212,22 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
 
 def test_sums_outlive_the_keys(monkeypatch):
     """Of keys held no more only so many are remembered, and no count is lost with them."""
-    monkeypatch.setattr(usages, "_REMEMBERED", 8)
+    monkeypatch.setattr(cells, "_REMEMBERED", 8)
     owner = Owner()
     with dora_cache.attach(owner, backend="lru", max_bytes=2 * SIZE) as cache:
         for place in range(500):
             for _ in range(3):
                 owner.value("a", place)
-        assert len(cache._usages.values()) < 200
+        assert len(cache._engine.cells) < 200
         (row,) = cache.report().rows
         assert (row.hits, row.misses, row.entries) == (1000, 500, 2)
         stats = cache.stats()
         assert (stats.hits, stats.misses) == (1000, 500)
-        assert cache.counts(type(owner).value.__dora_cache_derivation__) == (1000, 500, 2)
+        assert cache._engine.derivation_counts(type(owner).value.__dora_cache_derivation__) == (
+            1000,
+            500,
+            2,
+        )
 
 
 def test_hits_by_the_short_way_are_counted_by_key():

@@ -121,7 +121,7 @@ INVALIDATIONS = {
     "invalidate(adapter)": lambda slow, cache: cache.invalidate(adapter="a"),
     "invalidate(module)": lambda slow, cache: cache.invalidate(module=slow),
     "cache_clear": lambda slow, cache: Slow.value.cache_clear(),
-    "touched": lambda slow, cache: cache.touched([slow.weight["a"]]),
+    "touched": lambda slow, cache: cache._engine.touched([slow.weight["a"]]),
     "in place": lambda slow, cache: slow.weight["a"].mul_(3),
     "data": lambda slow, cache: setattr(slow.weight["a"], "data", torch.full((4,), 3.0)),
     "replaced": lambda slow, cache: slow.weight.__setitem__("a", nn.Parameter(torch.zeros(4))),
@@ -322,19 +322,20 @@ def test_destructors_may_call_the_cache():
     expected = run(model, x)
     with dora_cache.attach(model) as cache:
         inside = []
-        discard = cache._discard
+        engine = cache._engine
+        discard = engine._discard
 
-        def collecting(key, why="invalidations"):
+        def collecting(cell, why="invalidations"):
             Nosy(cache, model)
             gc.collect()
-            inside.append(key)
-            return discard(key, why)
+            inside.append(cell)
+            return discard(cell, why)
 
-        cache._discard = collecting
+        engine._discard = collecting
         for _ in range(5):
             assert torch.equal(run(model, x), expected)
             cache.invalidate()
-        del cache._discard
+        del engine._discard
         assert inside
         stats = cache.stats()
         gone = stats.evictions + stats.invalidations + stats.replacements

@@ -72,7 +72,7 @@ def measure_audit(
         for one in (audited, plain):
             for _ in range(_WARM_UP):
                 logits(one, input_ids)
-        clock = _Clock(cache._auditor)
+        clock = _Clock(cache._engine.auditor)
         with_audit: list[float] = []
         ratios: list[float] = []
         for turn in range(rounds):

@@ -216,7 +216,7 @@ def _time(
 
 
 def _copied(cache: AdapterCache) -> tuple[Any, ...]:
-    backend = cache._backend
+    backend = cache._engine.memory.backend
     if isinstance(backend, CPUBackend):
         return backend.fetches, backend.prefetched, backend.copying
     return 0, 0, 0.0

@@ -186,7 +186,7 @@ def _measure(
                     )
             for numerics, cache in caches.items():
                 found.held[numerics] = cache.stats().nbytes
-                names = {record.derivation.name for record in cache._records.values()}
+                names = {cell.kind for cell in cache._engine.cells.held()}
                 found.stores[numerics] = sorted(names)
         finally:
             for cache in caches.values():

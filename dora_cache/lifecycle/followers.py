@@ -13,7 +13,7 @@ from dora_cache.copying import Uncopyable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["Followers", "wrap"]
 
@@ -29,10 +29,10 @@ class Followers(Uncopyable):
     def __init__(self, begin: Callable[[ExitStack], object]) -> None:
         self._begin = begin
         self._lock = threading.Lock()
-        self._caches: weakref.WeakSet[AdapterCache] = weakref.WeakSet()
+        self._caches: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._undo: ExitStack | None = None
 
-    def add(self, cache: AdapterCache) -> None:
+    def add(self, cache: Engine) -> None:
         """Have a cache follow until it detaches."""
         with self._lock:
             self._caches.add(cache)
@@ -48,7 +48,7 @@ class Followers(Uncopyable):
             if self._undo is not None:
                 self._begin(self._undo)
 
-    def _remove(self, cache: AdapterCache | None) -> None:
+    def _remove(self, cache: Engine | None) -> None:
         with self._lock:
             if cache is not None:
                 self._caches.discard(cache)
@@ -56,7 +56,7 @@ class Followers(Uncopyable):
                 self._undo.close()
                 self._undo = None
 
-    def __iter__(self) -> Iterator[AdapterCache]:
+    def __iter__(self) -> Iterator[Engine]:
         """Return an iterator over the caches that follow now."""
         return iter(list(self._caches))
 

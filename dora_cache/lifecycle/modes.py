@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import ExitStack
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["follow_modes"]
 
 _here = threading.local()
 
 
-def follow_modes(cache: AdapterCache) -> None:
+def follow_modes(cache: Engine) -> None:
     """Void values derived from weights of modules that stop training, until the cache detaches.
 
     PyTorch offers no hook, so while any cache is attached ``nn.Module.train`` is wrapped, which

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["follow_optimizers"]
 
 _stepping: dict[tuple[int, int], list[Tensor]] = {}
 
 
-def follow_optimizers(cache: AdapterCache) -> None:
+def follow_optimizers(cache: Engine) -> None:
     """Void values derived from whatever PyTorch steps or averages, until the cache detaches."""
     _followers.add(cache)
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dora_cache.facts import mark_refilled
 from dora_cache.lifecycle.followers import Followers
-from dora_cache.stamps import mark_refilled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import ExitStack
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["follow_refills"]
 
@@ -29,7 +29,7 @@ _resize: Callable[..., Any] = torch.UntypedStorage.resize_
 _exit: Callable[..., Any] = _Preserving.__exit__
 
 
-def follow_refills(cache: AdapterCache) -> None:
+def follow_refills(cache: Engine) -> None:
     """Cache nothing that is derived from refilled storages, until the cache detaches."""
     _followers.add(cache)
 

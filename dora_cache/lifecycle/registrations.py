@@ -19,12 +19,12 @@ from dora_cache.lifecycle.followers import Followers
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["follow_registrations"]
 
 
-def follow_registrations(cache: AdapterCache) -> None:
+def follow_registrations(cache: Engine) -> None:
     """Store nothing that was derived while a dependency was replaced, until the cache detaches."""
     _followers.add(cache)
 

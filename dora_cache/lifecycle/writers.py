@@ -18,7 +18,7 @@ from dora_cache.lifecycle.followers import Followers, wrap
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["WRITERS", "Writer", "follow_writers", "look_again"]
 
@@ -106,7 +106,7 @@ WRITERS = (
 _waiting = list(WRITERS)  # for their modules to be imported
 
 
-def follow_writers(cache: AdapterCache) -> None:
+def follow_writers(cache: Engine) -> None:
     """Void what is derived from weights that the functions in the table write, until detaching."""
     _followers.add(cache)
 

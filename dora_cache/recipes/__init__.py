@@ -17,7 +17,7 @@ from dora_cache.errors import ConfigError, warn_once
 if TYPE_CHECKING:
     from torch import nn
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
     from dora_cache.recipes.peft_layers import Recipe
 
 __all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
@@ -79,7 +79,7 @@ def register_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def load_recipes(cache: AdapterCache | None = None) -> list[Recipe]:
+def load_recipes(cache: Engine | None = None) -> list[Recipe]:
     """Return every recipe there is: registered ones, installed ones, built-in ones.
 
     Of several by one name the first in this order counts.
@@ -104,7 +104,7 @@ def load_recipes(cache: AdapterCache | None = None) -> list[Recipe]:
     return list(found.values())
 
 
-def _load(found: dict[str, Recipe], name: str, load: Any, cache: AdapterCache | None) -> None:
+def _load(found: dict[str, Recipe], name: str, load: Any, cache: Engine | None) -> None:
     if name in found:
         return
     try:
@@ -129,7 +129,7 @@ def _check(recipe: Any) -> None:
             raise ConfigError(msg)
 
 
-def apply_recipes(cache: AdapterCache, model: nn.Module) -> int:
+def apply_recipes(cache: Engine, model: nn.Module) -> int:
     """Cache every PEFT layer in a model that there is a recipe for.
 
     Adapters and layers that PEFT adds to the model later are cached as well. A recipe that was
@@ -193,6 +193,6 @@ class _Other:
     def applies(self, layer: nn.Module) -> bool:  # noqa: ARG002
         return True
 
-    def apply(self, cache: AdapterCache, layer: nn.Module) -> bool:  # noqa: ARG002
+    def apply(self, cache: Engine, layer: nn.Module) -> bool:  # noqa: ARG002
         applied: bool = self._apply(layer)
         return applied

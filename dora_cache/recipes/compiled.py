@@ -25,20 +25,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dora_cache.ambient import environment, untraceable
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.copying import Uncopyable
-from dora_cache.stamps import Stamp, UncheckableError, environment, sign, untraceable
+from dora_cache.facts import Facts, UncheckableError, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dora_cache.binding import Binding
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["Buffer", "prepare"]
 
-_caches: weakref.WeakValueDictionary[str, AdapterCache] = weakref.WeakValueDictionary()
-_prepared: weakref.WeakKeyDictionary[AdapterCache, dict[str, weakref.ref[Any]]] = (
+_caches: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
+_prepared: weakref.WeakKeyDictionary[Engine, dict[str, weakref.ref[Any]]] = (
     weakref.WeakKeyDictionary()
 )
 _ATTEMPTS = 3
@@ -88,7 +89,8 @@ class Buffer(Uncopyable):
         self._derive = derive
         self._parameters = parameters
         self._tensors: tuple[Tensor, ...] = ()
-        self._stamp: Stamp | None = None
+        self._facts: Facts | None = None
+        self._surroundings: object = None
         self._surprises = 0
         self._filling = threading.RLock()
         self._busy = False
@@ -113,11 +115,11 @@ class Buffer(Uncopyable):
         self.wanted = False
         self.nbytes = 0
         self._tensors = ()
-        self._stamp = None
+        self._facts = None
 
     def derived_from(self, storages: set[int]) -> bool:
         """Whether one of these storages holds something that the values were derived from."""
-        return self._stamp is not None and not storages.isdisjoint(self._stamp.storages)
+        return self._facts is not None and not storages.isdisjoint(self._facts.storages)
 
     def prepare(self) -> None:
         """Fill it, and keep it filled if that works.
@@ -182,21 +184,20 @@ class Buffer(Uncopyable):
             torch.no_grad(),
             torch.autocast(owner_device(owner), enabled=False),
         ):
-            dependencies = self._dependencies(owner)
-            signature, _ = sign(dependencies)
-            surroundings = environment()
-            stamp = self._stamp
+            reading = read(self._dependencies(owner))
+            surroundings = environment(), reading.plain
             if (
                 not voided
                 and self.values is not None
-                and stamp is not None
-                and stamp.signature == signature
-                and stamp.key == surroundings
+                and self._facts is not None
+                and self._facts.rows == reading.rows
+                and self._surroundings == surroundings
             ):
                 return False
-            self._stamp = Stamp(surroundings, signature, dependencies, 0)
+            self._facts, self._surroundings = Facts(reading), surroundings
             derived, parameters = self._derive(owner), self._parameters(owner)
-            if sign(self._dependencies(owner))[0] != signature:
+            after = read(self._dependencies(owner))
+            if after.rows != reading.rows or after.plain != reading.plain:
                 return None
             if _alike(self._tensors, derived):
                 for tensor, value in zip(self._tensors, derived, strict=True):

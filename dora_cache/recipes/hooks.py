@@ -26,15 +26,15 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
 from dora_cache.errors import ConfigError
+from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.peft_layers import follow_layer, why_uncached
-from dora_cache.stamps import UncheckableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
     from dora_cache.recipes.examples import Example
 
 __all__ = [
@@ -290,7 +290,7 @@ class LayerRecipe:
         """Whether the layer is of one of the classes."""
         return isinstance(layer, tuple(self.hooks))
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+    def apply(self, cache: Engine, layer: Any) -> bool:
         """Put the hooks in place, unless the layer's class has other methods than PEFT's."""
         plain = plain_class(type(layer))
         known = next(one for one in self.hooks if isinstance(layer, one))

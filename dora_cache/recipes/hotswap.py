@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["follow_hotswap"]
 
 
-def follow_hotswap(cache: AdapterCache) -> None:
+def follow_hotswap(cache: Engine) -> None:
     """Void a model's values when PEFT swaps an adapter in place, until the cache detaches.
 
     All adapters' values go: PEFT finds an adapter's weights by its name as a part of their names,
@@ -72,6 +72,6 @@ def _swapping(lora_module: nn.Module, *_: Any, **__: Any) -> None:
         follower.suspect()  # the weights are written after this
 
 
-def _cache_of(module: nn.Module) -> AdapterCache | None:
+def _cache_of(module: nn.Module) -> Engine | None:
     binding = vars(module).get(SLOT)
     return None if binding is None else binding.cache

@@ -42,7 +42,7 @@ from dora_cache.recipes.substitutes import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["RECIPE"]
 
@@ -212,7 +212,7 @@ class _LoraAttention:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, MultiheadAttention)
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+    def apply(self, cache: Engine, layer: Any) -> bool:
         reason = _reason(layer)
         if reason:
             plain = plain_class(type(layer))

@@ -35,7 +35,7 @@ from dora_cache.recipes.substitutes import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["RECIPE"]
 
@@ -145,7 +145,7 @@ class _LoraParameters:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, ParamWrapper)
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+    def apply(self, cache: Engine, layer: Any) -> bool:
         base = base_layer(layer)
         reason = _reason(layer, base)
         if reason:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["follow_merges"]
 
 _METHODS = ("merge_adapter", "unmerge_adapter", "merge_and_unload")
 
 
-def follow_merges(cache: AdapterCache) -> None:
+def follow_merges(cache: Engine) -> None:
     """Void what is derived from a base weight that PEFT writes in place, until detaching.
 
     PEFT offers no hook, so while any cache is attached three methods of its ``BaseTuner`` are

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["RECIPE"]
 
@@ -166,7 +166,7 @@ class _OFT:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, OFTLayer)
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+    def apply(self, cache: Engine, layer: Any) -> bool:
         rotations = [
             (adapter, rotation)
             for attribute in layer.adapter_layer_names

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from dora_cache.ambient import untraceable
 from dora_cache.decorator import SLOT, cached
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe
 from dora_cache.reasons import Reason
-from dora_cache.stamps import untraceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     from dora_cache.binding import Binding, Warmers
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = [
     "Recipe",
@@ -48,7 +48,7 @@ class Recipe(Protocol):
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is of the kind."""
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+    def apply(self, cache: Engine, layer: Any) -> bool:
         """Cache what can be cached in a layer that :meth:`applies`, adapters added since included.
 
         Called on attach, and again whenever an adapter is added to the layer.
@@ -118,7 +118,7 @@ def weights_of(base: nn.Module) -> Sequence[Any]:
 
 
 def follow_layer(
-    cache: AdapterCache,
+    cache: Engine,
     layer: BaseTunerLayer,
     recipe: Recipe,
     overrides: dict[str, Callable[..., Any]] | None = None,
@@ -177,7 +177,7 @@ def follow_layer(
 
 
 def follow_part(
-    cache: AdapterCache,
+    cache: Engine,
     parent: Binding,
     part: nn.Module,
     adapter: str,
@@ -195,7 +195,7 @@ def follow_part(
     binding.undo.callback(observe(part, observer, overrides))
 
 
-def follow_tuner(cache: AdapterCache, tuner: BaseTuner, rescan: Callable[[], object]) -> None:
+def follow_tuner(cache: Engine, tuner: BaseTuner, rescan: Callable[[], object]) -> None:
     """Call ``rescan`` whenever a tuner has put adapters into the model.
 
     A no-op if the cache follows it already, as part of another model.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from dora_cache.binding import Binding
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["RECIPE"]
 
@@ -138,7 +138,7 @@ class _Prompts:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, PeftModel) and "prompt_encoder" in layer._modules
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+    def apply(self, cache: Engine, layer: Any) -> bool:
         encoders = [
             (adapter, encoder)
             for adapter, encoder in layer.prompt_encoder.items()
@@ -178,11 +178,11 @@ class _Prompts:
         return True
 
 
-def _void(cache: AdapterCache, binding: Binding, _: object) -> None:
+def _void(cache: Engine, binding: Binding, _: object) -> None:
     cache.event(binding)
 
 
-def _revalidate(cache: AdapterCache, binding: Binding, _: object) -> None:
+def _revalidate(cache: Engine, binding: Binding, _: object) -> None:
     cache.revalidate(binding)
 
 

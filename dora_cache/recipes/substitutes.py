@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["Gate", "Plan", "gate_for", "is_plain", "stands_aside", "substituting", "warmers"]
 
@@ -138,7 +138,7 @@ class Gate(Uncopyable):
                 self._swapped.popitem()[1][1]()
 
 
-def gate_for(cache: AdapterCache, base: nn.Module) -> Gate:
+def gate_for(cache: Engine, base: nn.Module) -> Gate:
     """Return the gate of a base module, for as long as the cache is attached."""
     gate = _gates.get(base)
     if gate is None or gate._closed:

@@ -411,7 +411,8 @@ def check_memory(pair: _Pair) -> None:
     with pair.attached() as cache:
         pair.run()
         pair.run()
-        tensors = [t for key in cache._backend.keys() for t in _entry(cache, key).tensors]  # noqa: SIM118
+        keys = list(cache._engine.memory.backend.keys())
+        tensors = [tensor for key in keys for tensor in _entry(cache, key).tensors]
         assert cache.stats().nbytes == storage_bytes(tensors)
         assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
         owned = {
@@ -630,7 +631,7 @@ def _random(model: Any, x: Any) -> bool:
 
 
 def _entry(cache: Any, key: Any) -> Any:
-    return cache._backend.get(key)
+    return cache._engine.memory.backend.get(key)
 
 
 def _snapshot(model: Any) -> dict[str, Any]:

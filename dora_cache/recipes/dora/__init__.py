@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.cache import AdapterCache
+    from dora_cache.engine import Engine
 
 __all__ = ["RECIPE"]
 
@@ -68,7 +68,7 @@ class _Dora:
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, LoraLayer)
 
-    def apply(self, cache: AdapterCache, layer: Any) -> bool:
+    def apply(self, cache: Engine, layer: Any) -> bool:
         known = {
             adapter: variant
             for adapter, variant in layer.lora_variant.items()

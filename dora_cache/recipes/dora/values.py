@@ -153,7 +153,7 @@ def at_hand(layer: Any, derived: Any, adapter: str, dtype: torch.dtype | None = 
         return None
     call = (derived.number, adapter) if dtype is None else (derived.number, adapter, dtype)
     shortcut = binding.shortcuts.get(call)
-    if shortcut is None or binding._owner() is not layer:
+    if shortcut is None or binding.reference() is not layer:
         return None
     try:
         base = layer._modules["base_layer"]._parameters

@@ -18,6 +18,7 @@ from peft.tuners.lora.variants import (
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from dora_cache.ambient import functorch_stack
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import reduce_as_plain
 from dora_cache.reasons import Reason
@@ -32,7 +33,6 @@ from dora_cache.recipes.dora.values import (
     same,
     wants_gradient,
 )
-from dora_cache.stamps import functorch_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable

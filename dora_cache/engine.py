@@ -1,0 +1,1338 @@
+"""The engine of a cache: answers calls, stores what they derive, and forgets in time."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+import weakref
+from collections import Counter, deque
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor, nn
+
+from dora_cache.ambient import environment, untraceable
+from dora_cache.audit import EVERY, Auditor
+from dora_cache.backends import Declining
+from dora_cache.backends.storage import storage_id
+from dora_cache.binding import Binding, next_token
+from dora_cache.cells import VARIANTS, Cells, Pending
+from dora_cache.contents import Contents
+from dora_cache.copying import Uncopyable
+from dora_cache.decorator import SLOT
+from dora_cache.dependencies import Listed, listed, made_anew
+from dora_cache.derive import derive, timed
+from dora_cache.errors import AlreadyAttachedError, CacheWarning, ConfigError, DetachedError
+from dora_cache.explain import UNSETTLED, why_unsettled, why_unused
+from dora_cache.facts import UncheckableError, make_shortcut, read
+from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError, concerns, freeze, own_state
+from dora_cache.memory import Memory
+from dora_cache.reasons import Reason
+from dora_cache.report import Declined
+from dora_cache.results import described
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+
+    from dora_cache.backends import Backend, Entry, Value
+    from dora_cache.binding import Buffer
+    from dora_cache.cells import Cell, Family, Key
+    from dora_cache.config import CacheConfig
+    from dora_cache.decorator import Derivation
+    from dora_cache.facts import Reading, Shortcut
+    from dora_cache.keys import Adapters
+
+__all__ = ["Engine", "NotCachedError", "bypassed_here", "exclusive", "warming_here"]
+
+bypassed_here: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
+warming_here: ContextVar[bool] = ContextVar("dora_cache_warming", default=False)
+_AUDITED = EVERY - 1
+_SPELLINGS = 4096  # calls whose keys each binding remembers
+_WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
+_LONGEST_REST = 128  # calls that go past before the next attempt
+
+P = ParamSpec("P")
+
+
+class _Call(NamedTuple):
+    """One call, ready to be looked up."""
+
+    key: Key
+    adapter: Adapters
+    reading: Reading
+    contents: Contents | None
+    listed: Listed | None
+    dependencies: list[object]
+    spelled: Hashable
+
+
+class NotCachedError(Exception):
+    """Raised within ``warm()``, where a value that cannot be stored is not derived.
+
+    Args:
+        name: of the derivation.
+        reason: why it cannot be stored.
+    """
+
+    def __init__(self, name: str, reason: Reason) -> None:
+        super().__init__(f"{name} is not cached: {reason.value}")
+        self.name = name
+        self.reason = reason
+
+
+def exclusive(
+    method: Callable[Concatenate[Engine, P], int],
+) -> Callable[Concatenate[Engine, P], int]:
+    """Give a method the lock.
+
+    The garbage collector may run a ``__del__`` that calls the method inside the lock, in the thread
+    that has it. Then it is put off until the lock is released, and returns 0.
+    """
+
+    @wraps(method)
+    def wrapper(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> int:
+        if self.lock._is_owned():
+            self._later.append(partial(wrapper, self, *args, **kwargs))
+            return 0
+        with self.locked():
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Engine(Uncopyable):
+    """What recipes, events and decorated functions call; users hold an :class:`AdapterCache`.
+
+    Every method may be called from any thread; those under "Storing and forgetting" with the lock
+    held.
+
+    Args:
+        config: the settings.
+        devices: where the model is.
+
+    Attributes:
+        token: a number that no other cache has.
+        cells: what is known of each value.
+        memory: the backend, the caps and the pins.
+        bindings: of the owners, by token.
+        counts: events by name, as in ``CacheStats``.
+        reasons: how often calls went past the cache, or values were not kept, and why.
+        declined: what could have been cached and is not.
+        closed: whether the cache is detached.
+    """
+
+    INSTEAD = "it belongs to one model; copy the AdapterCache, which gives a detached one"
+
+    def __init__(self, config: CacheConfig, devices: Sequence[torch.device] = ()) -> None:
+        self.config = config
+        self.token = next_token()
+        self.cells = Cells()
+        self.memory = Memory(config, devices or [torch.device("cpu")], self._forget_key)
+        self.bindings: dict[int, Binding] = {}
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[Reason] = Counter()
+        self.declined: dict[Declined, None] = {}
+        self.closed = False
+        self.compares_contents = config.guard == "content"
+        self.auditor = Auditor() if config.audit and not self.compares_contents else None
+        self._backend: Backend = self.memory.backend
+        # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.
+        self._keeps_everything = getattr(self._backend, "keeps_everything", False) is True
+        self._declining = self._backend if isinstance(self._backend, Declining) else None
+        # Reentrant, because the garbage collector may run anybody's code inside it; what that code
+        # asks for is put off (see exclusive), so that nothing is changed half-way through.
+        self.lock: Any = threading.RLock()
+        self._later: deque[Callable[[], object]] = deque()
+        self._clock = itertools.count(1)
+        self._pending: list[Pending] = []
+        self._warned: set[Hashable] = set()
+        self._warnings: deque[str] = deque()
+        self._undo = ExitStack()
+
+    # Calls
+
+    def lookup(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return the valid stored value of a call, or derive it, once for all threads."""
+        spelled: Hashable = None
+        if not kwargs:
+            # Spelled out here for the common calls, since it runs at every hit.
+            if len(args) == 2 and binding.has_owner and type(args[1]) in PLAIN_KEYS:  # noqa: PLR2004
+                spelled = (derivation.number, args[1])
+            else:
+                spelled = _spelled(derivation, binding, args)
+            if spelled is not None and not bypassed_here.get():
+                shortcut = binding.shortcuts.get(spelled)
+                if shortcut is not None:
+                    owner = binding.reference
+                    try:
+                        if owner is None or (
+                            owner() is args[0] and not getattr(args[0], "training", False)
+                        ):
+                            entry = self.recall(shortcut, derivation.depends_on(*args))  # type: ignore[arg-type, misc]
+                            if entry is not None:
+                                return entry.value
+                    except Exception:  # noqa: BLE001, S110 - the long way deals with it
+                        pass
+        reason = self._bars(binding, args)
+        if reason is None and spelled in binding.resting and self._rests(binding, spelled):
+            reason = Reason.NEVER_REUSED
+        if reason is not None:
+            return self._go_past(reason, derivation, args, kwargs)
+        try:
+            call = self._prepare(derivation, binding, args, kwargs)._replace(spelled=spelled)
+        except UncheckableError as error:
+            return self._go_past(error.reason, derivation, args, kwargs)
+        except UnkeyableError:
+            return self._go_past(Reason.UNKEYABLE, derivation, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
+            result = self._go_past(Reason.DEPENDS_ON_FAILED, derivation, args, kwargs)
+            self.failed(f"depends_on of {derivation.name!r}", error)
+            return result
+        return self._answer(call, derivation, binding, args, kwargs)
+
+    def recall(self, shortcut: Shortcut, dependencies: Sequence[object]) -> Entry | None:
+        """Return what a shortcut leads to, if everything is as it was; else make the call.
+
+        The caller sees to it that this thread does not bypass the cache, and that the shortcut is
+        its owner's own, outside training mode.
+
+        Without the lock where the backend drops nothing of its own accord. That is safe: whatever
+        voids an entry clears its shortcuts before it returns, so a call that comes later finds them
+        empty; and a call that comes at the same time may be taken to have come before.
+
+        Args:
+            shortcut: of an earlier call, from ``binding.shortcuts``.
+            dependencies: what the derivation's ``depends_on`` returns, in its order.
+        """
+        entry = shortcut.entry
+        if entry is None:
+            entry = self._fetch(shortcut)
+            if entry is None:
+                return None
+        try:
+            if not shortcut.check(dependencies, entry, shortcut):
+                return None
+        except Exception:  # noqa: BLE001 - other dependencies than before, or worse: the long way
+            return None
+        if entry.ready is not None:
+            entry.ready.join(entry.tensors)
+        uses = shortcut.count()
+        if uses & _AUDITED == shortcut.phase and not self._audited(
+            shortcut, uses, dependencies, entry
+        ):
+            return None
+        return entry
+
+    def _fetch(self, shortcut: Shortcut) -> Entry | None:
+        """Return the entry of a shortcut from the backend, or None."""
+        facts = shortcut.facts_of
+        # The backend may copy it to the device, and caps are held elsewhere.
+        if self._keeps_everything or facts is None or self.memory.reserved or self.lock._is_owned():
+            return None
+        with self.lock:
+            try:
+                entry = self._backend.get(shortcut.key)
+            except Exception:  # noqa: BLE001 - the long way deals with it
+                return None
+            if entry is None or entry.stamp is not facts or shortcut.facts_of is not facts:
+                return None
+            return entry
+
+    def _audited(
+        self, shortcut: Shortcut, uses: int, dependencies: Sequence[object], entry: Entry
+    ) -> bool:
+        """Audit a use by a shortcut; on a difference, or if it cannot be audited, return False.
+
+        The call then goes the long way. Its hit is taken back.
+        """
+        # Iterators are spent by now, and mappings are listed by the long way alone.
+        plain = type(dependencies) is tuple or type(dependencies) is list
+        cell = self.cells.get(shortcut.key)
+        if plain and cell is not None and self._passes_audit(cell, uses, dependencies, entry):
+            return True
+        with self.lock:
+            if cell is not None:
+                cell.due = not plain
+                cell.add(hit=True, count=-1)
+        return False
+
+    def _passes_audit(
+        self, cell: Cell, uses: int, dependencies: Sequence[object], entry: Entry
+    ) -> bool:
+        """Compare some contents; on a difference drop everything and return False."""
+        audit = cell.audit
+        if audit is None or self.auditor is None:
+            return True
+        try:
+            name = self.auditor.changed(audit, uses, dependencies, entry.tensors)
+        except Exception as error:  # noqa: BLE001 - never an inference failure
+            self.failed("the audit", error)
+            return True
+        if name is None:
+            return True
+        self._drop_uncounted(name)
+        return False
+
+    def _bars(self, binding: Binding, args: tuple[Any, ...]) -> Reason | None:
+        """Return why a call has to go past the cache whatever it asks for, or None."""
+        if self.closed:
+            return Reason.DETACHED
+        if self.bypassing:
+            return Reason.BYPASS
+        if not binding.owned_by(args):
+            return Reason.COPY
+        if binding.in_training(args):
+            return Reason.TRAINING
+        if untraceable():
+            return Reason.TRACED
+        if self.lock._is_owned():  # a __del__ that the garbage collector runs in there
+            return Reason.REENTERED
+        return None
+
+    @staticmethod
+    def _rests(binding: Binding, spelled: Hashable) -> bool:
+        """Whether a call goes past the cache since its values were not used again lately."""
+        left = binding.resting.get(spelled, 0) - 1
+        if left > 0 and not warming_here.get():
+            binding.resting[spelled] = left
+            return True
+        binding.resting.pop(spelled, None)
+        return False
+
+    def _go_past(
+        self, reason: Reason, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        # A depends_on that fails may do so as the function does, which says more.
+        if warming_here.get() and reason is not Reason.DEPENDS_ON_FAILED:
+            raise NotCachedError(derivation.name, reason)
+        with self.lock:
+            self.counts["bypasses"] += 1
+            self.reasons[reason] += 1
+        return derivation.function(*args, **kwargs)
+
+    def _prepare(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> _Call:
+        """Key a call, and read what it depends on.
+
+        Raises:
+            UnkeyableError: an argument cannot be part of a key.
+            UncheckableError: it cannot be told whether the value holds.
+            Exception: whatever ``depends_on`` raises.
+        """
+        frozen, adapter, dependencies = self._bind(derivation, binding, args, kwargs)
+        depends_on, returned = derivation.depends_on, None
+        if depends_on is not None:
+            returned = listed(depends_on(*args, **kwargs))
+            dependencies += returned
+        elif isinstance(binding.owner, nn.Module):
+            dependencies += own_state(binding.owner)
+        reading = read(dependencies)
+        contents = Contents(reading.tensors) if self.compares_contents else None
+        if reading.requires_grad and not derivation.detach and torch.is_grad_enabled():
+            msg = "gradients are wanted through the value"
+            raise UncheckableError(msg, Reason.GRADIENTS)
+        key = (derivation.number, binding.token, frozen, environment(), reading.plain)
+        return _Call(key, adapter, reading, contents, returned, dependencies, None)
+
+    def _bind(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Hashable, Adapters, list[object]]:
+        """Return a call's frozen arguments, its adapter, and the dependencies among the arguments.
+
+        Raises:
+            UnkeyableError: an argument cannot be part of a key, or the arguments are wrong (then
+                the function itself will say so).
+        """
+        first = 1 if binding.has_owner else 0  # after the owner
+        spelled = None if kwargs else _spelled(derivation, binding, args)
+        if spelled is not None:
+            known = binding.spellings.get(spelled)
+            if known is not None:
+                return (*known, [])
+        try:
+            bound = derivation.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UnkeyableError(str(error)) from None
+        index = derivation.adapter_index
+        adapter = binding.adapter if index is None else bound[index]
+        if type(adapter) is tuple and len(adapter) == 1:
+            adapter = adapter[0]  # a value for several adapters, of which there is one
+        dependencies: list[object] = []
+        frozen = tuple([freeze(value, dependencies) for value in bound[first:]])
+        plain = all(type(value) in PLAIN_KEYS for value in bound[first:])  # defaults as well
+        if spelled is not None and plain and len(binding.spellings) < _SPELLINGS:
+            binding.spellings[spelled] = (frozen, adapter)
+        return frozen, adapter, dependencies
+
+    def _answer(
+        self,
+        call: _Call,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return the stored value of a prepared call, wait for another thread's, or derive it."""
+        offers = audited = True
+        while True:
+            pending, join, declined = None, False, False
+            with self.lock:
+                cell = self.cells.of(call.key, derivation, call.adapter, binding)
+                entry = self._valid(cell, call, binding)
+                if entry is not None:
+                    if call.spelled is not None:
+                        self._shorten(derivation, binding, call, cell, entry)
+                    cell.family.wasted = cell.family.rest = 0
+                else:
+                    pending = next((p for p in cell.pending if self._joins(p, call, binding)), None)
+                    join = pending is not None
+                    declined = pending is None and offers and self._declines(call, cell, binding)
+                    if pending is None and not declined:
+                        pending = self._begin(derivation, binding, cell, call)
+                uses = cell.add(hit=entry is not None or join)
+            if entry is not None and audited and (cell.due or uses % EVERY == 0):
+                cell.due = False
+                audited = self._passes_audit(cell, uses, call.dependencies, entry)
+                if not audited:
+                    with self.lock:
+                        cell.add(hit=True, count=-1)
+                    continue
+            if self._later or self._warnings:
+                self._catch_up()
+            if declined:
+                with suppress(torch.OutOfMemoryError):
+                    return self._only_derive(cell, derivation, binding, call, args, kwargs)
+                offers = False  # the long way makes room
+            if pending is not None:
+                if not join:
+                    return self._derive(pending, call, derivation, binding, args, kwargs)
+                entry = pending.wait()
+            if entry is not None:
+                return _joined(entry)
+            with self.lock:  # declined, or the one waited for came to nothing: no lookup yet
+                cell.add(hit=not declined, count=-1)
+            # Each thread derives its own.
+            if pending is not None and pending.unstored is Reason.UNSTORABLE:
+                return self._go_past(Reason.UNSTORABLE, derivation, args, kwargs)
+
+    def _valid(self, cell: Cell, call: _Call, binding: Binding) -> Entry | None:
+        """Return the entry of a call if it may be used; drop it if not."""
+        try:
+            entry = self._backend.get(cell.key)
+        except Exception as error:  # noqa: BLE001 - as in _try, without its cost at every hit
+            self._warn("the backend's get", error)
+            return None
+        if entry is None:
+            return None
+        if self.memory.reserved:  # the backend may have made a copy of it on the device
+            self.attempt("get", self.memory.settle, None)
+        facts = cell.facts
+        if (
+            # Without facts it has been discarded, and the backend failed to delete it; with others,
+            # the backend has mixed up its keys.
+            facts is not None
+            and entry.stamp is facts
+            and facts.rows == call.reading.rows
+            and cell.born > binding.voided(call.adapter)
+            and entry.intact
+            and all(contents == call.contents for contents in cell.contents)
+        ):
+            return entry
+        self._discard(cell)
+        self._waste(cell.family, binding, call.spelled)
+        return None
+
+    def _shorten(
+        self,
+        derivation: Derivation,
+        binding: Binding,
+        call: _Call,
+        cell: Cell,
+        entry: Entry,
+    ) -> None:
+        """Remember a hit, so that the next one is shorter; the lock is held."""
+        returned, spelled = call.listed, call.spelled
+        if (
+            self.compares_contents
+            or returned is None
+            or returned.form is None
+            or len(returned) != len(call.dependencies)  # tensors among the arguments
+        ):
+            return
+        if spelled not in binding.shortcuts and len(binding.shortcuts) >= _SPELLINGS:
+            return
+        gradients = not derivation.detach and call.reading.requires_grad
+        shortcut = make_shortcut(call.dependencies, entry, gradients=gradients, form=returned.form)
+        if shortcut is None or read(call.dependencies).rows != call.reading.rows:
+            return  # a write since the call was read: the facts are not those of the entry
+        shortcut.spelled, shortcut.key, shortcut.facts_of = spelled, call.key, cell.facts
+        shortcut.entry = entry if self._keeps_everything else None
+        shortcut.ready = entry.ready
+        shortcut.count = cell.short.__next__
+        shortcut.phase = binding.token & _AUDITED if cell.audit is not None else -1
+        old = binding.shortcuts.get(spelled)
+        if old is not None:
+            old.clear()
+        # One entry may be spelled in several ways, and all must be cleared with it.
+        cell.shortcuts = [one for one in cell.shortcuts if one is not old] + [shortcut]
+        binding.shortcuts[spelled] = shortcut
+
+    # Deriving
+
+    def _joins(self, pending: Pending, call: _Call, binding: Binding) -> bool:
+        """Whether a value being derived is the one that the call wants."""
+        return (
+            pending.facts.rows == call.reading.rows
+            and not pending.touched
+            and pending.born > binding.voided(call.adapter)
+            and pending.thread != threading.get_ident()  # a function that calls itself
+            and all(contents == call.contents for contents in pending.contents)
+        )
+
+    def _begin(self, derivation: Derivation, binding: Binding, cell: Cell, call: _Call) -> Pending:
+        pending = Pending(cell, call.reading, call.contents, next(self._clock))
+        derivation.caches.add(self)
+        cell.pending.append(pending)
+        self._pending.append(pending)
+        while len(cell.family) > VARIANTS:
+            oldest = next((one for one in cell.family if not one.pending), None)
+            if oldest is None:
+                break
+            self._tell_unused(oldest, derivation, call)
+            self._discard(oldest)
+            self.cells.retire(oldest)
+            self._waste(cell.family, binding, call.spelled)
+        return pending
+
+    def _derive(
+        self,
+        pending: Pending,
+        call: _Call,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Derive a value, store it if it still holds, and hand it to those who wait."""
+        entry = None
+        cell = pending.cell
+        try:
+            self._begin_audit(pending, call)
+            value, entry = derive(
+                pending,
+                partial(derivation.function, *args, **kwargs),
+                call.reading,
+                self._relieve,
+                # What the device takes is asked for where something has to be chosen by it.
+                on_device=not self._keeps_everything,
+            )
+            pending.entry = entry
+            if entry is not None:
+                self._audit_value(pending, entry)
+            elif pending.unstored is Reason.UNSTORABLE:
+                self._tell_unstorable(pending, derivation, value)
+        except Exception as error:  # not an interrupt: that is this thread's own
+            pending.error = error
+            raise
+        finally:
+            again = None
+            if entry is not None:
+                with suppress(Exception):  # then it cannot be told whether the value still holds
+                    again = self._prepare(derivation, binding, args, kwargs)
+            if again is not None and again.contents is not None:
+                # Compared when the value is used, so that nothing has to wait for a device here.
+                pending.contents = (*pending.contents, again.contents)
+            changed = again is None or not _same(again, call)
+            try:
+                with self.locked():
+                    cell.pending.remove(pending)
+                    self._pending.remove(pending)
+                    family = cell.family
+                    if entry is not None:
+                        cell.derive(entry.cost)
+                        family.unsettled = family.unsettled + 1 if changed else 0
+                        holds = (
+                            not changed
+                            and _read_before(call, again) is None
+                            and not pending.touched
+                            and not self.closed
+                            and pending.born > binding.voided(call.adapter)
+                        )
+                        if holds and self.cells.get(cell.key) is cell:
+                            self._store(cell, entry, pending)
+                        else:
+                            self.reasons[Reason.CHANGED] += 1
+                            self._waste(family, binding, call.spelled)
+                    elif pending.unstored is not None:
+                        self.reasons[pending.unstored] += 1
+                        self._waste(family, binding, call.spelled)
+            finally:
+                pending.done.set()
+        if (
+            again is not None
+            and not self._advise(derivation, call, again)
+            and family.unsettled == UNSETTLED
+        ):
+            self._tell_unsettled(derivation, binding, call, again)
+        _refill(binding, call)
+        return value
+
+    @staticmethod
+    def _waste(family: Family, binding: Binding, spelled: Hashable) -> None:
+        """Count a value that was never used; after many, have calls go past for a while.
+
+        Then two calls in a row try again: the first derives, the second could use it.
+        """
+        family.wasted += 1
+        if family.wasted >= _WASTED and family.wasted % 2 == 0 and spelled is not None:
+            family.rest = min(_LONGEST_REST, max(_WASTED, 2 * family.rest))
+            binding.resting[spelled] = family.rest
+
+    def _begin_audit(self, pending: Pending, call: _Call) -> None:
+        if self.auditor is not None:
+            try:
+                pending.audit = self.auditor.begin(pending.cell.kind, call.reading.tensors)
+            except Exception as error:  # noqa: BLE001 - never an inference failure
+                self.failed("the audit", error)
+
+    def _audit_value(self, pending: Pending, entry: Entry) -> None:
+        if pending.audit is not None:
+            try:
+                pending.audit.add_value(entry.tensors)
+            except Exception as error:  # noqa: BLE001 - never an inference failure
+                self.failed("the audit", error)
+
+    def _declines(self, call: _Call, cell: Cell, binding: Binding) -> bool:
+        """Whether the backend would not keep the value of a call anyway.
+
+        After an event the value is offered once: its size and device may be others.
+        """
+        if (
+            self._declining is None
+            or cell.born <= binding.voided(call.adapter)
+            or self.memory.pins_hold(call.adapter)
+        ):
+            return False
+        try:
+            declines = self._declining.declines(call.key) is True
+        except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
+            self._warn("the backend's declines", error)
+            return False
+        if declines:
+            self._forget(cell)  # the shortcut of an evicted entry would ask once more each time
+        return declines
+
+    def _only_derive(
+        self,
+        cell: Cell,
+        derivation: Derivation,
+        binding: Binding,
+        call: _Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Derive a value that would not be kept, in each thread that asks for it."""
+        value, cost = timed(partial(derivation.function, *args, **kwargs))
+        with self.lock:
+            self.counts["rejections"] += 1
+            self.reasons[Reason.DECLINED] += 1
+            cell.derive(cost)
+        _refill(binding, call)
+        return value
+
+    def _relieve(self, devices: Collection[torch.device], everything: bool) -> None:  # noqa: FBT001
+        """Free memory on the devices that a value is derived on."""
+        with self.locked():
+            names = ", ".join(sorted(map(str, devices))) or "the device"
+            text = (
+                f"deriving a value ran out of memory on {names}: entries were evicted to make room "
+                "for it, and values are derived again; a smaller cap leaves more room"
+            )
+            self._warn_once("out of memory", text)
+            self._evict(devices, everything=everything)
+
+    # What is said once
+
+    def _tell_unstorable(self, pending: Pending, derivation: Derivation, value: object) -> None:
+        """Count a result that can never be stored as a call past the cache, and say so once."""
+        name = derivation.name
+        with self.locked():
+            pending.cell.add(hit=False, count=-1)
+            self.counts["bypasses"] += 1
+            text = (
+                f"{name!r} is never stored, since it returned {described(value)}: return a tensor "
+                "or a plain tuple of tensors, such as (one, two) or tuple(result)"
+            )
+            self._warn_once(("result", derivation.number), text)
+
+    def _tell_unused(self, oldest: Cell, derivation: Derivation, call: _Call) -> None:
+        """Warn where values are void before their first use, time after time; the lock is held."""
+        before = oldest.family[-2]  # the last one is the call's own
+        if derivation.depends_on is None and not any(cell.hits for cell in oldest.family):
+            binding = oldest.binding()
+            rows = () if before.facts is None else before.facts.rows
+            states = ((before.key[-1], rows), (call.key[-1], call.reading.rows))
+            with suppress(Exception):
+                owner = None if binding is None else binding.owner
+                text = why_unused(derivation, owner, *states)
+                if text is not None:
+                    self._warn_once(("unused", text), text)
+
+    def _tell_unsettled(
+        self, derivation: Derivation, binding: Binding, before: _Call, after: _Call
+    ) -> None:
+        """Warn that a value is never stored: what it depends on changes while it is derived."""
+        with suppress(Exception), self.locked():
+            states = [(one.key[-1], one.reading.rows) for one in (before, after)]
+            text = why_unsettled(derivation, binding.owner, *states)
+            self._warn_once(("unsettled", text), text)
+
+    def _advise(self, derivation: Derivation, call: _Call, again: _Call) -> bool:
+        """Say once what in depends_on keeps values from being stored; return whether it does."""
+        found = _read_before(call, again)
+        if found is not None:
+            text = (
+                f"{derivation.name!r} is never stored, since its depends_on returns the same "
+                f"{found} each time, which can be read only once: return a list"
+            )
+        elif not _same(call, again) and made_anew(call.dependencies, again.dependencies):
+            text = (
+                f"{derivation.name!r} is never stored, since its depends_on returns new tensors "
+                "each time: return the weights themselves, such as [self.weight] rather than "
+                "[self.weight.T], and state_dict(keep_vars=True) rather than state_dict()"
+            )
+        else:
+            return False
+        with self.locked():
+            self._warn_once(("depends_on", derivation.number), text)
+        return True
+
+    # Events
+
+    @exclusive
+    def event(self, binding: Binding, adapter: str | None = ALL_ADAPTERS) -> int:
+        """Void the values of a binding and its children after something has happened to them.
+
+        Returns:
+            How many entries went.
+        """
+        self._refill_later(_family_of(binding))
+        return self._void(binding, adapter)
+
+    @exclusive
+    def invalidate(
+        self, adapter: str | None = ALL_ADAPTERS, owners: Collection[int] | None = None
+    ) -> int:
+        """Void values, of one adapter or all, of the owners with these ids or all."""
+        bindings = list(self.bindings.values())
+        self._refill_later(bindings)
+        return sum(
+            self._void(binding, adapter)
+            for binding in bindings
+            if owners is None or id(binding.owner) in owners
+        )
+
+    @exclusive
+    def suspect(self) -> int:
+        """Void everything, and leave buffers void: something is being written to just now."""
+        return sum(self._void(binding, ALL_ADAPTERS) for binding in list(self.bindings.values()))
+
+    @exclusive
+    def _drop_uncounted(self, name: str) -> int:
+        """Drop everything: contents have changed that nothing counted, so others may have too."""
+        text = (
+            f"the audit of {name!r} found contents that had changed past version counters, as by "
+            "p.data.copy_(), numpy, a collective, or another process: outputs since then may be "
+            "wrong. Everything held was dropped. Call cache.invalidate() after such writes, or "
+            'attach with guard="content"'
+        )
+        self._warn_once("uncounted", text)
+        bindings = list(self.bindings.values())
+        self._refill_later(bindings)
+        return sum(self._void(binding, ALL_ADAPTERS) for binding in bindings)
+
+    @exclusive
+    def touched(self, tensors: Iterable[Tensor | torch.UntypedStorage]) -> int:
+        """Void every value derived from memory that may have been written to.
+
+        Returns:
+            How many entries went.
+        """
+        touched = _storages_of(tensors)
+        self._touch_pending(touched)
+        for binding in self.bindings.values():
+            for buffer in binding.buffers.values():
+                if buffer.derived_from(touched):
+                    buffer.void()
+        self._refill_later(self.bindings.values())
+        return sum(self._discard(cell) for cell in self.cells.on(touched))
+
+    def replaced(self, tensors: Sequence[Tensor]) -> None:
+        """Store nothing that is being derived from tensors one of which takes another's place.
+
+        Needs no lock. What is put in place before a derivation's end is noted before it is in
+        place, so before the dependencies are read again and the note is looked at.
+        """
+        if self._pending:
+            self._touch_pending(_storages_of(tensors))
+
+    def _touch_pending(self, storages: set[int]) -> None:
+        """Have what is being derived from some memory not stored."""
+        for pending in list(self._pending):
+            if not storages.isdisjoint(pending.facts.storages):
+                pending.touched = True
+
+    @exclusive
+    def revalidate(self, binding: Binding) -> int:
+        """Drop those entries of a binding whose dependencies' memory has been freed.
+
+        For operations that replace some dependencies or none, to free memory early: what this
+        misses would still not be used. Buffers, which nothing checks at their use, are filled
+        again if any of their dependencies has changed.
+
+        Returns:
+            How many entries went.
+        """
+        gone = 0
+        for member in _family_of(binding):
+            for cell in self.cells.of_owner(member.token):
+                if cell.facts is not None and cell.facts.expired:
+                    gone += self._discard(cell)
+            for buffer in list(member.buffers.values()):
+                self._later.append(buffer.fill)
+        return gone
+
+    @exclusive
+    def invalidate_derivation(self, derivation: Derivation) -> int:
+        """Drop every entry of one derivation; return how many went."""
+        for pending in self._pending:
+            if pending.cell.number == derivation.number:
+                pending.touched = True
+        cells = [cell for cell in self.cells.held() if cell.number == derivation.number]
+        return sum(self._discard(cell) for cell in cells)
+
+    def owner_died(self, token: int) -> None:
+        """Drop everything of an owner that has been garbage collected.
+
+        Called by the garbage collector, anywhere: it must not wait for a lock.
+        """
+        self._later.append(partial(self._remove_owner, token))
+        if not self.lock._is_owned() and self.lock.acquire(blocking=False):
+            self._release()
+
+    @exclusive
+    def _remove_owner(self, token: int) -> int:
+        binding = self.bindings.pop(token, None)
+        if binding is None:
+            return 0
+        self._drop_buffers(binding)
+        gone = self._void(binding, ALL_ADAPTERS)
+        self.cells.depart(token, ALL_ADAPTERS)
+        return gone
+
+    def adapter_deleted(self, binding: Binding, adapter: str) -> int:
+        """Drop all that there is of an adapter that a layer has no more, its names included.
+
+        Returns:
+            How many entries went.
+        """
+        gone = self._adapter_deleted(binding, adapter)
+        if adapter in self.memory.pins and adapter not in self.jobs([adapter])[0]:
+            with self.ours():
+                self.unpin(adapter)
+        return gone
+
+    @exclusive
+    def _adapter_deleted(self, binding: Binding, adapter: str) -> int:
+        gone = self._void(binding, adapter)
+        members = list(_family_of(binding))
+        tokens = {member.token for member in members}
+        for pending in self._pending:
+            if pending.cell.owner in tokens and concerns(adapter, pending.cell.adapter):
+                pending.touched = True
+        for member in members:
+            self.drop(member.buffers.pop(adapter, None))
+            self.cells.depart(member.token, adapter)
+            member.forget(adapter)
+        return gone
+
+    def passed_by(self, reason: Reason) -> None:
+        """Count a call that went past the cache without asking it."""
+        with self.locked():
+            self.counts["bypasses"] += 1
+            self.reasons[reason] += 1
+
+    def decline(self, kind: str, where: str, reason: str, *, adapter: str | None = None) -> None:
+        """Note that something is not cached, and warn, once per kind and reason.
+
+        Args:
+            kind: the adapter kind, e.g. ``"OFT"``.
+            where: the layer's name, or what else says where.
+            reason: why not, as it goes on after a colon.
+            adapter: the adapter's name, where it is one adapter's matter.
+        """
+        with self.locked():
+            self.declined.setdefault(Declined(kind, adapter, where, reason))
+            text = f"{kind} is not cached everywhere, as in {where}: {reason}"
+            self._warn_once((kind, reason), text)
+
+    @property
+    def bypassing(self) -> bool:
+        """Whether this thread is within ``bypass()``."""
+        return self.token in bypassed_here.get()
+
+    def derivation_counts(self, derivation: Derivation) -> tuple[int, int, int]:
+        """Return hits, misses and entries of one derivation."""
+        with self.locked():
+            hits, misses = self.cells.count(of=derivation)
+            held = set(self.attempt("keys", self._backend.keys, ()))
+            entries = sum(
+                cell.number == derivation.number and cell.key in held for cell in self.cells.held()
+            )
+            return hits, misses, entries
+
+    # Owners
+
+    def bind(self, owner: object, *, adapter: str | None = None) -> Binding:
+        """Take on an owner; its decorated methods use this cache from now on.
+
+        Args:
+            owner: an object with a ``__dict__`` that can be weakly referenced.
+            adapter: the adapter that all its values belong to, where no parameter says.
+
+        Raises:
+            AlreadyAttachedError: the owner belongs to a cache already.
+            ConfigError: the owner has no ``__dict__``, or cannot be weakly referenced.
+        """
+        self.check_open()
+        _check_owner(owner)
+        if owner.__dict__.get(SLOT) is not None:
+            raise AlreadyAttachedError(_twice(owner))
+        binding = self._add(Binding(self, owner, adapter))
+        owner.__dict__[SLOT] = binding
+        binding.undo.callback(_unbind, weakref.ref(owner), binding.token)
+        return binding
+
+    def bind_function(self, derivation: Derivation) -> Binding:
+        """Take on a plain decorated function.
+
+        Raises:
+            AlreadyAttachedError: the function belongs to a cache already.
+        """
+        self.check_open()
+        if derivation.binding is not None:
+            raise AlreadyAttachedError(_twice(derivation.function))
+        derivation.binding = binding = self._add(Binding(self, None, None))
+        binding.undo.callback(setattr, derivation, "binding", None)
+        return binding
+
+    def _add(self, binding: Binding) -> Binding:
+        with self.locked():
+            self.bindings[binding.token] = binding
+        return binding
+
+    def on_detach(self, undo: Callable[[], object]) -> None:
+        """Call ``undo`` on detach, last added first."""
+        self._undo.callback(undo)
+
+    def close(self) -> None:
+        """Free every entry and give the model back as it was; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self._undo.close()
+        for binding in list(self.bindings.values()):
+            binding.undo.close()
+        self._free()
+
+    @exclusive
+    def _free(self) -> int:
+        gone = 0
+        for binding in list(self.bindings.values()):
+            gone += self._void(binding, ALL_ADAPTERS)
+            self._drop_buffers(binding)
+        self.bindings.clear()
+        self.counts["invalidations"] += self.attempt("len", lambda: len(self._backend), 0)
+        self.attempt("close", self._backend.close, None)
+        for cell in self.cells.held():
+            self.cells.release(cell)
+        if self.auditor is not None:
+            self.auditor.close()
+        return gone
+
+    def jobs(self, wanted: list[str] | None) -> tuple[set[str], list[Callable[[], object]], bool]:
+        """Return the adapters there are, what derives the wanted ones' values, and if any trains.
+
+        Args:
+            wanted: names of adapters; None for all.
+        """
+        known: set[str] = set()
+        jobs: list[Callable[[], object]] = []
+        training = False
+        for binding in list(self.bindings.values()):
+            owner = binding.owner
+            if binding.warmers is None or owner is None:
+                continue
+            for adapter, job in binding.warmers(owner, wanted):
+                if adapter is not None:
+                    known.add(adapter)
+                if wanted is None or adapter is None or adapter in wanted:
+                    jobs.append(job)
+                    training = training or getattr(owner, "training", False)
+        return known, jobs, training
+
+    def seen(self) -> list[Cell]:
+        """Return the cells of the values that no event has voided, held or not."""
+        found = []
+        for cell in self.cells:
+            binding = self.bindings.get(cell.owner)
+            if binding is not None and cell.born > binding.voided(cell.adapter):
+                found.append(cell)
+        return found
+
+    def unpin(self, adapter: str) -> None:
+        """Let an adapter's entries be evicted again; the lock is held."""
+        self.memory.unpin(adapter, self._adapter_of)
+
+    def _adapter_of(self, key: Hashable) -> Adapters:
+        cell = self.cells.get(key)
+        return None if cell is None else cell.adapter
+
+    # What compiled code reads
+
+    def follow_buffer(self, binding: Binding, adapter: str, buffer: Buffer) -> None:
+        """Take on what compiled code reads of an owner and adapter, in place of any older one."""
+        with self.locked():
+            self.drop(binding.buffers.get(adapter))
+            binding.buffers[adapter] = buffer
+
+    def buffers(self, adapter: str) -> list[Buffer]:
+        """Return what compiled code may read of an adapter, layer by layer."""
+        bindings = list(self.bindings.values())
+        found = [binding.buffers.get(adapter) for binding in bindings]
+        return [buffer for buffer in found if buffer is not None]
+
+    def reserve(self, buffer: Buffer, nbytes: int, device: torch.device) -> bool:
+        """Set bytes of a device's cap aside for a buffer.
+
+        Entries that are not pinned make room, other buffers do not.
+
+        Returns:
+            Whether there is room; if not, the buffer holds nothing any more.
+        """
+        with self.locked():
+            self.attempt("resize", lambda: self.memory.release(buffer), None)
+            buffer.nbytes = 0
+            reserve = partial(self.memory.reserve, buffer, nbytes, device)
+            if self.closed or not self.attempt("max_bytes", reserve, False):  # noqa: FBT003
+                self.drop(buffer)
+                return False
+            buffer.nbytes = nbytes
+            return True
+
+    def publish(
+        self,
+        buffer: Buffer,
+        values: tuple[Tensor, ...],
+        parameters: tuple[Tensor | None, ...],
+    ) -> bool:
+        """Let compiled code read a buffer, unless an event has come since it was derived."""
+        with self.locked():
+            if buffer.stale or self.closed or not buffer.nbytes:
+                return False
+            buffer.values, buffer.parameters = values, parameters
+            return True
+
+    def drop_buffer(self, buffer: Buffer) -> None:
+        """Free a buffer's memory; it stays empty until it is prepared."""
+        with self.locked():
+            self.drop(buffer)
+
+    def void_buffer(self, buffer: Buffer) -> None:
+        """Keep compiled code from reading a buffer until it is filled."""
+        with self.locked():
+            buffer.void()
+
+    def drop(self, buffer: Buffer | None) -> None:
+        """Free a buffer's memory; the lock is held."""
+        if buffer is not None:
+            self.attempt("resize", lambda: self.memory.release(buffer), None)
+            buffer.drop()
+
+    def _drop_buffers(self, binding: Binding) -> None:
+        while binding.buffers:
+            self.drop(binding.buffers.popitem()[1])
+
+    def _refill_later(self, bindings: Iterable[Binding]) -> None:
+        """Fill the buffers that an event voids, as far as that can be done, after the event."""
+        for binding in bindings:
+            for buffer in binding.buffers.values():
+                self._later.append(partial(_fill_stale, buffer))
+
+    # Storing and forgetting
+
+    def _store(self, cell: Cell, entry: Entry, pending: Pending) -> None:
+        self._discard(cell, why="replacements")
+        cell.nbytes, cell.device = entry.nbytes, entry.tensors[0].device
+        cell.born = pending.born
+        kept = self.attempt("put", lambda: self._put(cell, entry), None)
+        if kept is None:  # the backend failed and may hold it or not
+            self.attempt("delete", lambda: self._backend.delete(cell.key), None)
+            self.reasons[Reason.BACKEND_FAILED] += 1
+            return
+        if not kept:
+            self.counts["rejections"] += 1
+            self.reasons[Reason.CAP] += 1
+            return
+        self.counts["stores"] += 1
+        self.cells.hold(cell, pending.facts)
+        cell.contents, cell.audit = pending.contents, pending.audit
+        held = self.cells.held() if self.counts["stores"] % 64 == 0 else []
+        for old in held:
+            if old.facts is not None and old.facts.expired:
+                self._discard(old)
+        if held:
+            self.sweep()
+
+    def _put(self, cell: Cell, entry: Entry) -> bool:
+        """Give an entry to the backend; once more after evicting others if memory runs out."""
+        with suppress(torch.OutOfMemoryError):
+            return self.memory.put(cell.key, entry, cell.adapter)
+        self.attempt("delete", lambda: self._backend.delete(cell.key), None)
+        self._evict({tensor.device for tensor in entry.tensors})
+        kept = self.memory.put(cell.key, entry, cell.adapter)
+        text = "storing a value ran out of memory: entries were evicted to make room for it"
+        self._warn_once("out of memory", text)
+        return kept
+
+    def _evict(self, devices: Collection[torch.device], *, everything: bool = False) -> None:
+        """Evict the entries on some devices; with ``everything``, pinned ones and buffers too."""
+        for cell in self.cells.held():
+            if cell.device in devices and (everything or not self.memory.is_pinned(cell.key)):
+                self._forget(cell)
+                self.attempt("delete", partial(self._backend.delete, cell.key), False)  # noqa: FBT003
+        if everything:
+            for buffer in self.memory.buffers_on(devices):
+                self.drop(buffer)
+
+    def sweep(self) -> None:
+        """Forget what the backend has evicted."""
+        held = set(self.attempt("keys", self._backend.keys, ()))
+        for cell in self.cells.held():
+            if cell.key not in held:
+                self._forget(cell)
+
+    def _void(self, binding: Binding, adapter: str | None) -> int:
+        gone = 0
+        for member in _family_of(binding):
+            member.void(adapter, next(self._clock))
+            member.resting.clear()
+            for name, buffer in member.buffers.items():
+                if adapter in (ALL_ADAPTERS, name):
+                    buffer.void()
+            for cell in self.cells.of_owner(member.token):
+                if cell.facts is not None and concerns(adapter, cell.adapter):
+                    gone += self._discard(cell)
+        return gone
+
+    def _discard(self, cell: Cell, why: str = "invalidations") -> int:
+        """Drop an entry and count it; return 1 if there was one."""
+        self._forget(cell)
+        if why == "invalidations":
+            cell.born = 0
+        deleted = self.attempt("delete", lambda: self._backend.delete(cell.key), False)  # noqa: FBT003
+        self.counts[why] += bool(deleted)
+        return int(bool(deleted))
+
+    def _forget(self, cell: Cell) -> None:
+        if cell.facts is not None:
+            self.cells.release(cell)
+            self.attempt("unpin", lambda: self.memory.forgotten(cell.key), None)
+
+    def _forget_key(self, key: Hashable) -> None:
+        cell = self.cells.get(key)
+        if cell is not None:
+            self._forget(cell)
+
+    # The lock
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock, and do what was put off once it is released."""
+        self.lock.acquire()
+        try:
+            yield
+        finally:
+            self._release()
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Hold the lock of an open cache, for what may raise.
+
+        Raises:
+            DetachedError: the cache is detached.
+            RuntimeError: the caller runs inside the cache, as a ``__del__`` may.
+        """
+        if self.lock._is_owned():
+            msg = "called from within the cache: call it from outside, not in a backend or __del__"
+            raise RuntimeError(msg)
+        with self.locked():
+            self.check_open()
+            yield
+
+    def check_open(self) -> None:
+        """Raise DetachedError if the cache is detached."""
+        if self.closed:
+            msg = "this cache is detached: call dora_cache.attach(model) for a new one"
+            raise DetachedError(msg)
+
+    def _release(self) -> None:
+        self.lock.release()
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Do what had to wait until this thread had released the lock."""
+        if self.lock._is_owned():
+            return
+        while self._later:
+            try:
+                action = self._later.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            action()
+        while self._warnings:  # never an error, whatever the filters
+            with suppress(IndexError, CacheWarning):
+                warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
+
+    # Failures
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Warn, once per cause, of something that failed and will be made up for."""
+        self._warn(what, error)
+        self._catch_up()
+
+    def attempt(self, operation: str, action: Callable[[], Any], otherwise: Any) -> Any:
+        """Call the backend; a failure costs one warning per cause, never an inference."""
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
+            self._warn(f"the backend's {operation}", error)
+            return otherwise
+
+    def _warn(self, what: str, error: Exception) -> None:
+        text = f"{what} failed, so values are derived again: {type(error).__name__}: {error}"
+        self._warn_once((what, type(error)), text)
+
+    def _warn_once(self, cause: Hashable, text: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            self._warnings.append(text)
+
+
+def _same(one: _Call, other: _Call) -> bool:
+    """Whether two calls have the same key, and the same dependencies unchanged."""
+    return one.key == other.key and one.reading.rows == other.reading.rows
+
+
+def _joined(entry: Entry) -> Value:
+    """Return an entry's value, for the current stream."""
+    if entry.ready is not None:
+        entry.ready.join(entry.tensors)
+    return entry.value
+
+
+def _read_before(call: _Call, again: _Call | None) -> str | None:
+    """Return the kind of an iterator that ``depends_on`` returned twice, or None.
+
+    The second time it gave nothing.
+    """
+    if again is None or call.listed is None or again.listed is None:
+        return None
+    return again.listed.read_before(call.listed)
+
+
+def _refill(binding: Binding, call: _Call) -> None:
+    """Fill what compiled code reads, which what made this a miss may concern."""
+    buffer = binding.buffers.get(call.adapter)  # type: ignore[arg-type]
+    if buffer is not None:
+        buffer.fill()
+
+
+def _fill_stale(buffer: Buffer) -> None:
+    if buffer.stale:
+        buffer.fill()
+
+
+def _family_of(binding: Binding) -> Iterator[Binding]:
+    yield binding
+    for reference in binding.children:
+        child = reference()
+        if child is not None:
+            yield from _family_of(child)
+
+
+def _storages_of(tensors: Iterable[Tensor | torch.UntypedStorage]) -> set[int]:
+    found = set()
+    for one in tensors:
+        with suppress(RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
+            found.add(storage_id(one) if isinstance(one, Tensor) else one._cdata)
+    return found
+
+
+def _spelled(derivation: Derivation, binding: Binding, args: tuple[Any, ...]) -> Hashable:
+    """Return what stands for a call as it is spelled; None if an argument is not plain."""
+    rest = args[1:] if binding.has_owner else args
+    for value in rest:
+        if type(value) not in PLAIN_KEYS:
+            return None
+    return (derivation.number, *rest)
+
+
+def _unbind(reference: weakref.ref[Any], token: int) -> None:
+    owner = reference()
+    binding = None if owner is None else owner.__dict__.get(SLOT)
+    if isinstance(binding, Binding) and binding.token == token:
+        del owner.__dict__[SLOT]
+
+
+def _check_owner(owner: object) -> None:
+    missing = []
+    if not isinstance(getattr(owner, "__dict__", None), dict):
+        missing.append("__dict__")
+    if not type(owner).__weakrefoffset__:
+        missing.append("__weakref__")
+    if missing:
+        quoted = " and ".join(f'"{name}"' for name in missing)
+        msg = (
+            f"{type(owner).__name__} has no {' and no '.join(missing)}, which a cache needs: "
+            f"add {quoted} to its __slots__, leave __slots__ (or slots=True) out, "
+            "or keep its data in an ordinary class"
+        )
+        raise ConfigError(msg)
+
+
+def _twice(owner: object) -> str:
+    name = getattr(owner, "__qualname__", None) or type(owner).__name__
+    return (
+        f"{name} belongs to a cache already: use that one, or call its detach() before attaching "
+        "again (one cache may cover the whole model)"
+    )
