@@ -21,6 +21,7 @@ from dora_cache.errors import (
 )
 from dora_cache.keys import ALL_ADAPTERS, concerns
 from dora_cache.lookup import Lookup, NotCachedError, bypassed_here, warming_here
+from dora_cache.progress import counted
 from dora_cache.report import CacheReport, Declined, rows_of, seen_of
 from dora_cache.stats import CacheStats
 from dora_cache.store import exclusive
@@ -146,7 +147,7 @@ class AdapterCache(Lookup):
 
         Args:
             adapters: names of the adapters to derive for; by default all that the model has.
-            progress: show a progress bar on the terminal.
+            progress: show on stderr how many values are done.
 
         Returns:
             How many values were derived; those that were there already do not count.
@@ -172,9 +173,7 @@ class AdapterCache(Lookup):
         before = self.stats().misses
         steps: Iterable[Callable[[], object]] = jobs
         if progress:
-            from rich.progress import track  # slow to import
-
-            steps = track(jobs, "deriving values")
+            steps = counted(jobs, "deriving values")
         warming = warming_here.set(True)
         try:
             with torch.no_grad():
