@@ -12,6 +12,7 @@ from dora_cache.decorator import owners_in
 from dora_cache.engine import Engine, NotCachedError, bypassed_here, warming_here
 from dora_cache.errors import AdapterNotFoundError, DetachedError
 from dora_cache.keys import concerns
+from dora_cache.progress import counted
 from dora_cache.report import CacheReport, rows_of, seen_of
 from dora_cache.stats import CacheStats
 
@@ -134,7 +135,7 @@ class AdapterCache:
 
         Args:
             adapters: names of the adapters to derive for; by default all that the model has.
-            progress: show a progress bar on the terminal.
+            progress: show on stderr how many values are done.
 
         Returns:
             How many values were derived; those that were there already do not count.
@@ -160,9 +161,7 @@ class AdapterCache:
         before = self.stats().misses
         steps: Iterable[Callable[[], object]] = jobs
         if progress:
-            from rich.progress import track  # slow to import
-
-            steps = track(jobs, "deriving values")
+            steps = counted(jobs, "deriving values")
         warming = warming_here.set(True)
         try:
             with torch.no_grad():

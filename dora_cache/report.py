@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from io import StringIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dora_cache.cells import Totals
+from dora_cache.extras import require
 from dora_cache.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Container, Hashable, Iterable
     from os import PathLike
-
-    from rich.console import Group
 
     from dora_cache.cells import Cell, Cells
     from dora_cache.keys import Adapters
@@ -23,8 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheReport", "CurvePoint", "Declined", "ReportRow", "Seen", "rows_of", "seen_of"]
 
-_WIDTH = 110
-_REASONS = 20  # of what is declined, shown in a table
+_REASONS = 20  # of what is declined, shown with the table
+_COLUMNS = (
+    "kind", "adapter", "entries", "bytes", "hits", "misses", "hit rate", "time saved", "deriving"
+)  # fmt: skip
+_NAMES = 2  # of these columns; the others hold figures
+_WIDEST = 32  # characters of a name, shown in a table
 
 
 class Declined(NamedTuple):
@@ -170,15 +172,13 @@ class CacheReport:
         """Draw :meth:`curve`, and write it to a file: PNG, SVG or PDF by its suffix.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: the extra ``cli``, which installs matplotlib, is missing.
             OSError: the file cannot be written.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            msg = "drawing needs matplotlib: pip install matplotlib"
-            raise ImportError(msg) from error
+        require("cli", ("matplotlib",), "CacheReport.plot()")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         points = self.curve()
         figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
@@ -205,51 +205,32 @@ class CacheReport:
         figure.savefig(path)
 
     def __str__(self) -> str:
-        """Return the table and what goes with it, as plain text."""
-        from rich.console import Console
-
-        text = StringIO()
-        Console(file=text, width=_WIDTH, highlight=False, color_system=None).print(self)
-        return text.getvalue().rstrip()
-
-    def __rich__(self) -> Group:
-        """Return the table and what goes with it, for rich."""
-        from rich.console import Group
-        from rich.text import Text
-
-        parts: list[Any] = [self._table(), Text(self._summary())]
+        """Return the table and what goes with it."""
+        lines = [*self._table(), "", *self._summary()]
         if self.reasons:
-            parts.append(Text("Calls past the cache, and values not kept:"))
-            parts += [
-                Text(f"  {count:,} x {reason.value}: {reason.advice}")
-                for reason, count in self.reasons
+            lines.append("Calls past the cache, and values not kept:")
+            lines += [
+                f"  {count:,} x {reason.value}: {reason.advice}" for reason, count in self.reasons
             ]
         if self.declined:
-            parts.append(Text("Not cached:"))
-            parts += [
-                Text(f"  {one.kind}{f' {one.adapter!r}' if one.adapter else ''}, {one.where}: "
-                     f"{one.reason}")
+            lines.append("Not cached:")
+            lines += [
+                f"  {one.kind}{f' {one.adapter!r}' if one.adapter else ''}, {one.where}: "
+                f"{one.reason}"
                 for one in self.declined[:_REASONS]
-            ]  # fmt: skip
+            ]
             if len(self.declined) > _REASONS:
-                parts.append(Text(f"  and {len(self.declined) - _REASONS} more"))
-        return Group(*parts)
+                lines.append(f"  and {len(self.declined) - _REASONS} more")
+        return "\n".join(lines)
 
-    def _table(self) -> Any:
-        from rich import box
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for name in ("kind", "adapter"):
-            table.add_column(name, overflow="fold")
-        for name in ("entries", "bytes", "hits", "misses", "hit rate", "time saved", "deriving"):
-            table.add_column(name, justify="right", no_wrap=True)
+    def _table(self) -> list[str]:
+        table = [_COLUMNS]
         for row in self.rows:
             name = ", ".join(row.adapter) if isinstance(row.adapter, tuple) else row.adapter or ""
             lookups = row.hits + row.misses
-            table.add_row(
-                row.kind,
-                f"{name} (pinned)" if row.pinned else name,
+            table.append((
+                _shortened(row.kind),
+                f"{_shortened(name)} (pinned)" if row.pinned else _shortened(name),
                 f"{row.entries:,}",
                 format_bytes(row.nbytes),
                 f"{row.hits:,}",
@@ -257,10 +238,18 @@ class CacheReport:
                 f"{row.hits / lookups:.1%}" if lookups else "-",
                 format_seconds(row.saved),
                 format_seconds(row.derive),
+            ))  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if place < _NAMES else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
             )
-        return table
+            for cells in table
+        ]
+        return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
-    def _summary(self) -> str:
+    def _summary(self) -> list[str]:
         stats = self.stats
         cap = "no cap" if stats.max_bytes is None else f"a cap of {format_bytes(stats.max_bytes)}"
         first = (
@@ -285,7 +274,7 @@ class CacheReport:
             )
         if self.pins:
             lines.append(f"Pinned: {', '.join(self.pins)}.")
-        return "\n".join(lines)
+        return lines
 
 
 def rows_of(
@@ -331,6 +320,10 @@ def rows_of(
 def seen_of(cells: Iterable[Cell]) -> tuple[Seen, ...]:
     """Return what cells say of the values."""
     return tuple(Seen(cell.nbytes, cell.cost, cell.hits + cell.misses) for cell in cells)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _WIDEST else f"{name[: _WIDEST - 1]}…"
 
 
 def _scale(nbytes: int) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from zoo import quiet
 
 import dora_cache
 from dora_cache.audit import EVERY
-from dora_cache.freshness import KINDS, LAYERS, OPERATIONS, RAW, Pick, Scene
+from dora_cache.lab.freshness import KINDS, LAYERS, OPERATIONS, RAW, Pick, Scene
 
 NAMES = ("ada", "bob", "lora", "new0", "new1")
 PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "lora_dropout")

@@ -10,7 +10,10 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_cache
-from dora_cache import bench
+from dora_cache.lab import bench
+from dora_cache.lab.machine import describe_machine
+from dora_cache.lab.models import plain_lora, random_dora, twin
+from dora_cache.units import format_bytes
 
 PROMPT = torch.arange(1, 7)[None]
 
@@ -26,7 +29,7 @@ def model():
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return bench.random_dora(LlamaForCausalLM(config).eval(), ["a", "b"], rank=4)
+    return random_dora(LlamaForCausalLM(config).eval(), ["a", "b"], rank=4)
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def comparison(model):
 
 def test_a_twin_shares_every_weight_and_no_module(model):
     """Twins have the same parameters and different modules."""
-    other = bench.twin(model)
+    other = twin(model)
     for (name, ours), (again, theirs) in zip(
         model.named_parameters(), other.named_parameters(), strict=True
     ):
@@ -56,7 +59,7 @@ def test_a_twin_shares_every_weight_and_no_module(model):
 def test_what_happens_to_a_twin_does_not_happen_to_the_model(model):
     """Attaching a cache to a twin and unloading it leave the model alone."""
     expected = bench.logits(model, PROMPT)
-    other = bench.twin(model)
+    other = twin(model)
     with dora_cache.attach(other) as cache:
         bench.logits(model, PROMPT)
         assert cache.stats().lookups == 0
@@ -66,7 +69,7 @@ def test_what_happens_to_a_twin_does_not_happen_to_the_model(model):
 
 def test_plain_lora_has_the_shapes_of_the_dora_adapters(model):
     """The yardstick has the ranks, targets and base weights of the original, without DoRA."""
-    plain = bench.plain_lora(model, ["a", "b"])
+    plain = plain_lora(model, ["a", "b"])
     shapes = {
         name: weight.shape for name, weight in model.named_parameters() if "magnitude" not in name
     }
@@ -93,7 +96,7 @@ def test_plain_lora_stands_in_for_other_kinds_of_adapters():
         OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         adapter_name="a",
     ).eval()
-    plain = bench.plain_lora(oft, ["a"])
+    plain = plain_lora(oft, ["a"])
     assert isinstance(plain.peft_config["a"], LoraConfig)
     assert any("q_proj.lora_A.a" in name for name, _ in plain.named_parameters())
     comparison = bench.compare(
@@ -105,9 +108,9 @@ def test_plain_lora_stands_in_for_other_kinds_of_adapters():
 def test_random_adapters_are_seeded_and_leave_the_random_state(model):
     """The same seed gives the same adapters, another one others; torch's own state stays."""
     before = torch.get_rng_state()
-    base = bench.twin(model).unload()
-    same = bench.random_dora(bench.twin(base), ["a", "b"], rank=4)
-    other = bench.random_dora(bench.twin(base), ["a", "b"], rank=4, seed=1)
+    base = twin(model).unload()
+    same = random_dora(twin(base), ["a", "b"], rank=4)
+    other = random_dora(twin(base), ["a", "b"], rank=4, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(bench.logits(same, PROMPT), bench.logits(model, PROMPT))
     assert not torch.equal(bench.logits(other, PROMPT), bench.logits(model, PROMPT))
@@ -275,14 +278,14 @@ def test_the_report_names_every_way(comparison, tmp_path):
 )
 def test_sizes_are_short(count, text):
     """Sizes have about three digits and a binary unit."""
-    assert bench.format_bytes(count) == text
+    assert format_bytes(count) == text
 
 
 def test_the_machine_has_no_name():
     """What is said of the machine tells its kind, not which one it is."""
     import platform
 
-    machine = bench.describe_machine()
+    machine = describe_machine()
     assert machine["cores"] >= 1
     assert machine["torch"] == torch.__version__
     assert platform.node() not in map(str, machine.values())

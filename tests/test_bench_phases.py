@@ -9,8 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dora_cache
-from dora_cache import bench
-from dora_cache.bench.ways import groups, rotated
+from dora_cache.lab import bench
+from dora_cache.lab.bench.ways import groups, rotated
+from dora_cache.lab.models import plain_lora, random_dora
+from dora_cache.lab.shapes import SHAPES, shaped
 
 PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,
@@ -25,7 +27,7 @@ PROMPT = torch.arange(1, 7)[None]
 
 
 def tiny(**options):
-    return bench.random_dora(bench.shaped("tiny"), ["a", "b"], rank=4, **options)
+    return random_dora(shaped("tiny"), ["a", "b"], rank=4, **options)
 
 
 @pytest.fixture
@@ -44,14 +46,14 @@ def measured():
 def test_a_shape_has_as_many_parameters_as_the_model_it_is_named_after(name):
     """The sizes of the published models."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bench.SHAPES[name]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]))
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_shaped_model_is_one_that_transformers_would_make(dtype):
     """What is no weight, too, is as in a model that was made in the ordinary way."""
-    model = bench.shaped("tiny", dtype=dtype)
+    model = shaped("tiny", dtype=dtype)
     again = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
     again.load_state_dict(model.state_dict())
     assert model.dtype == dtype
@@ -66,14 +68,14 @@ def test_a_shaped_model_is_one_that_transformers_would_make(dtype):
 def test_a_shape_can_be_cut_down_and_repeated():
     """Layers are as many as wanted, weights the same every time, and tied where they should be."""
     state = torch.get_rng_state()
-    model, again = (bench.shaped("smollm2-135m", layers=1) for _ in range(2))
+    model, again = (shaped("smollm2-135m", layers=1) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(model.model.layers) == model.config.num_hidden_layers == 1
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="from 1 to 2"):
-        bench.shaped("tiny", layers=3)
+        shaped("tiny", layers=3)
 
 
 def test_all_seven_linear_layers_are_adapted(model):
@@ -87,8 +89,8 @@ def test_all_seven_linear_layers_are_adapted(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adapters_have_the_dtype_that_is_wanted(dtype):
     """DoRA's adapters, and those of the LoRA beside it."""
-    model = bench.random_dora(bench.shaped("tiny", dtype=torch.bfloat16), ["a"], dtype=dtype)
-    for wrapped in (model, bench.plain_lora(model, ["a"])):
+    model = random_dora(shaped("tiny", dtype=torch.bfloat16), ["a"], dtype=dtype)
+    for wrapped in (model, plain_lora(model, ["a"])):
         found = {weight.dtype for name, weight in wrapped.named_parameters() if ".a." in name}
         assert found == {dtype}
 

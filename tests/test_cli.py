@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import dora_cache
-from dora_cache import bench
-from dora_cache.cli import app
+from dora_cache.cli.app import app
 from dora_cache.cli.measuring import capped
+from dora_cache.lab import bench
 
 VOCABULARY = {f"w{index}": index for index in range(100)}
 PROMPT = "w1 w2 w3"
@@ -117,12 +117,65 @@ def assert_one_line(result, *parts):
 
 
 def test_help_names_every_command(run):
-    """The help lists the four commands."""
-    result = run("--help")
-    assert result.exit_code == 0
-    for command in ("demo", "bench", "generate", "backends"):
-        assert command in result.stdout
-        assert run(command, "--help").exit_code == 0
+    """The help lists every command, and that of the group `lab` every measurement."""
+    for group, commands in (
+        ((), ("demo", "bench", "plan", "generate", "freshness", "backends", "lab")),
+        (("lab",), ("coverage", "caps", "traffic", "simulate", "audit")),
+    ):
+        result = run(*group, "--help")
+        assert result.exit_code == 0
+        for command in commands:
+            assert f" {command} " in result.stdout
+            assert run(*group, command, "--help").exit_code == 0
+
+
+def test_measurements_are_under_lab_alone(run):
+    """A measurement is no command of the top level."""
+    for command in ("coverage", "caps", "traffic", "simulate", "audit"):
+        result = run(command)
+        assert result.exit_code == 2
+        assert f"No such command '{command}'" in result.stderr
+
+
+def test_the_audit_is_measured(run):
+    """`lab audit` says what the audit costs, and after how many forwards it notices a write."""
+    result = run("lab", "audit", "--shape", "tiny", "--tokens", 2, "--rounds", 2)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout.splitlines()[-1])
+    assert data["values"] == 14
+    assert f"right from forward {data['forwards']} on" in " ".join(result.stdout.split())
+
+
+def test_caps_are_measured(run, tmp_path):
+    """`lab caps` writes a row for each backend and cap, and a chart."""
+    arguments = ("--shape", "tiny", "--tokens", 2, "--rounds", 1, "--shares", "50,100")
+    result = run("lab", "caps", *arguments, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "caps.json").read_text())["machine"]
+    assert (tmp_path / "caps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_traffic_is_served(run, tmp_path):
+    """`lab traffic` serves every request as PEFT does."""
+    arguments = ("--adapters", 4, "--slots", 2, "--requests", 10, "--forwards", 2)
+    result = run("lab", "traffic", *arguments, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    served = json.loads((tmp_path / "traffic.json").read_text())["served"]
+    assert [(one["name"], one["wrong"]) for one in served] == [
+        ("PEFT", 0), ("lru", 0), ("budget", 0)
+    ]  # fmt: skip
+
+
+def test_coverage_is_measured(run, tmp_path):
+    """`lab coverage` has a row for each example of a kind, with what is held."""
+    arguments = ("--kind", "C3A", "--size", 32, "--seconds", 0, "--tokens", 1)
+    result = run("lab", "coverage", *arguments, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "coverage.json").read_text())["rows"]
+    assert rows
+    for row in rows:
+        assert (row["kind"], row["note"]) == ("C3A", "")
+        assert row["held"]["peft"] > 0
 
 
 def test_the_version_is_the_packages(run):
@@ -141,7 +194,7 @@ def test_backends_are_listed_with_what_they_need(run):
 def test_light_commands_load_no_heavy_package():
     """Help and the list of backends come without PEFT, Transformers and matplotlib."""
     code = (
-        "import sys; from typer.testing import CliRunner; from dora_cache.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from dora_cache.cli.app import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
         "assert CliRunner().invoke(app, ['backends']).exit_code == 0\n"
         "sys.exit(str([m for m in ('peft', 'transformers', 'matplotlib') if m in sys.modules]))\n"
@@ -473,7 +526,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(run, folder, tmp_path, command
 
 def test_demo_says_what_it_lacks(run, tmp_path, monkeypatch):
     """Without the model, or with a wrong cap, the demo ends in one line."""
-    from dora_cache.demo import smollm
+    from dora_cache.lab.demo import smollm
 
     def missing(*_, **__):
         raise FileNotFoundError("the model is not installed; run `pip install it`")
@@ -494,8 +547,7 @@ def test_mistakes_leave_no_cache_behind(folder, monkeypatch):
         seen.append(model)
         raise CliError("no")
 
-    generate_module = sys.modules[module.__module__]
-    monkeypatch.setattr(generate_module, "greedy", fail)
+    monkeypatch.setattr(module, "greedy", fail)
     arguments = [str(argument) for argument in generate(folder)]
     assert_one_line(CliRunner().invoke(app, arguments), "no")
     dora_cache.attach(seen[0]).detach()

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dora_cache import bench, cli
-from dora_cache.bench import caps, coverage, simulate, traffic
-from dora_cache.cli import app
+from dora_cache import cli
+from dora_cache.cli import backends as backends_command
+from dora_cache.cli import bench as bench_command
+from dora_cache.cli import demo as demo_command
+from dora_cache.cli.app import app
 from dora_cache.cli.output import check_file
-from dora_cache.freshness import report
+from dora_cache.lab import bench, caps, coverage, simulator, traffic
+from dora_cache.lab.freshness import report
 
 PROGRAM = [sys.executable, "-m", "dora_cache"]
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -60,7 +63,8 @@ COMMANDS = [
     ["backends"],
     ["backends", "--help"],
     ["plan", "--shape", "tiny"],
-    ["simulate", "--scale", "0.01", "--traces", "cyclic", "--policies", "lru", "--out", "."],
+    ["lab", "--help"],
+    ["lab", "simulate", "--scale", "0.01", "--traces", "cyclic", "--policies", "lru", "--out", "."],
 ]
 
 
@@ -106,7 +110,7 @@ def test_another_error_is_not_taken_for_one_of_output(invoke, monkeypatch):
     def fail():
         raise OSError(errno.ENOSPC, "of something else")
 
-    monkeypatch.setattr(sys.modules["dora_cache.cli.backends"], "available", fail)
+    monkeypatch.setattr(backends_command, "available", fail)
     monkeypatch.setattr(sys, "argv", ["dora-cache", "backends"])
     with pytest.raises(OSError, match="of something else"):
         cli.main()
@@ -150,9 +154,10 @@ def nothing_is_measured(monkeypatch):
         coverage: ["measure_coverage", "count_examples"],
         traffic: ["make_model"],
         caps: ["measure_caps", "random_adapter"],
-        simulate: ["simulate"],
-        bench: ["compare", "random_dora"],
-        sys.modules["dora_cache.cli.demo"]: ["_load"],
+        simulator: ["simulate"],
+        bench: ["compare"],
+        bench_command: ["random_dora"],
+        demo_command: ["_load"],
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, never)
@@ -160,11 +165,11 @@ def nothing_is_measured(monkeypatch):
 
 FILES = {
     "bench": (["--shape", "tiny"], ["bench.json", "bench.png"]),
-    "caps": (["--shape", "tiny"], ["caps.json", "caps.png"]),
-    "coverage": ([], ["coverage.json"]),
+    "lab caps": (["--shape", "tiny"], ["caps.json", "caps.png"]),
+    "lab coverage": ([], ["coverage.json"]),
     "demo": ([], ["demo.json", "demo.png"]),
-    "simulate": ([], ["simulate.json", "simulate.png"]),
-    "traffic": ([], ["traffic.json"]),
+    "lab simulate": ([], ["simulate.json", "simulate.png"]),
+    "lab traffic": ([], ["traffic.json"]),
 }
 
 
@@ -183,21 +188,22 @@ def test_a_folder_is_tried_before_the_work(command, tmp_path):
     """One that cannot be made, and one in which a result cannot be written."""
     arguments, names = FILES[command]
     (tmp_path / "file").write_text("")
-    assert_told([command, *arguments, "--out", tmp_path / "file" / "out"], "another one as --out")
+    run = [*command.split(), *arguments, "--out"]
+    assert_told([*run, tmp_path / "file" / "out"], "another one as --out")
     for name in names:
         out = tmp_path / f"with {name}"
         (out / name).mkdir(parents=True)
-        assert_told([command, *arguments, "--out", out], out / name, "another folder as --out")
+        assert_told([*run, out], out / name, "another folder as --out")
         assert [path.name for path in out.iterdir()] == [name]
 
 
 @pytest.mark.usefixtures("nothing_is_measured")
-@pytest.mark.parametrize("command", ["freshness", "coverage"])
+@pytest.mark.parametrize("command", ["freshness", "lab coverage"])
 def test_a_markdown_file_is_tried_before_the_work(command, tmp_path):
     """A missing folder is found at once."""
     path = tmp_path / "missing" / "table.md"
-    more = ["--out", tmp_path] if command == "coverage" else []
-    assert_told([command, *more, "--markdown", path], path, "give another --markdown")
+    more = ["--out", tmp_path] if command == "lab coverage" else []
+    assert_told([*command.split(), *more, "--markdown", path], path, "give another --markdown")
 
 
 def test_trying_a_file_leaves_it_as_it_is(tmp_path):
@@ -219,5 +225,5 @@ def test_a_file_that_fails_in_the_end_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "rows", lambda **_: [])
     assert_told(["freshness", "--markdown", "/dev/full"], "No space left", "another --markdown")
     (tmp_path / "simulate.json").symlink_to("/dev/full")
-    quick = ["simulate", "--scale", "0.01", "--traces", "cyclic", "--policies", "lru"]
+    quick = ["lab", "simulate", "--scale", "0.01", "--traces", "cyclic", "--policies", "lru"]
     assert_told([*quick, "--out", tmp_path], "No space left", "another folder as --out")

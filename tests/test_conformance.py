@@ -525,4 +525,4 @@ def test_import_without_hypothesis_says_what_to_install():
         "except ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install dora-cache[testing]" in done.stdout
+    assert 'needs hypothesis: pip install "dora-cache[testing]"' in done.stdout

@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dora_cache.cli import app
-from dora_cache.freshness import (
+from dora_cache.cli.app import app
+from dora_cache.lab.freshness import (
     DORA_CACHING,
     KINDS,
     LAYERS,

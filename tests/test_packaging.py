@@ -55,8 +55,8 @@ def test_a_wheel_holds_everything(wheel):
         assert f"dora_cache/backends/{path.name}" in names
     assert "dora_cache/py.typed" in names
     for adapter in ("sonnets", "kitchen"):
-        assert f"dora_cache/demo/adapters/{adapter}/adapter_model.safetensors" in names
-        assert f"dora_cache/demo/texts/{adapter}.txt" in names
+        assert f"dora_cache/lab/demo/adapters/{adapter}/adapter_model.safetensors" in names
+        assert f"dora_cache/lab/demo/texts/{adapter}.txt" in names
     assert not [name for name in names if name.startswith(("backends/", "tests/", "docs/"))]
 
 

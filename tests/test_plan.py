@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from zoo import quiet
 
 import dora_cache
-from dora_cache import cached, planning
-from dora_cache.cli import app
+from dora_cache import cached
+from dora_cache.cli.app import app
+from dora_cache.lab import planning
 
 POLICIES = ["lru", "budget"]
 SHARED = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -16,7 +16,7 @@ from zoo import dora_model, quiet, run, sample
 
 import dora_cache
 from dora_cache import recipes
-from dora_cache.bench.coverage import NOTHING_TO_CACHE
+from dora_cache.lab.coverage import NOTHING_TO_CACHE
 from dora_cache.recipes import fingerprints, load_recipes
 from dora_cache.recipes.examples import TARGETS, make_model
 from dora_cache.recipes.fingerprints import changed, fingerprint

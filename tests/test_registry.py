@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import dora_cache
 from dora_cache import BackendError, ConfigError, UnknownBackendError, backends, errors, recipes
 from dora_cache.backends import registry
-from dora_cache.cli import app
+from dora_cache.cli.app import app
 
 
 class Mine(backends.DictBackend):

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dora_cache.backends import BudgetBackend, LRUBackend
-from dora_cache.bench import simulate, simulate_bounds, simulate_report, simulate_traces
-from dora_cache.bench.simulate_traces import TUNERS, Layer, Trace, make_trace
-from dora_cache.cli import app
+from dora_cache.cli.app import app
+from dora_cache.lab.simulator import bounds, report, scoring
+from dora_cache.lab.simulator import traces as known
+from dora_cache.lab.simulator.traces import TUNERS, Layer, Trace, make_trace
 
 LAYERS = [Layer(64, 64), Layer(64, 16), Layer(64, 128), Layer(128, 64)]
 
@@ -52,7 +53,7 @@ keys = st.lists(st.integers(0, 3), max_size=12)
 @given(keys)
 def test_previous_lookups_are_found(lookups):
     """Every lookup knows the place of the one before of its key, the first ones none."""
-    found = simulate_bounds.previous_lookups(np.array(lookups, dtype=int)).tolist()
+    found = bounds.previous_lookups(np.array(lookups, dtype=int)).tolist()
     last = {}
     for place, key in enumerate(lookups):
         assert found[place] == last.get(key, -1)
@@ -64,7 +65,7 @@ def test_previous_lookups_are_found(lookups):
 def test_belady_is_the_best_there_is(lookups, slots):
     """Belady's hits are those of the best of all possible choices, where all values are alike."""
     trace = trace_of(lookups, [1] * 4, [1.0] * 4)
-    assert simulate_bounds.belady(trace.lookups, slots) == best_by_trying(trace, slots)
+    assert bounds.belady(trace.lookups, slots) == best_by_trying(trace, slots)
 
 
 @given(
@@ -77,9 +78,9 @@ def test_belady_is_the_best_there_is(lookups, slots):
 def test_the_bound_is_never_below_the_best(lookups, sizes, costs, cap):
     """No choice saves more than the bound, whatever sizes and costs; and it is no mere total."""
     trace = trace_of(lookups, sizes, costs)
-    bound = simulate_bounds.upper_bound(trace, cap)
+    bound = bounds.upper_bound(trace, cap)
     assert bound >= best_by_trying(trace, cap) * (1 - 1e-9)
-    again = simulate_bounds.previous_lookups(trace.lookups) >= 0
+    again = bounds.previous_lookups(trace.lookups) >= 0
     assert bound <= trace.costs[trace.lookups[again]].sum() * (1 + 1e-9)
 
 
@@ -88,18 +89,18 @@ def test_the_bound_is_tight_on_a_cycle(slots):
     """Of a long cycle, the bound lets as large a part hit as fits, and no more than that."""
     trace = cycle(100)
     size, cost = int(trace.sizes[0]), float(trace.costs[0])
-    bound = simulate_bounds.upper_bound(trace, slots * size)
+    bound = bounds.upper_bound(trace, slots * size)
     assert bound == pytest.approx(slots * 99 * cost, rel=0.02)
-    assert simulate_bounds.belady(trace.lookups, slots) == pytest.approx(slots * 99, rel=0.02)
-    assert simulate_bounds.optimum(trace, slots * size)[1]
+    assert bounds.belady(trace.lookups, slots) == pytest.approx(slots * 99, rel=0.02)
+    assert bounds.optimum(trace, slots * size)[1]
 
 
 def test_prices_that_differ_over_time_tighten_the_bound():
     """Where a cap binds only for a while, one price for all times is too kind."""
     quiet, busy = [0, 1] * 200, [*range(2, 12)] * 40
     trace = trace_of(quiet + busy, [1] * 12, [1.0] * 12)
-    exact = simulate_bounds.belady(trace.lookups, 4)
-    bound = simulate_bounds.upper_bound(trace, 4)
+    exact = bounds.belady(trace.lookups, 4)
+    bound = bounds.upper_bound(trace, 4)
     one_price = min(398 + 390, 4 * (len(trace.lookups) - 1) / 10 + 398 * (1 - 2 / 10))
     assert exact <= bound < 1.05 * exact < one_price
 
@@ -109,16 +110,16 @@ def test_budget_keeps_its_part_of_a_cycle_and_lru_nothing(part):
     """On a cycle, budget saves about what the optimum saves, and an LRU nothing at all."""
     trace = cycle(60)
     cap = int(trace.working_set * part)
-    best, _ = simulate_bounds.optimum(trace, cap)
-    assert simulate.play(trace, BudgetBackend(cap)) > 0.95 * best
-    assert simulate.play(trace, LRUBackend(cap)) == 0
+    best, _ = bounds.optimum(trace, cap)
+    assert scoring.play(trace, BudgetBackend(cap)) > 0.95 * best
+    assert scoring.play(trace, LRUBackend(cap)) == 0
 
 
 def test_budget_saves_most_of_the_optimum_on_short_traces():
     """On traces a tenth as long as those of the command, start included, it saves nine tenths."""
-    traces = simulate_traces.standard_traces(scale=0.1)
+    traces = known.standard_traces(scale=0.1)
     short = [trace for trace in traces if trace.name in {"cyclic", "shifting", "together"}]
-    for score in simulate.simulate(short, {"budget": BudgetBackend}, shares=(0.25, 0.75)):
+    for score in scoring.simulate(short, {"budget": BudgetBackend}, shares=(0.25, 0.75)):
         assert 0.9 < score.part <= 1, score
 
 
@@ -126,12 +127,12 @@ def test_no_policy_saves_more_than_the_optimum():
     """Every policy, under every cap, stays within the optimum or its bound."""
     mixed = [(TUNERS[kind], LAYERS) for kind in ("DoRA", "LoHa", "OFT")]
     rng = np.random.default_rng(0)
-    forwards = simulate_traces.requests(rng, rng.integers(0, 3, 30), 1, 5)
+    forwards = known.requests(rng, rng.integers(0, 3, 30), 1, 5)
     traces = [cycle(10), make_trace("mixed", "three kinds", mixed, forwards)]
     moves = []
-    scores = simulate.simulate(traces, simulate.policies(), moved=lambda: moves.append(1))
-    assert len(moves) == len(traces) * len(simulate.SHARES)
-    assert len(scores) == len(moves) * len(simulate.policies())
+    scores = scoring.simulate(traces, scoring.policies(), moved=lambda: moves.append(1))
+    assert len(moves) == len(traces) * len(scoring.SHARES)
+    assert len(scores) == len(moves) * len(scoring.policies())
     assert {score.exact for score in scores} == {True, False}
     for score in scores:
         assert 0 <= score.saved <= score.optimum * (1 + 1e-9) <= score.total
@@ -140,7 +141,7 @@ def test_no_policy_saves_more_than_the_optimum():
 
 def test_policies_are_those_of_the_installed_cachetools():
     """Besides the two backends, every cachetools cache that takes just a size takes part."""
-    found = simulate.policies()
+    found = scoring.policies()
     assert list(found)[:2] == ["budget", "lru"]
     assert {"fifo", "lfu", "rr"} <= set(found)
     assert not {"ttl", "tlru", ""} & set(found)
@@ -149,26 +150,26 @@ def test_policies_are_those_of_the_installed_cachetools():
 def test_cachetools_entries_are_bounded_by_their_bytes():
     """The adapter counts bytes, and refuses what is larger than the cache."""
     trace = trace_of([0, 1, 0, 1, 2, 2], [10, 10, 25], [1.0, 2.0, 4.0])
-    store = simulate.CachetoolsBackend(cachetools.FIFOCache(20, getsizeof=lambda e: e.nbytes))
-    assert simulate.play(trace, store) == 3.0
+    store = scoring.CachetoolsBackend(cachetools.FIFOCache(20, getsizeof=lambda e: e.nbytes))
+    assert scoring.play(trace, store) == 3.0
 
 
 def test_what_is_saved_counts_without_the_noise_of_measurements():
     """Noise changes what a policy sees, not what a hit is worth."""
     trace = cycle(5)
     for noise in (0.0, 0.5):
-        saved = simulate.play(trace, LRUBackend(trace.working_set), noise=noise)
+        saved = scoring.play(trace, LRUBackend(trace.working_set), noise=noise)
         assert saved == pytest.approx(4 * trace.costs.sum())
 
 
 def test_traces_are_the_same_each_time():
     """The same seed gives the same traces and scores, another seed others."""
-    first, again, other = (simulate_traces.standard_traces(seed, scale=0.01) for seed in (0, 0, 1))
+    first, again, other = (known.standard_traces(seed, scale=0.01) for seed in (0, 0, 1))
     for one, two in zip(first, again, strict=True):
         assert np.array_equal(one.lookups, two.lookups)
     assert any(len(a.lookups) != len(b.lookups) for a, b in zip(first, other, strict=True))
-    rr = {"rr": simulate.policies(3)["rr"]}
-    assert simulate.simulate(first[:1], rr) == simulate.simulate(again[:1], rr)
+    rr = {"rr": scoring.policies(3)["rr"]}
+    assert scoring.simulate(first[:1], rr) == scoring.simulate(again[:1], rr)
 
 
 def test_a_forward_looks_up_every_layer_in_order():
@@ -184,7 +185,7 @@ def test_a_forward_looks_up_every_layer_in_order():
 
 def test_layers_are_those_of_the_model():
     """The layers of a named shape are its seven projections, times its depth."""
-    assert simulate_traces.layers_of("tiny") == [
+    assert known.layers_of("tiny") == [
         Layer(32, 32), Layer(32, 16), Layer(32, 16), Layer(32, 32),
         Layer(32, 48), Layer(32, 48), Layer(48, 32),
     ] * 2  # fmt: skip
@@ -192,12 +193,12 @@ def test_layers_are_those_of_the_model():
 
 def test_requests_at_once_take_turns():
     """Of requests that run together, each has a token in turn, and the next one follows at once."""
-    forwards = simulate_traces.together(np.random.default_rng(0), [0, 1, 2], 2, 2, 2)
+    forwards = known.together(np.random.default_rng(0), [0, 1, 2], 2, 2, 2)
     assert forwards.tolist() == [0, 1, 0, 1, 2, 2]
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["simulate", *map(str, arguments)])
+    return CliRunner().invoke(app, ["lab", "simulate", *map(str, arguments)])
 
 
 def test_the_command_prints_and_writes_what_it_found(tmp_path):
@@ -211,7 +212,7 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path):
     assert "zipf" not in done.output
     data = json.loads((folder / "simulate.json").read_text())
     assert set(data["traces"]) == {"cyclic", "mixed"}
-    assert len(data["scores"]) == 2 * 2 * len(simulate.SHARES)
+    assert len(data["scores"]) == 2 * 2 * len(scoring.SHARES)
     for score in data["scores"]:
         assert score["part"] == pytest.approx(score["saved"] / score["optimum"])
     assert (folder / "simulate.png").read_bytes().startswith(b"\x89PNG")
@@ -235,8 +236,8 @@ def test_mistakes_are_explained(arguments, message):
 def test_a_bound_is_marked_as_one():
     """The table tells an exact optimum from a bound of it."""
     scores = [
-        simulate.Score("one", 0.5, 10, "lru", 1.0, 2.0, True, 4.0),
-        simulate.Score("two", 0.5, 10, "lru", 1.0, 2.0, False, 4.0),
+        scoring.Score("one", 0.5, 10, "lru", 1.0, 2.0, True, 4.0),
+        scoring.Score("two", 0.5, 10, "lru", 1.0, 2.0, False, 4.0),
     ]
-    cells = [list(column.cells) for column in simulate_report.table(scores).columns]
+    cells = [list(column.cells) for column in report.table(scores).columns]
     assert cells == [["one", "two"], ["50%", "50%"], ["50.0 %", "≤ 50.0 %"], ["50.0", "50.0"]]

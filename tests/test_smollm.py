@@ -7,8 +7,8 @@ from peft.helpers import DoraCaching
 from zoo import quiet
 
 import dora_cache
-from dora_cache.bench import dora_caching_bytes
-from dora_cache.demo import ADAPTERS, adapter_directory, smollm
+from dora_cache.lab.bench import dora_caching_bytes
+from dora_cache.lab.demo import ADAPTERS, adapter_directory, smollm
 
 LAYERS = 30 * 7
 

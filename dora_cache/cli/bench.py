@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from dora_cache import bench as measurement
 from dora_cache.cli.choosing import all_ways, choose_ways, parse_prefill
 from dora_cache.cli.console import CliError, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
@@ -36,6 +35,9 @@ from dora_cache.cli.options import (
 )
 from dora_cache.cli.output import make_folder
 from dora_cache.config import CacheConfig
+from dora_cache.lab import bench as measurement
+from dora_cache.lab.machine import describe_machine
+from dora_cache.lab.models import random_dora
 
 __all__ = ["bench"]
 
@@ -112,9 +114,7 @@ def bench(
                 wrapped = (
                     load_adapters(base, paths)
                     if paths
-                    else measurement.random_dora(
-                        base, names, rank=rank, dtype=DTYPES[adapter_dtype or "fp32"]
-                    )
+                    else random_dora(base, names, rank=rank, dtype=DTYPES[adapter_dtype or "fp32"])
                 )
             sizes = measurement.working_set(wrapped, names)
         known = all_ways(backend, max_bytes or _cap(sizes), settings)
@@ -156,7 +156,7 @@ def bench(
             "dtype": str(base.dtype).removeprefix("torch."),
             "adapter_dtype": None if paths else adapter_dtype or "fp32",
             "rank": None if paths else rank,
-            "machine": measurement.describe_machine(where),
+            "machine": describe_machine(where),
             "phases": {phase.name: asdict(phase)["cells"] for phase in everything},
             "memory": {way: asdict(weighed) for way, weighed in phases.memory.items()},
         }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from dora_cache import bench
 from dora_cache.cli.console import CliError
 from dora_cache.cli.options import given
 from dora_cache.config import CacheConfig
+from dora_cache.lab import bench
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,6 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
-from dora_cache import bench
 from dora_cache.attachment import attach
 from dora_cache.cli.console import CliError, progress_bar, quiet, reported, results, spinner
 from dora_cache.cli.loading import load_adapters
@@ -19,7 +18,11 @@ from dora_cache.cli.measuring import measure, save, show
 from dora_cache.cli.output import make_folder
 from dora_cache.cli.texts import greedy
 from dora_cache.config import CacheConfig
-from dora_cache.demo import ADAPTERS, adapter_directory
+from dora_cache.lab import bench
+from dora_cache.lab.demo import ADAPTERS, adapter_directory
+from dora_cache.lab.machine import describe_machine
+from dora_cache.lab.models import random_dora, twin
+from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +84,7 @@ def demo(
         measured = model
         if rank is not None:
             with spinner("making random adapters"), quiet():
-                measured = bench.random_dora(bench.twin(model).unload(), ADAPTERS, rank=rank)
+                measured = random_dora(twin(model).unload(), ADAPTERS, rank=rank)
         input_ids = cached.ids[ADAPTERS[0]][:, : len(tokenizer(_PROMPT)["input_ids"])]
         found = measure(
             measured,
@@ -96,7 +99,7 @@ def demo(
             "model": "SmolLM2-135M-Instruct",
             "rank": rank or model.peft_config[ADAPTERS[0]].r,
             "max_bytes": cap,
-            "machine": bench.describe_machine(),
+            "machine": describe_machine(),
             "texts": {
                 "prompt": _PROMPT,
                 "tokens": tokens,
@@ -119,7 +122,7 @@ def demo(
 
 def _load(console: Console) -> tuple[Any, Any]:
     """Return SmolLM2 with both adapters, and its tokenizer."""
-    from dora_cache.demo import smollm
+    from dora_cache.lab.demo import smollm
 
     try:
         with spinner("finding the model") as rename:
@@ -168,8 +171,8 @@ def _show_texts(
     for name in ADAPTERS:
         text = Text.assemble((_PROMPT, "dim"), cached.texts[name])
         console.print(Panel(text, title=name, title_align="left", width=min(100, console.width)))
-    limit = "" if cap is None else f" of at most {bench.format_bytes(cap)}"
+    limit = "" if cap is None else f" of at most {format_bytes(cap)}"
     console.print(
         f"dora-cache (lru) took {cached.seconds:.1f} s for both and holds "
-        f"{bench.format_bytes(stats.nbytes)}{limit}; uncached PEFT took {plain.seconds:.1f} s."
+        f"{format_bytes(stats.nbytes)}{limit}; uncached PEFT took {plain.seconds:.1f} s."
     )

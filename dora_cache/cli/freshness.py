@@ -36,7 +36,7 @@ def freshness(
     The left column is PEFT's DoraCaching, the right one dora-cache. Ends with exit code 1 if
     dora-cache is ever wrong.
     """
-    from dora_cache.freshness import report
+    from dora_cache.lab.freshness import report
 
     with reported():
         where = parse_device(device)

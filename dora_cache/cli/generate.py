@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from dora_cache.attachment import attach
-from dora_cache.bench.report import format_bytes
 from dora_cache.cli.console import CliError, progress_bar, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
     load_adapters,
@@ -29,6 +28,7 @@ from dora_cache.cli.options import (
 from dora_cache.cli.texts import greedy
 from dora_cache.config import CacheConfig
 from dora_cache.stats import CacheStats
+from dora_cache.units import format_bytes
 
 __all__ = ["generate"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_cache.bench import SHAPES, shaped
 from dora_cache.cli.console import CliError, quiet
+from dora_cache.lab.shapes import SHAPES, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
 
-from dora_cache import bench
 from dora_cache.cli.console import progress_bar, quiet
 from dora_cache.cli.output import writing
+from dora_cache.lab import bench
+from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def measure(
     tokens: int,
     rounds: int,
 ) -> bench.Comparison:
-    """Compare the ways of running a PEFT model; see :func:`dora_cache.bench.compare`."""
+    """Compare the ways of running a PEFT model; see :func:`dora_cache.lab.bench.compare`."""
     with progress_bar("measuring", 1) as move, quiet():
 
         def step(_: str, done: int, total: int) -> None:
@@ -63,7 +63,7 @@ def measure_more(
     rounds: int,
     compiled: int,
 ) -> bench.Phases:
-    """Measure the other phases; see :func:`dora_cache.bench.measure_phases`.
+    """Measure the other phases; see :func:`dora_cache.lab.bench.measure_phases`.
 
     Args:
         model: the PEFT model.
@@ -116,11 +116,11 @@ def show_more(
 def capped(cap: int | str | None, sizes: dict[str, int]) -> str:
     """Say in a sentence what the adapters need, and what the cap lets them have."""
     needed = sum(sizes.values())
-    each = ", ".join(f"{name} {bench.format_bytes(size)}" for name, size in sizes.items())
-    text = f"With nothing evicted, the adapters' values take {bench.format_bytes(needed)} ({each})"
+    each = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+    text = f"With nothing evicted, the adapters' values take {format_bytes(needed)} ({each})"
     if not isinstance(cap, int):
         return f"{text}."
-    text = f"{text}; the lru cap is {bench.format_bytes(cap)}, so "
+    text = f"{text}; the lru cap is {format_bytes(cap)}, so "
     if cap >= needed:
         return f"{text}all of them fit."
     if cap >= max(sizes.values()):
@@ -173,9 +173,6 @@ def save(
     with writing(data, "folder as --out"):
         data.write_text(text + "\n", encoding="utf-8")
     console.print(f"numbers: {data}", soft_wrap=True, markup=False)
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("no chart: it needs matplotlib (pip install matplotlib)")
-        return
     with writing(chart, "folder as --out"):
         bench.draw(comparison, chart, title=title, subtitle=subtitle)
     console.print(f"chart:   {chart}", soft_wrap=True, markup=False)

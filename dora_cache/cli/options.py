@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 import typer
 
-from dora_cache.bench import SHAPES
+from dora_cache.lab.shapes import SHAPES
 
 __all__ = [
     "DTYPES",

@@ -10,8 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from dora_cache import backends, planning
-from dora_cache.bench import SHAPES, shape_config
+from dora_cache import backends
 from dora_cache.cli.console import CliError, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
     check_source,
@@ -30,6 +29,8 @@ from dora_cache.cli.options import (
     given,
 )
 from dora_cache.config import CacheConfig
+from dora_cache.lab import planning
+from dora_cache.lab.shapes import SHAPES, shape_config
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:

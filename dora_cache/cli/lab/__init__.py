@@ -1,0 +1,15 @@
+"""``dora-cache lab``: measurements of the cache itself, and simulators."""
+
+import typer
+
+from dora_cache.cli.lab.audit import audit
+from dora_cache.cli.lab.caps import caps
+from dora_cache.cli.lab.coverage import coverage
+from dora_cache.cli.lab.simulate import simulate
+from dora_cache.cli.lab.traffic import traffic
+
+__all__ = ["lab"]
+
+lab = typer.Typer(no_args_is_help=True)
+for command in (coverage, caps, traffic, simulate, audit):
+    lab.command()(command)

@@ -1,0 +1,25 @@
+"""Packages that only an extra installs."""
+
+from importlib.util import find_spec
+
+__all__ = ["CLI", "require"]
+
+CLI = ("matplotlib", "numpy", "rich", "typer")
+"""What the extra ``cli`` installs."""
+
+
+def require(extra: str, packages: tuple[str, ...], what: str) -> None:
+    """Check that packages are installed; they are not imported.
+
+    Args:
+        extra: the extra of dora-cache that installs them.
+        packages: their import names.
+        what: what needs them.
+
+    Raises:
+        ImportError: some are missing; the message says which, and what to install.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        names = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
+        raise ImportError(f'{what} needs {names}: pip install "dora-cache[{extra}]"')

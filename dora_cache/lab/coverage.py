@@ -1,0 +1,359 @@
+"""Every recipe on one layer: what it holds, and how much sooner the layer is done."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from dora_cache.attachment import attach
+from dora_cache.recipes import load_recipes
+from dora_cache.recipes.examples import make_model
+from dora_cache.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from dora_cache.recipes.examples import Example
+
+__all__ = [
+    "NOTHING_TO_CACHE",
+    "Covered",
+    "as_json",
+    "as_markdown",
+    "as_table",
+    "count_examples",
+    "measure_coverage",
+    "nothing_as_markdown",
+    "page",
+    "summary",
+]
+
+NOTHING_TO_CACHE = {
+    "LORA": ("LoRA without DoRA", "its two products all have the input in them"),
+    "ADALORA": ("AdaLoRA", "it multiplies one factor by a vector, which is as quick as a lookup"),
+    "ADAMSS": ("AdaMSS", "its products all have the input in them"),
+    "ADAPTION_PROMPT": (
+        "Adaption prompt",
+        "it projects a few prompt tokens; the rest is attention",
+    ),
+    "BEFT": ("BEFT", "it adds a bias"),
+    "CARTRIDGE": ("Cartridge", "it reads its keys and values as they are"),
+    "CPT": ("CPT", "it looks its prompt up"),
+    "DEFT": ("DEFT", "most of its forward has the input in it; the rest is as quick as a lookup"),
+    "GRALORA": ("GraLoRA", "its products all have the input in them"),
+    "IA3": ("IA³", "it multiplies by a vector"),
+    "LILY": ("Lily", "its router mixes factors by the input"),
+    "LN_TUNING": ("LN tuning", "its layer norms are ordinary ones"),
+    "MULTITASK_PROMPT_TUNING": ("Multitask prompt tuning", "it multiplies its prompt by a vector"),
+    "PROMPT_TUNING": ("Prompt tuning", "it looks its prompt up"),
+    "PVERA": ("PVeRA", "its products all have the input in them"),
+    "ROAD": ("RoAd", "its sines and cosines are vectors, as quick as a lookup"),
+    "SHADOW": ("Shadow", "it works on hidden states"),
+    "TINYLORA": ("TinyLoRA", "it makes a tiny matrix, as quick as a lookup"),
+    "VERA": ("VeRA", "its products all have the input in them"),
+    "XLORA": ("X-LoRA", "its scalings come from a classifier of the input"),
+}
+"""Kinds by PEFT's names for them: what they are called, and why they need no cache."""
+
+_LEAST_SECONDS = 0.002  # of one piece that is timed, so that the clock's steps do not matter
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How one way compares with PEFT uncached, for one number of tokens.
+
+    Attributes:
+        us: a forward through the layer, in microseconds; the median over rounds.
+        speedup: PEFT's uncached time over this one, within rounds; the median.
+        low: the lower quartile of that.
+        high: the upper one.
+    """
+
+    us: float
+    speedup: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """What caching does for one example.
+
+    Attributes:
+        kind: the recipe's name.
+        example: the example's.
+        layer: the kind of layer, and its size.
+        base_bytes: bytes of the layer's own weight.
+        stores: by numerics, names of the values that are stored.
+        held: by numerics, bytes held for one adapter.
+        uncached_us: by number of tokens, a forward of PEFT's in microseconds.
+        speeds: by numerics and number of tokens.
+        note: why nothing was measured, if so.
+    """
+
+    kind: str
+    example: str
+    layer: str
+    base_bytes: int
+    stores: dict[str, list[str]] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+    uncached_us: dict[int, float] = field(default_factory=dict)
+    speeds: dict[str, dict[int, Speed]] = field(default_factory=dict)
+    note: str = ""
+
+
+def count_examples(kinds: Sequence[str] | None = None) -> int:
+    """Return how many rows :func:`measure_coverage` yields."""
+    return len(_examples(kinds))
+
+
+def measure_coverage(
+    kinds: Sequence[str] | None = None,
+    *,
+    size: int = 1024,
+    tokens: Sequence[int] = (1, 128),
+    rounds: int = 15,
+    seconds: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Covered]:
+    """Measure every example of every recipe, all ways of an example in turn.
+
+    Args:
+        kinds: names of recipes; by default all.
+        size: inputs and outputs of linear layers. Convolutions have an eighth of that as channels,
+            embeddings eight times as many rows.
+        tokens: lengths of the inputs.
+        rounds: how often each way is timed, at most.
+        seconds: for how long the ways of one example and length take turns; at least three rounds.
+        dtype: of the base layer.
+    """
+    for kind, example in _examples(kinds):
+        yield _measure(kind, example, size, tokens, rounds, seconds, dtype)
+
+
+def _examples(kinds: Sequence[str] | None) -> list[tuple[str, Example]]:
+    return [
+        (recipe.name, example)
+        for recipe in load_recipes()
+        if kinds is None or recipe.name in kinds
+        for example in getattr(recipe, "examples", ())
+    ]
+
+
+def _sizes(example: Example, size: int) -> tuple[int, int]:
+    name = example.base.name
+    if "Conv" in name:
+        return size // 8, size // 8
+    return (8 * size, size) if name == "Embedding" else (size, size)
+
+
+def _measure(
+    kind: str,
+    example: Example,
+    size: int,
+    tokens: Sequence[int],
+    rounds: int,
+    seconds: float,
+    dtype: torch.dtype,
+) -> Covered:
+    inputs, outputs = _sizes(example, size)
+    layer = f"{example.base.name}({inputs}, {outputs})"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, _ = make_model(example, inputs, outputs, dtype=dtype, layers=1)
+        models = {numerics: copy.deepcopy(plain) for numerics in example.numerics}
+        caches = {numerics: attach(model, numerics=numerics) for numerics, model in models.items()}
+        found = Covered(kind, example.name, layer, _base_bytes(plain))
+        try:
+            for length in tokens:
+                _, x = make_model(example, inputs, outputs, dtype=dtype, layers=1, tokens=length)
+                ways = {"": plain, **models}
+                times = _take_turns(
+                    {way: _forward(model, x) for way, model in ways.items()}, rounds, seconds
+                )
+                found.uncached_us[length] = 1e6 * statistics.median(times[""])
+                for numerics in models:
+                    found.speeds.setdefault(numerics, {})[length] = _speed(
+                        times[""], times[numerics]
+                    )
+            for numerics, cache in caches.items():
+                found.held[numerics] = cache.stats().nbytes
+                names = {cell.kind for cell in cache._engine.cells.held()}
+                found.stores[numerics] = sorted(names)
+        finally:
+            for cache in caches.values():
+                cache.detach()
+    return found
+
+
+def _forward(model: Any, x: Any) -> Callable[[], object]:
+    # Past PeftModel's own forward, which costs as much for every way.
+    inner = getattr(getattr(model, "base_model", model), "model", model)
+    target = inner if callable(inner) and type(model).__name__ == "PeftModel" else model
+
+    def run() -> object:
+        with torch.no_grad():
+            return target(x)
+
+    return run
+
+
+def _base_bytes(model: Any) -> int:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            return sum(p.numel() * p.element_size() for p in base.parameters(recurse=False))
+    return 0
+
+
+def _take_turns(
+    ways: dict[str, Callable[[], object]], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Time all ways in turn; return seconds per call, round by round."""
+    repeats = {}
+    for way, run in ways.items():
+        run()
+        run()
+        began = time.perf_counter()
+        run()
+        repeats[way] = max(1, int(_LEAST_SECONDS / max(1e-7, time.perf_counter() - began)))
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    end = time.perf_counter() + seconds
+    names = list(ways)
+    for index in range(rounds):
+        first = index % len(names)
+        for way in names[first:] + names[:first]:
+            run, count = ways[way], repeats[way]
+            began = time.perf_counter()
+            for _ in range(count):
+                run()
+            times[way].append((time.perf_counter() - began) / count)
+        if index >= 2 and time.perf_counter() > end:  # noqa: PLR2004 - three rounds at least
+            break
+    return times
+
+
+def _speed(uncached: list[float], cached: list[float]) -> Speed:
+    ratios = sorted(a / b for a, b in zip(uncached, cached, strict=True))
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return Speed(1e6 * statistics.median(cached), median, low, high)
+
+
+def as_table(rows: Sequence[Covered]) -> Table:
+    """Return one row for each example and numerics."""
+    lengths = sorted({length for row in rows for length in row.uncached_us})
+    found = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    found.add_column("adapter, layer")
+    found.add_column("numerics")
+    found.add_column("held", justify="right")
+    found.add_column("of the\nweight", justify="right", vertical="bottom")
+    for length in lengths:
+        unit = "token" if length == 1 else "tokens"
+        found.add_column(f"PEFT, µs\n{length} {unit}", justify="right", vertical="bottom")
+        found.add_column("cached,\nµs", justify="right", vertical="bottom")
+        found.add_column("faster", justify="right", vertical="bottom")
+    for row in rows:
+        for numerics, speeds in row.speeds.items():
+            cells = []
+            for length in lengths:
+                speed = speeds[length]
+                cells += [f"{row.uncached_us[length]:.0f}", f"{speed.us:.0f}", _times(speed)]
+            first = f"{row.example}, {row.layer}" if numerics == "peft" else ""
+            held = row.held[numerics]
+            found.add_row(first, numerics, format_bytes(held), _share(held, row), *cells)
+    return found
+
+
+def _times(speed: Speed) -> str:
+    return f"{speed.speedup:.0f}x" if speed.speedup >= 100 else f"{speed.speedup:.3g}x"  # noqa: PLR2004
+
+
+def _share(held: int, row: Covered) -> str:
+    return f"{held / row.base_bytes:.3g}" if row.base_bytes else "-"
+
+
+def summary(rows: Sequence[Covered], least: float = 1.3) -> str:
+    """Say how many kinds gain, and which lose, in one way or another."""
+    one = min((length for row in rows for length in row.uncached_us), default=1)
+    gaining = {
+        row.kind
+        for row in rows
+        if max((speeds[one].speedup for speeds in row.speeds.values()), default=0) >= least
+    }
+    kinds = {row.kind for row in rows}
+    slower = [
+        f"{row.example} ({numerics}, {length} tokens, {speed.speedup:.2f}x)"
+        for row in rows
+        for numerics, speeds in row.speeds.items()
+        for length, speed in speeds.items()
+        if speed.speedup < 0.97  # noqa: PLR2004 - beyond what noise would explain
+    ]
+    smaller = sorted(
+        {
+            row.example
+            for row in rows
+            if "fast" in row.speeds
+            and any(
+                s.speedup > row.speeds["peft"][n].speedup for n, s in row.speeds["fast"].items()
+            )
+        }
+    )
+    return (
+        f"{len(gaining)} of {len(kinds)} kinds are at least {least}x as fast for {one} token(s). "
+        f"Slower than 0.97x: {', '.join(slower) or 'none'}. "
+        f"The form of numerics=fast is faster for: {', '.join(smaller) or 'none'}."
+    )
+
+
+def page(rows: Sequence[Covered], machine: dict[str, Any]) -> str:
+    """Return the tables for the documentation, in Markdown."""
+    return (
+        as_markdown(rows)
+        + f"\nMeasured by `dora-cache lab coverage` on {machine['cpu']}, {machine['threads']} "
+        f"thread(s), float32, torch {machine['torch']}, peft {machine['peft']}; medians of rounds "
+        "in which all ways of a row took turns.\n\n## Nothing to cache\n\n" + nothing_as_markdown()
+    )
+
+
+def as_markdown(rows: Sequence[Covered]) -> str:
+    """Return a row for each example and numerics."""
+    lengths = sorted({length for row in rows for length in row.uncached_us})
+    heads = ["adapter", "layer", "stored", "numerics", "held", "of the weight"]
+    heads += [f"{length} token{'s' if length > 1 else ''}" for length in lengths]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for row in rows:
+        for numerics, speeds in row.speeds.items():
+            held = row.held[numerics]
+            cells = [
+                row.example,
+                row.layer,
+                ", ".join(row.stores[numerics]),
+                numerics,
+                format_bytes(held),
+                _share(held, row),
+                *(_times(speeds[length]) for length in lengths),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def nothing_as_markdown() -> str:
+    """Return the table of the kinds that need no cache."""
+    lines = ["| adapter | why there is nothing to cache |", "| --- | --- |"]
+    lines += [f"| {name} | {reason} |" for name, reason in sorted(NOTHING_TO_CACHE.values())]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(rows: Sequence[Covered]) -> list[dict[str, Any]]:
+    """Return everything as JSON knows it; times in microseconds, sizes in bytes."""
+    return [asdict(row) for row in rows]
