@@ -64,15 +64,10 @@ class AdapterCache(Lookup):
             counts = dict(self._counts)
             usages = self._usages.values()
             reserved = self._memory.reserved
-            # A backend need not say when it evicts: what is stored and has not gone otherwise is
-            # either there or evicted.
-            gone = self._counts["invalidations"] + self._counts["replacements"]
-            evictions = self._counts["stores"] - gone - entries
         hits, misses = self._usages.count(usages)
         return CacheStats(
             hits=hits,
             misses=misses,
-            evictions=evictions,
             entries=entries,
             nbytes=nbytes + reserved,
             max_bytes=max_bytes,
@@ -227,7 +222,6 @@ class AdapterCache(Lookup):
             buffers = [pair for one in self._bindings.values() for pair in one.buffers.items()]
             usages = [usage for _, usage in self._seen()]
             self._memory.resize(max_bytes, buffers, self._drop_buffer, usages)
-            self._sweep()
 
     def pin(self, adapter: str) -> int:
         """Keep an adapter's values: they are not evicted, and new ones find room.
@@ -254,7 +248,7 @@ class AdapterCache(Lookup):
             seen = any(concerns(adapter, usage.adapter) for _, usage in usages)
             if known and adapter not in known and not seen:
                 raise AdapterNotFoundError(_unknown(adapter, known))
-            return self._memory.pin(adapter, usages, set(self._backend.keys()))
+            return self._memory.pin(adapter, usages, self._records)
 
     def unpin(self, adapter: str) -> None:
         """Let an adapter's entries be evicted again; one that is not pinned is fine.
@@ -287,14 +281,13 @@ class AdapterCache(Lookup):
         """Say what is held, by kind and adapter, and what it has saved."""
         stats = self.stats()
         with self._locked():
-            held = set(self._try("keys", self._backend.keys, ())) & self._records.keys()
             adapters = {usage.adapter for usage in self._usages.values()}
             pinned = [adapter for adapter in adapters if self._memory.pins_hold(adapter)]
             seen = seen_of(usage for _, usage in self._seen())
             caps = self._try("nbytes", self._memory.caps, ())
             return CacheReport(
                 backend=self.config.backend,
-                rows=rows_of(self._usages, held, pinned),
+                rows=rows_of(self._usages, self._records, pinned),
                 stats=stats,
                 working_set=sum(one.nbytes for one in seen),
                 buffers=self._memory.reserved,
@@ -337,7 +330,7 @@ class AdapterCache(Lookup):
             gone += self._void(binding, ALL_ADAPTERS)
             self._drop_buffers(binding)
         self._bindings.clear()
-        self._counts["invalidations"] += self._try("len", lambda: len(self._backend), 0)
+        gone += sum(self._discard(key) for key in list(self._records))
         self._try("close", self._backend.close, None)
         self._records.clear()
         self._by_storage.clear()

@@ -419,6 +419,7 @@ class Lookup(Store):
             self._warn("the backend's get", error)
             return None
         if entry is None:
+            self._evicted(call.key)  # unless it was reported, as it should have been
             return None
         if self._memory.reserved:  # the backend may have made a copy of it on the device
             self._try("get", self._memory.settle, None)
@@ -462,13 +463,10 @@ class Lookup(Store):
         ):
             return False
         try:
-            declines = self._declining.declines(call.key) is True
+            return self._declining.declines(call.key) is True
         except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
             self._warn("the backend's declines", error)
             return False
-        if declines:
-            self._forget(call.key)  # the shortcut of an evicted entry would ask once more each time
-        return declines
 
     def _only_derive(
         self,

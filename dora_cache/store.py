@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Flight", "Record", "Store", "exclusive"]
 
+_TIDY = 64  # values stored between two times that all records are looked at, at least
+
 
 class Flight(Uncopyable):
     """A value on its way: derived by one thread, awaited by others."""
@@ -127,7 +129,7 @@ class Store:
     def __init__(self, config: CacheConfig, devices: Sequence[torch.device] = ()) -> None:
         self.config = config
         self.token = next_token()
-        self._memory = Memory(config, devices or [torch.device("cpu")], self._forget)
+        self._memory = Memory(config, devices or [torch.device("cpu")])
         self._backend: Backend = self._memory.backend
         self._guards_content = config.guard == "content"
         self._auditor = Auditor() if config.audit and not self._guards_content else None
@@ -145,6 +147,7 @@ class Store:
         self._records: dict[Hashable, Record] = {}
         self._by_storage: dict[int, set[Hashable]] = {}
         self._counts: Counter[str] = Counter()
+        self._tidy_at = _TIDY  # how many values will have been stored then
         self._reasons: Counter[Reason] = Counter()
         self._usages = Usages()
         self._declined: dict[Declined, None] = {}
@@ -282,22 +285,17 @@ class Store:
         """Return hits, misses and entries of one derivation."""
         with self._locked():
             hits, misses = self._usages.count(of=derivation)
-            held = set(self._try("keys", self._backend.keys, ()))
-            entries = sum(
-                key in held
-                for key, record in self._records.items()
-                if record.derivation is derivation
-            )
+            entries = sum(record.derivation is derivation for record in self._records.values())
             return hits, misses, entries
 
     # Storing and forgetting
 
     def _evict(self, devices: Container[torch.device], *, everything: bool = False) -> None:
         """Evict the entries on some devices; with ``everything``, pinned ones and buffers too."""
+        self._note_evictions()
         for key, record in list(self._records.items()):
             if record.usage.device in devices and (everything or not self._memory.is_pinned(key)):
-                self._forget(key)
-                self._try("delete", partial(self._backend.delete, key), False)  # noqa: FBT003
+                self._discard(key, why="evictions")
         if everything:
             for buffer in self._memory.buffers_on(devices):
                 self._drop_buffer(buffer)
@@ -342,17 +340,30 @@ class Store:
         binding.keys.add(key)
         for storage in stamp.storages:
             self._by_storage.setdefault(storage, set()).add(key)
-        if len(self._records) > 2 * self._try("len", lambda: len(self._backend), 0) + 64:
-            self._sweep()
-        if self._counts["stores"] % (len(self._records) + 64) == 0:
-            for old in [old for old, kept in self._records.items() if kept.stamp.expired]:
-                self._discard(old)
+        if self._counts["stores"] >= self._tidy_at:
+            self._tidy()
+            self._tidy_at = self._counts["stores"] + len(self._records) + _TIDY
 
-    def _sweep(self) -> None:
-        """Forget what the backend has evicted."""
-        held = set(self._try("keys", self._backend.keys, ()))
-        for key in [key for key in self._records if key not in held]:
+    def _tidy(self) -> None:
+        """Drop what was derived from freed memory, and forget what was evicted without a report."""
+        self._note_evictions()
+        held = set(self._try("keys", self._backend.keys, self._records))
+        for key, record in list(self._records.items()):
+            if record.stamp.expired:
+                self._discard(key)
+            elif key not in held:
+                self._evicted(key)
+
+    def _note_evictions(self) -> None:
+        """Take note of what was evicted since the last time; the lock is held."""
+        evicted = self._memory.evicted
+        while evicted:
+            self._try("report of an eviction", partial(self._evicted, evicted.popleft()), None)
+
+    def _evicted(self, key: Hashable) -> None:
+        if key in self._records:
             self._forget(key)
+            self._counts["evictions"] += 1
 
     def _adapter_of(self, key: Hashable) -> Adapters:
         record = self._records.get(key)
@@ -433,12 +444,14 @@ class Store:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self._lock.acquire()
+        self._note_evictions()
         try:
             yield
         finally:
             self._release()
 
     def _release(self) -> None:
+        self._note_evictions()
         self._lock.release()
         self._catch_up()
 

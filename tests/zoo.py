@@ -116,6 +116,16 @@ def activate(model, *adapters):
     model.base_model.set_adapter(list(adapters))
 
 
+def balanced(cache):
+    """Return the statistics, whose counters must agree with what the backend holds."""
+    stats = cache.stats()
+    gone = stats.evictions + stats.invalidations + stats.replacements
+    held = len(set(cache._backend.keys()))
+    assert stats.stores - gone == held == stats.entries == len(cache._backend)
+    assert sum(row.entries for row in cache.report().rows) == held
+    return stats
+
+
 def run(model, x):
     with torch.no_grad():
         return model(x)
