@@ -108,7 +108,11 @@ class Backend(Protocol):
     (``channels_last``), since other strides may give outputs other bits; only a tensor that has
     gaps, or shows elements several times, may come back without these.
 
-    :class:`dora_cache.testing.BackendConformance` checks all that is said here.
+    Two attributes are optional. ``keeps_everything = True`` says that the backend never evicts, and
+    that ``get`` has no effect: repeated calls are then answered without asking it. ``host_sizes``,
+    of the class, has the names of those settings that are sizes of host memory.
+
+    :class:`dora_cache.testing.BackendConformance` checks all that is said here of the methods.
     """
 
     @property
@@ -120,11 +124,11 @@ class Backend(Protocol):
         """Bytes it holds now: distinct storages, each counted once and whole."""
 
     def on_evict(self, evicted: Callable[[Hashable], object]) -> None:
-        """Call ``evicted`` with the key of each entry evicted from now on; until then, nothing.
+        """Call ``evicted`` with the key of each entry evicted from now on.
 
         Once for each eviction, after the entry is gone and before the method returns that evicted
-        it. ``evicted`` is cheap, raises nothing, and does not call the backend. The cache gives it
-        once, before it stores anything.
+        it. ``evicted`` is cheap, raises nothing, and does not call the backend. This method is
+        called once, before anything is stored.
         """
 
     def get(self, key: Hashable) -> Entry | None:

@@ -784,6 +784,17 @@ def test_a_key_moves_between_devices():
     assert router.nbytes == 0
 
 
+def test_backends_of_devices_made_later_report_as_well():
+    """Whoever is told of evictions is told of those on every device."""
+    reported = []
+    backend = PerDeviceBackend(lambda _: backends.LRUBackend(16), [])
+    backend.on_evict(reported.append)
+    for key in "ab":
+        assert backend.put(key, backends.Entry(torch.zeros(4)))
+    assert backend.put("c", backends.Entry(torch.zeros(4, device="meta")))
+    assert reported == ["a"]
+
+
 class PerDeviceMachine(BackendConformance):
     """All entries of the machine are on one device, whose backend decides."""
 
