@@ -444,8 +444,8 @@ class Store:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self._lock.acquire()
-        self._note_evictions()
         try:
+            self._note_evictions()
             yield
         finally:
             self._release()
