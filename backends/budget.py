@@ -458,8 +458,9 @@ class BudgetBackend(UncopyableBackend):
         self._evict(*gone)
         return True
 
-    def evicted(self, key: Hashable, entry: Entry) -> None:
-        """Take note that an entry has gone to make room; subclasses may do something."""
+    def dropped(self, key: Hashable, entry: Entry) -> None:  # noqa: ARG002
+        """Report that an entry has gone to make room; a subclass may do something else with it."""
+        self._evicted(key)
 
     def _evict(self, *several: _Known) -> None:
         # First all of them go: what a subclass then does may fail.
@@ -468,7 +469,7 @@ class BudgetBackend(UncopyableBackend):
             self._release(known)
         for key, entry in entries:
             if entry is not None:
-                self.evicted(key, entry)
+                self.dropped(key, entry)
 
     def _enter_all(self, several: Iterable[_Known]) -> None:
         for known in several:

@@ -33,33 +33,25 @@ _PATIENCE = 256
 class _DeviceTier(BudgetBackend):
     """The bounded tier on the device: what it evicts may go to the host."""
 
-    def __init__(self, max_bytes: int, evicted: Callable[[Hashable, Entry], object]) -> None:
+    def __init__(self, max_bytes: int, offload: Callable[[Hashable, Entry], object]) -> None:
         super().__init__(max_bytes)
-        self._evicted = evicted
+        self._offload = offload
 
     @property
     def room(self) -> int:
         """Bytes that are free."""
         return self._max_bytes - self._used
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether there is an entry under ``key``; not a use."""
+        return key in self._held
+
     def put_back(self, key: Hashable, entry: Entry) -> bool:
         """Do what ``put`` does, for a copy of what was derived some time ago."""
         return self._put(key, entry, derived=False)
 
-    def evicted(self, key: Hashable, entry: Entry) -> None:
-        self._evicted(key, entry)
-
-
-class _HostTier(LRUBackend):
-    """The bounded host tier: what leaves it cannot be fetched any more."""
-
-    def __init__(self, max_bytes: int, left: Callable[[Hashable], object]) -> None:
-        super().__init__(max_bytes)
-        self._left = left
-
-    def removed(self, key: Hashable, entry: Entry) -> None:
-        super().removed(key, entry)
-        self._left(key)
+    def dropped(self, key: Hashable, entry: Entry) -> None:
+        self._offload(key, entry)
 
 
 class CPUBackend(UncopyableBackend):
@@ -92,15 +84,17 @@ class CPUBackend(UncopyableBackend):
         self.copying = 0.0
         self._transfer = Transfer()
         self._device_bytes = 0 if device_bytes is None else checked_cap(device_bytes)
-        self._device = None if device_bytes is None else _DeviceTier(device_bytes, self._offload)
+        self._device = None if device_bytes is None else _DeviceTier(device_bytes, self._drop)
         self._prefetch = Prefetch()
         self._window = 0  # of the device's bytes, those for copies on their way
         self._largest = 0  # bytes of the largest entry offloaded
         self._warned = False
         self._patience = 0  # lookups until copies are begun ahead again
         self._away: dict[Hashable, int] = {}  # bytes of what is on the host alone, by key
-        self._host: DictBackend | _HostTier = (
-            DictBackend() if max_bytes is None else _HostTier(max_bytes, self._left_host)
+        # Keys that left a tier in the present call; evicted are those that none holds at its end.
+        self._dropped: list[Hashable] = []
+        self._host: DictBackend | LRUBackend = (
+            DictBackend() if max_bytes is None else self._bounded_host(max_bytes)
         )
 
     @property
@@ -169,31 +163,35 @@ class CPUBackend(UncopyableBackend):
 
         Where there was no cap, what was stored first goes first.
         """
-        if isinstance(self._host, _HostTier):
+        if isinstance(self._host, LRUBackend):
             self._host.resize(max_bytes)
-            return
-        bounded = _HostTier(max_bytes, self._left_host)
-        for key in list(self._host.keys()):
-            entry = self._host.get(key)
-            self._host.delete(key)
-            if entry is not None and not bounded.put(key, entry):
-                self._left_host(key)
-        self._host = bounded
+        else:
+            bounded = self._bounded_host(max_bytes)
+            for key in list(self._host.keys()):
+                entry = self._host.get(key)
+                self._host.delete(key)
+                if entry is not None and not bounded.put(key, entry):
+                    self._drop_from_host(key)
+            self._host = bounded
+        self._report()
 
     def put(self, key: Hashable, entry: Entry) -> bool:
         """Store ``entry`` on its device, or else on the host if that is worth it."""
         self.delete(key)
+        try:
+            self._place(key, entry)
+        finally:
+            self._report(putting=[key])
+        return self._holds(key)
+
+    def _place(self, key: Hashable, entry: Entry) -> None:
         if not self._transfer.is_elsewhere(entry):
-            kept = self._host.put(key, entry)
-            if kept:
+            if self._host.put(key, entry):
                 self._away[key] = entry.nbytes
-            return kept
-        if self._device is None:
-            return self._offload(key, entry)
-        if not self._device.put(key, entry):
+            return
+        if self._device is None or not self._device.put(key, entry):
             self._offload(key, entry)
         self._apportion()
-        return key in self._away or key in self._device.keys()  # noqa: SIM118 - no dict
 
     def delete(self, key: Hashable) -> bool:
         """Drop the entry under ``key``; return whether there was one."""
@@ -224,6 +222,30 @@ class CPUBackend(UncopyableBackend):
     def close(self) -> None:
         """Drop every entry."""
         self.clear()
+
+    def _holds(self, key: Hashable) -> bool:
+        return key in self._away or (self._device is not None and self._device.holds(key))
+
+    def _drop(self, key: Hashable, entry: Entry) -> None:
+        """Have what the device has no room for on the host, or nowhere."""
+        if not self._offload(key, entry):
+            self._dropped.append(key)
+
+    def _bounded_host(self, max_bytes: int) -> LRUBackend:
+        host = LRUBackend(max_bytes)
+        host.on_evict(self._drop_from_host)
+        return host
+
+    def _drop_from_host(self, key: Hashable) -> None:
+        self._left_host(key)
+        self._dropped.append(key)
+
+    def _report(self, putting: Collection[Hashable] = ()) -> None:
+        """Report what this call has evicted; what it puts is kept or refused, but not evicted."""
+        dropped, self._dropped = dict.fromkeys(self._dropped), []
+        for key in dropped:
+            if key not in putting and not self._holds(key):
+                self._evicted(key)
 
     def _offload(self, key: Hashable, entry: Entry) -> bool:
         """Have an entry that is not on the device any more on the host, if that is worth it."""

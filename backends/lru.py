@@ -120,7 +120,7 @@ class LRUBackend(UncopyableBackend):
         self._max_bytes = checked_cap(max_bytes)
         self._make_room(0)
         while self._pinned.currsize > max_bytes:
-            self._pinned.popitem()
+            self._evict_from(self._pinned)
 
     def pin(self, key: Hashable) -> None:
         """Keep the entry under ``key``, the present one or any to come, until it is unpinned."""
@@ -139,7 +139,11 @@ class LRUBackend(UncopyableBackend):
     def _make_room(self, nbytes: int) -> None:
         room = self._max_bytes - self._pinned.currsize - nbytes
         while self._entries and self._entries.currsize > room:
-            self._entries.popitem()
+            self._evict_from(self._entries)
+
+    def _evict_from(self, entries: _Entries) -> None:
+        key, _ = entries.popitem()
+        self._evicted(key)
 
     def _move(self, key: Hashable, source: _Entries, target: _Entries) -> None:
         entry = source.drop(key)

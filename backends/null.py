@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable
+    from collections.abc import Callable, Collection, Hashable
 
     from dora_cache.backends.protocol import Entry
 
@@ -17,6 +17,9 @@ class NullBackend:
 
     max_bytes = 0
     nbytes = 0
+
+    def on_evict(self, evicted: Callable[[Hashable], object]) -> None:
+        """Do nothing: what is never held is never evicted."""
 
     def get(self, key: Hashable) -> Entry | None:  # noqa: ARG002
         """Return None."""

@@ -32,7 +32,9 @@ class PerDeviceBackend(UncopyableBackend):
         self, make: Callable[[torch.device], Backend], devices: Iterable[torch.device]
     ) -> None:
         self._make = make
-        self._backends = {device: make(device) for device in devices}
+        self._backends: dict[torch.device, Backend] = {}
+        for device in devices:
+            self.part(device)
         # Also of keys whose entries are gone: a policy may count who asks for them.
         self._places: dict[Hashable, Backend] = {}
 
@@ -58,7 +60,14 @@ class PerDeviceBackend(UncopyableBackend):
         backend = self._backends.get(device)
         if backend is None:
             backend = self._backends[device] = self._make(device)
+            backend.on_evict(self._evicted)
         return backend
+
+    def on_evict(self, evicted: Callable[[Hashable], object]) -> None:
+        """Have every backend report its evictions, also those that are made later."""
+        super().on_evict(evicted)
+        for backend in self._all():
+            backend.on_evict(evicted)
 
     def place(self, key: Hashable, entry: Entry) -> Backend:
         """Return the backend that an entry belongs to; an older one elsewhere is dropped."""

@@ -11,7 +11,7 @@ from dora_cache.backends.storage import Ready, storage_bytes
 from dora_cache.copying import Uncopyable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable
+    from collections.abc import Callable, Collection, Hashable
 
 __all__ = ["Backend", "Declining", "Entry", "Pinning", "Resizable", "Value"]
 
@@ -90,12 +90,21 @@ class Backend(Protocol):
     knows nothing of modules or adapters. Every call comes from one thread at a time: the cache
     holds its lock. A backend that raises costs a recomputation, never an inference.
 
+    An *eviction* is an entry that the backend drops of its own accord, to make room. Each is
+    reported to the function given to :meth:`on_evict`. What ``delete``, ``clear`` and ``close``
+    drop is not evicted, nor is the older entry under the key of a ``put``, whether the new one is
+    kept or refused.
+
     What comes back is what was stored: the same stamp and cost, one tensor or a tuple as before,
     each of the same dtype, device, shape and contents. Strides survive, and so the memory format
     (``channels_last``), since other strides may give outputs other bits; only a tensor that has
     gaps, or shows elements several times, may come back without these.
 
-    :class:`dora_cache.testing.BackendConformance` checks all that is said here.
+    Two attributes are optional. ``keeps_everything = True`` says that the backend never evicts, and
+    that ``get`` has no effect: repeated calls are then answered without asking it. ``host_sizes``,
+    of the class, has the names of those settings that are sizes of host memory.
+
+    :class:`dora_cache.testing.BackendConformance` checks all that is said here of the methods.
     """
 
     @property
@@ -106,6 +115,14 @@ class Backend(Protocol):
     def nbytes(self) -> int:
         """Bytes it holds now: distinct storages, each counted once and whole."""
 
+    def on_evict(self, evicted: Callable[[Hashable], object]) -> None:
+        """Call ``evicted`` with the key of each entry evicted from now on.
+
+        Once for each eviction, after the entry is gone and before the method returns that evicted
+        it. ``evicted`` is cheap, raises nothing, and does not call the backend. This method is
+        called once, before anything is stored.
+        """
+
     def get(self, key: Hashable) -> Entry | None:
         """Return the entry under ``key`` (a use, for the eviction order), or None."""
 
@@ -114,7 +131,8 @@ class Backend(Protocol):
 
         Whatever the answer, the older entry under ``key`` is gone. False means that the entry was
         not kept: it is larger than the backend, or the backend does not want it. One of more than
-        ``max_bytes`` must be refused so.
+        ``max_bytes`` must be refused so. To make room a backend with a cap may evict entries under
+        other keys; no method but this and ``resize`` evicts any.
         """
 
     def delete(self, key: Hashable) -> bool:

@@ -13,7 +13,7 @@ from dora_cache.copying import Uncopyable
 from dora_cache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
 __all__ = [
     "Ledger",
@@ -66,10 +66,22 @@ def timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+def _nobody(key: Hashable) -> None:
+    """Hear of an eviction where nobody wants to."""
+
+
 class UncopyableBackend(Uncopyable):
-    """Base of the backends that hold entries: they refuse to be copied and pickled."""
+    """Base of the backends that hold entries: they refuse to be copied and pickled.
+
+    Those that evict call ``self._evicted(key)`` for each eviction.
+    """
 
     INSTEAD = "its entries belong to one cache; make a new backend"
+    _evicted: Callable[[Hashable], object] = staticmethod(_nobody)
+
+    def on_evict(self, evicted: Callable[[Hashable], object]) -> None:
+        """Call ``evicted`` with the key of each entry evicted from now on."""
+        self._evicted = evicted
 
 
 class Ledger(Uncopyable):

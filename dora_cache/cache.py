@@ -59,15 +59,10 @@ class AdapterCache:
             max_bytes = engine.attempt("max_bytes", lambda: engine.memory.max_bytes, None)
             counts = dict(engine.counts)
             reserved = engine.memory.reserved
-            # A backend need not say when it evicts: what is stored and has not gone otherwise is
-            # either there or evicted.
-            gone = engine.counts["invalidations"] + engine.counts["replacements"]
-            evictions = engine.counts["stores"] - gone - entries
             hits, misses = engine.cells.count()
         return CacheStats(
             hits=hits,
             misses=misses,
-            evictions=evictions,
             entries=entries,
             nbytes=nbytes + reserved,
             max_bytes=max_bytes,
@@ -194,7 +189,6 @@ class AdapterCache:
         with engine.ours():
             buffers = [pair for one in engine.bindings.values() for pair in one.buffers.items()]
             engine.memory.resize(max_bytes, buffers, engine.drop, engine.seen())
-            engine.sweep()
 
     def pin(self, adapter: str) -> int:
         """Keep an adapter's values: they are not evicted, and new ones find room.
@@ -223,7 +217,7 @@ class AdapterCache:
             seen = any(concerns(adapter, cell.adapter) for cell in cells)
             if known and adapter not in known and not seen:
                 raise AdapterNotFoundError(_unknown(adapter, known))
-            return engine.memory.pin(adapter, cells, set(engine.memory.backend.keys()))
+            return engine.memory.pin(adapter, cells)
 
     def unpin(self, adapter: str) -> None:
         """Let an adapter's entries be evicted again; one that is not pinned is fine.
@@ -246,14 +240,11 @@ class AdapterCache:
         stats = self.stats()
         with engine.locked():
             memory = engine.memory
-            held = set(engine.attempt("keys", memory.backend.keys, ()))
             adapters = {cell.adapter for cell in engine.cells}
             seen = seen_of(engine.seen())
             return CacheReport(
                 backend=self.config.backend,
-                rows=rows_of(
-                    engine.cells, held, [one for one in adapters if memory.pins_hold(one)]
-                ),
+                rows=rows_of(engine.cells, [one for one in adapters if memory.pins_hold(one)]),
                 stats=stats,
                 working_set=sum(one.nbytes for one in seen),
                 buffers=memory.reserved,

@@ -55,6 +55,8 @@ _SPELLINGS = 4096  # calls whose keys each binding remembers
 _WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
 _LONGEST_REST = 128  # calls that go past before the next attempt
 
+_TIDY = 64  # values stored between two times that all cells are looked at, at least
+
 P = ParamSpec("P")
 
 
@@ -131,7 +133,7 @@ class Engine(Uncopyable):
         self.config = config
         self.token = next_token()
         self.cells = Cells()
-        self.memory = Memory(config, devices or [torch.device("cpu")], self._forget_key)
+        self.memory = Memory(config, devices or [torch.device("cpu")])
         self.bindings: dict[int, Binding] = {}
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[Reason] = Counter()
@@ -152,6 +154,7 @@ class Engine(Uncopyable):
         self._warned: set[Hashable] = set()
         self._warnings: deque[str] = deque()
         self._undo = ExitStack()
+        self._tidy_at = _TIDY  # how many values will have been stored then
 
     # Calls
 
@@ -442,6 +445,7 @@ class Engine(Uncopyable):
             self._warn("the backend's get", error)
             return None
         if entry is None:
+            self._evicted(cell)  # unless it was reported, as it should have been
             return None
         if self.memory.reserved:  # the backend may have made a copy of it on the device
             self.attempt("get", self.memory.settle, None)
@@ -633,13 +637,10 @@ class Engine(Uncopyable):
         ):
             return False
         try:
-            declines = self._declining.declines(call.key) is True
+            return self._declining.declines(call.key) is True
         except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
             self._warn("the backend's declines", error)
             return False
-        if declines:
-            self._forget(cell)  # the shortcut of an evicted entry would ask once more each time
-        return declines
 
     def _only_derive(
         self,
@@ -904,10 +905,7 @@ class Engine(Uncopyable):
         """Return hits, misses and entries of one derivation."""
         with self.locked():
             hits, misses = self.cells.count(of=derivation)
-            held = set(self.attempt("keys", self._backend.keys, ()))
-            entries = sum(
-                cell.number == derivation.number and cell.key in held for cell in self.cells.held()
-            )
+            entries = sum(cell.number == derivation.number for cell in self.cells.held())
             return hits, misses, entries
 
     # Owners
@@ -971,10 +969,8 @@ class Engine(Uncopyable):
             gone += self._void(binding, ALL_ADAPTERS)
             self._drop_buffers(binding)
         self.bindings.clear()
-        self.counts["invalidations"] += self.attempt("len", lambda: len(self._backend), 0)
+        gone += sum(self._discard(cell) for cell in self.cells.held())
         self.attempt("close", self._backend.close, None)
-        for cell in self.cells.held():
-            self.cells.release(cell)
         if self.auditor is not None:
             self.auditor.close()
         return gone
@@ -1106,12 +1102,9 @@ class Engine(Uncopyable):
         self.counts["stores"] += 1
         self.cells.hold(cell, pending.facts)
         cell.contents, cell.audit = pending.contents, pending.audit
-        held = self.cells.held() if self.counts["stores"] % 64 == 0 else []
-        for old in held:
-            if old.facts is not None and old.facts.expired:
-                self._discard(old)
-        if held:
-            self.sweep()
+        if self.counts["stores"] >= self._tidy_at:
+            self._tidy()
+            self._tidy_at = self.counts["stores"] + len(self.cells.held()) + _TIDY
 
     def _put(self, cell: Cell, entry: Entry) -> bool:
         """Give an entry to the backend; once more after evicting others if memory runs out."""
@@ -1126,20 +1119,39 @@ class Engine(Uncopyable):
 
     def _evict(self, devices: Collection[torch.device], *, everything: bool = False) -> None:
         """Evict the entries on some devices; with ``everything``, pinned ones and buffers too."""
+        self._note_evictions()
         for cell in self.cells.held():
             if cell.device in devices and (everything or not self.memory.is_pinned(cell.key)):
-                self._forget(cell)
-                self.attempt("delete", partial(self._backend.delete, cell.key), False)  # noqa: FBT003
+                self._discard(cell, why="evictions")
         if everything:
             for buffer in self.memory.buffers_on(devices):
                 self.drop(buffer)
 
-    def sweep(self) -> None:
-        """Forget what the backend has evicted."""
-        held = set(self.attempt("keys", self._backend.keys, ()))
-        for cell in self.cells.held():
-            if cell.key not in held:
-                self._forget(cell)
+    def _tidy(self) -> None:
+        """Drop what was derived from freed memory, and forget what was evicted without a report."""
+        self._note_evictions()
+        cells = self.cells.held()
+        held = set(self.attempt("keys", self._backend.keys, [cell.key for cell in cells]))
+        for cell in cells:
+            if cell.facts is not None and cell.facts.expired:
+                self._discard(cell)
+            elif cell.key not in held:
+                self._evicted(cell)
+
+    def _note_evictions(self) -> None:
+        """Take note of what was evicted since the last time; the lock is held."""
+        evicted = self.memory.evicted
+        while evicted:
+            cell = self.attempt(
+                "report of an eviction", partial(self.cells.get, evicted.popleft()), None
+            )
+            if cell is not None:
+                self._evicted(cell)
+
+    def _evicted(self, cell: Cell) -> None:
+        if cell.facts is not None:
+            self._forget(cell)
+            self.counts["evictions"] += 1
 
     def _void(self, binding: Binding, adapter: str | None) -> int:
         gone = 0
@@ -1168,11 +1180,6 @@ class Engine(Uncopyable):
             self.cells.release(cell)
             self.attempt("unpin", lambda: self.memory.forgotten(cell.key), None)
 
-    def _forget_key(self, key: Hashable) -> None:
-        cell = self.cells.get(key)
-        if cell is not None:
-            self._forget(cell)
-
     # The lock
 
     @contextmanager
@@ -1180,6 +1187,7 @@ class Engine(Uncopyable):
         """Hold the lock, and do what was put off once it is released."""
         self.lock.acquire()
         try:
+            self._note_evictions()
             yield
         finally:
             self._release()
@@ -1206,6 +1214,7 @@ class Engine(Uncopyable):
             raise DetachedError(msg)
 
     def _release(self) -> None:
+        self._note_evictions()
         self.lock.release()
         self._catch_up()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from dora_cache.backends import Pinning, Resizable
@@ -33,7 +34,7 @@ class Part(Uncopyable):
         backend: knows nothing of buffers.
         cap: the ``max_bytes`` that it was made with.
         device: whose memory the cap is of.
-        forget: called with each key before its entry is evicted.
+        evicted: called with the key of each entry evicted here, once it is gone.
 
     Attributes:
         reserved: bytes that buffers hold.
@@ -45,14 +46,14 @@ class Part(Uncopyable):
         backend: Backend,
         cap: int | None,
         device: torch.device,
-        forget: Callable[[Hashable], None],
+        evicted: Callable[[Hashable], object],
     ) -> None:
         self.backend = backend
         self.cap = cap
         self.device = device
         self.reserved = 0
         self.pinned: dict[Hashable, int] = {}
-        self._forget = forget
+        self._evicted = evicted
         # Then it makes room for buffers by itself, choosing what to evict by its own policy. Not
         # if it has another tier beside what the cap is of.
         self._yields = (
@@ -124,8 +125,8 @@ class Part(Uncopyable):
             return False
         if most >= 0 and backend.nbytes > most:
             for key in sorted(backend.keys(), key=self.pinned.__contains__):
-                self._forget(key)
-                backend.delete(key)
+                if backend.delete(key):
+                    self._evicted(key)
                 if backend.nbytes <= most:
                     break
         return most >= 0
@@ -144,23 +145,19 @@ class Memory(Uncopyable):
         config: the settings.
         devices: where the model is. Each gets a cap of its own if it spans several, and if the cap
             is one of device memory.
-        forget: called with each key before its entry is evicted from here.
 
     Attributes:
         backend: where entries are.
+        evicted: keys of the entries evicted, by a backend or from here, that the cache has not
+            taken note of yet.
         parts: one for each device that has a cap of its own, or a single one.
         pins: names of the pinned adapters.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        devices: Sequence[torch.device],
-        forget: Callable[[Hashable], None],
-    ) -> None:
+    def __init__(self, config: CacheConfig, devices: Sequence[torch.device]) -> None:
         self.pins: set[str] = set()
+        self.evicted: deque[Hashable] = deque()
         self._config = config
-        self._forget = forget
         self._parts: dict[torch.device, Part] = {}
         self._buffers: dict[Buffer, tuple[Part, torch.device]] = {}
         self._size: int | str | None = None
@@ -169,13 +166,14 @@ class Memory(Uncopyable):
             self.backend = PerDeviceBackend(self._make, devices)
         else:
             self.backend = self._make(devices[0])
+        self.backend.on_evict(self.evicted.append)
 
     def _make(self, device: torch.device) -> Backend:
         memory = self._config.memory(device)
         size = self._config.max_bytes if self._size is None else self._size
         cap = resolve_size(size, memory)
         backend = self._config.make_backend(device, max_bytes=cap)
-        self._parts[device] = Part(backend, cap, memory, self._forget)
+        self._parts[device] = Part(backend, cap, memory, self.evicted.append)
         return backend
 
     @property
@@ -307,13 +305,12 @@ class Memory(Uncopyable):
         """Whether values of an adapter are to be kept."""
         return bool(self.pins) and any(concerns(name, adapter) for name in self.pins)
 
-    def pin(self, adapter: str, cells: Sequence[Cell], held: Container[Hashable]) -> int:
+    def pin(self, adapter: str, cells: Sequence[Cell]) -> int:
         """Pin an adapter, as ``AdapterCache.pin``.
 
         Args:
             adapter: its name.
             cells: of all values seen that hold.
-            held: keys of the entries held.
         """
         names = {*self.pins, adapter}
         needs = self._needs(names, cells)
@@ -329,7 +326,7 @@ class Memory(Uncopyable):
         self.pins.add(adapter)
         found = 0
         for cell in cells:
-            if cell.key in held and concerns(adapter, cell.adapter):
+            if cell.facts is not None and concerns(adapter, cell.adapter):
                 found += 1
                 part = self.part(cell.device)
                 if isinstance(part.backend, Pinning):

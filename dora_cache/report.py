@@ -11,7 +11,7 @@ from dora_cache.extras import require
 from dora_cache.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Hashable, Iterable
+    from collections.abc import Iterable
     from os import PathLike
 
     from dora_cache.cells import Cell, Cells
@@ -277,14 +277,11 @@ class CacheReport:
         return lines
 
 
-def rows_of(
-    cells: Cells, held: Container[Hashable], pinned: Iterable[Adapters]
-) -> tuple[ReportRow, ...]:
+def rows_of(cells: Cells, pinned: Iterable[Adapters]) -> tuple[ReportRow, ...]:
     """Sum up cells by kind and adapter.
 
     Args:
         cells: all of them.
-        held: keys of the entries held.
         pinned: of the adapters among them, those that are pinned.
     """
     totals: defaultdict[tuple[str, Adapters], Totals] = defaultdict(Totals)
@@ -298,7 +295,7 @@ def rows_of(
     for cell in cells:
         name = cell.kind, cell.adapter
         totals[name].add(cell)
-        if cell.facts is not None and cell.key in held:
+        if cell.facts is not None:
             entries[name].append(cell.nbytes)
     pins = set(pinned)
     return tuple(

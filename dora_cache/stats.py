@@ -16,16 +16,20 @@ class CacheStats:
     """A snapshot of a cache's counters.
 
     Two sums always hold: lookups are hits and misses, and
-    ``stores == entries + evictions + invalidations + replacements``.
+    ``stores == entries + evictions + invalidations + replacements``. All but ``entries``, which is
+    the backend's own number, are counters, so the second holds for a backend that reports what it
+    evicts, and deletes what it is told to.
 
     Attributes:
         hits: lookups answered without deriving, waiting for another thread's result included.
         misses: lookups that derived the value.
         stores: values that the backend kept.
-        evictions: entries that the backend dropped of its own accord, to make room.
+        evictions: entries that the backend dropped to make room, or the cache did, as for what
+            compiled code reads and where memory ran out.
         rejections: values that the backend did not keep, for instance larger than the cap.
         invalidations: entries dropped because they no longer hold, or because a caller said so.
-        replacements: entries that a newer value under the same key took the place of.
+        replacements: entries that a newer value under the same key took the place of, or would
+            have if it had been kept.
         bypasses: calls that went past the cache (training, gradients through the value, tracing,
             ``bypass()``, or whatever else cannot be checked).
         entries: entries held now.

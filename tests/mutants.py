@@ -438,6 +438,25 @@ def _(patch):
     patch.setattr(Engine, "_discard", discard)
 
 
+@mutant("evictions that are not reported", DecoratorMachine)
+def _(patch):
+    for backend in (backends.LRUBackend, backends.BudgetBackend):
+        patch.setattr(backend, "on_evict", lambda self, evicted: None)
+
+
+@mutant("evictions that are not counted", DecoratorMachine)
+def _(patch):
+    patch.setattr(Engine, "_evicted", lambda self, cell: self._forget(cell))
+
+
+@mutant("evictions that are counted and not forgotten", DecoratorMachine)
+def _(patch):
+    def count(self, cell):
+        self.counts["evictions"] += 1
+
+    patch.setattr(Engine, "_evicted", count)
+
+
 @mutant("a view counted by its elements", DecoratorMachine)
 def _(patch):
     def by_elements(tensors):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from zoo import dora_config, quiet
+from zoo import balanced, dora_config, quiet
 
 import dora_cache
 
@@ -64,7 +64,7 @@ def test_bytes_never_exceed_the_cap(model, backend, cap):
     expected = serve(model, None)
     with dora_cache.attach(model, backend=backend, max_bytes=cap) as cache:
         found = serve(model, cache)
-        stats = cache.stats()
+        stats = balanced(cache)
     assert all(map(torch.equal, found, expected))
     assert stats.max_bytes == cap
     if cap == WORKING_SET:
@@ -76,8 +76,6 @@ def test_bytes_never_exceed_the_cap(model, backend, cap):
     else:
         assert stats.evictions > 0
         assert 0 < stats.nbytes <= cap
-    gone = stats.evictions + stats.invalidations + stats.replacements
-    assert stats.stores == stats.entries + gone
 
 
 def test_a_share_of_the_free_memory_is_a_cap(model):
@@ -105,7 +103,7 @@ def test_an_oversize_value_takes_its_older_entry_along():
         assert cache.stats().nbytes == 16
         owner.weight.data = torch.ones(5)
         assert owner.double().shape == (5,)
-        stats = cache.stats()
+        stats = balanced(cache)
     assert stats.entries == stats.nbytes == 0
     assert stats.rejections == 1
     assert stats.invalidations == 1

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
-from zoo import activate, dora_model, loha_config, quiet, run, sample
+from zoo import activate, balanced, dora_model, loha_config, quiet, run, sample
 
 import dora_cache
 from dora_cache import attachment, backends, cached
@@ -48,9 +48,7 @@ def held(owner, cache, *calls):
 
 
 def sums(cache):
-    stats = cache.stats()
-    gone = stats.evictions + stats.invalidations + stats.replacements
-    assert stats.stores == stats.entries + gone
+    stats = balanced(cache)
     assert stats.max_bytes is None or stats.nbytes <= stats.max_bytes
     return stats
 
@@ -784,6 +782,17 @@ def test_a_key_moves_between_devices():
     assert router.delete("key")
     assert not router.delete("key")
     assert router.nbytes == 0
+
+
+def test_backends_of_devices_made_later_report_as_well():
+    """Whoever is told of evictions is told of those on every device."""
+    reported = []
+    backend = PerDeviceBackend(lambda _: backends.LRUBackend(16), [])
+    backend.on_evict(reported.append)
+    for key in "ab":
+        assert backend.put(key, backends.Entry(torch.zeros(4)))
+    assert backend.put("c", backends.Entry(torch.zeros(4, device="meta")))
+    assert reported == ["a"]
 
 
 class PerDeviceMachine(BackendConformance):

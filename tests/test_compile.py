@@ -16,7 +16,7 @@ from peft.utils.hotswap import hotswap_adapter_from_state_dict as hotswap_import
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
-from zoo import activate, dora_config, dora_model, quiet, run, sample, shake
+from zoo import activate, balanced, dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
 from dora_cache import backends
@@ -836,10 +836,7 @@ def test_buffers_count_towards_the_cap():
         run(setup.model, setup.x)
         assert setup.cache.stats().nbytes == 72
         setup.check()
-    stats = setup.cache.stats()
-    gone = stats.evictions + stats.invalidations + stats.replacements
-    assert stats.stores == stats.entries + gone
-    assert stats.rejections == 3
+    assert balanced(setup.cache).rejections == 3
     setup.model.delete_adapter("second")
     assert setup.cache.stats().nbytes == 36
 

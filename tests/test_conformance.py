@@ -166,6 +166,9 @@ class EvictsNewest:
     def nbytes(self):
         return storage_bytes(t for entry in self.entries.values() for t in entry.tensors)
 
+    def on_evict(self, evicted):
+        self.evicted = evicted
+
     def used(self):
         return sum(entry.nbytes for entry in self.entries.values())
 
@@ -185,7 +188,8 @@ class EvictsNewest:
         return True
 
     def evict(self):
-        self.entries.popitem()
+        key, _ = self.entries.popitem()
+        self.evicted(key)
 
     def delete(self, key):
         return self.entries.pop(key, None) is not None
@@ -207,7 +211,9 @@ class EvictsOldest(EvictsNewest):
     """The same, from the right end: what the broken ones differ from in one thing."""
 
     def evict(self):
-        del self.entries[next(iter(self.entries))]
+        key = next(iter(self.entries))
+        del self.entries[key]
+        self.evicted(key)
 
 
 class EvictsFirstPut(EvictsOldest):
@@ -403,6 +409,86 @@ class FindsByIdentity(EvictsOldest):
         return next((super(FindsByIdentity, self).get(k) for k in self.entries if k is key), None)
 
 
+class ReportsNothing(EvictsOldest):
+    def on_evict(self, evicted):
+        self.evicted = lambda key: None
+
+
+class ReportsTwice(EvictsOldest):
+    def on_evict(self, evicted):
+        self.evicted = lambda key: (evicted(key), evicted(key))
+
+
+class ReportsTheFirst(EvictsOldest):
+    """Of several evictions of one put."""
+
+    def put(self, key, entry):
+        told = []
+        evicted, self.evicted = self.evicted, told.append
+        kept = super().put(key, entry)
+        self.evicted = evicted
+        for first in told[:1]:
+            evicted(first)
+        return kept
+
+
+class ReportsLate(EvictsOldest):
+    """At the next call that reads."""
+
+    late = ()
+
+    def on_evict(self, evicted):
+        self.report, self.late = evicted, []
+        self.evicted = self.late.append
+
+    def get(self, key):
+        while self.late:
+            self.report(self.late.pop())
+        return super().get(key)
+
+
+class ReportsHeld(EvictsOldest):
+    """What it has just put, beside what has gone."""
+
+    def put(self, key, entry):
+        kept = super().put(key, entry)
+        if kept:
+            self.evicted(key)
+        return kept
+
+
+class ReportsDeleted(EvictsOldest):
+    def delete(self, key):
+        found = super().delete(key)
+        if found:
+            self.evicted(key)
+        return found
+
+
+class ReportsCleared(EvictsOldest):
+    def clear(self):
+        while self.entries:
+            self.evict()
+
+
+class ReportsReplaced(EvictsOldest):
+    def put(self, key, entry):
+        if key in self.entries:
+            del self.entries[key]
+            self.evicted(key)
+        return super().put(key, entry)
+
+
+class ReportsRefused(EvictsOldest):
+    """The key of an entry above the cap."""
+
+    def put(self, key, entry):
+        kept = super().put(key, entry)
+        if not kept:
+            self.evicted(key)
+        return kept
+
+
 class LacksKeys:
     max_bytes = None
     nbytes = 0
@@ -465,6 +551,15 @@ ANY_ORDER = {
     CountsWrong: r"after .*len\(\) is 2",
     RaisesCap: "after .*max_bytes changed",
     FindsByIdentity: "after .*returned None, but the key is held",
+    ReportsNothing: "after .*evicted .*and did not report it",
+    ReportsTheFirst: "after .*evicted .*and did not report it",
+    ReportsLate: "after .*evicted .*and did not report it",
+    ReportsTwice: "after .*reported an eviction more than once",
+    ReportsHeld: "after .*reported .* but the key is held",
+    ReportsDeleted: r"after delete: it reported .* only put\(\) and resize\(\) evict",
+    ReportsCleared: r"after (clear|close): it reported .* only put\(\) and resize\(\) evict",
+    ReportsReplaced: "after .*(but the key is held|but that was no eviction)",
+    ReportsRefused: "after .*but that was no eviction",
     LacksKeys: "after .*lacks methods",
 }
 EXACT = {

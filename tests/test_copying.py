@@ -275,6 +275,7 @@ def test_what_stands_for_memory_cannot_be_copied():
             max_bytes = None
             nbytes = property(lambda self: sum(one.nbytes for one in self.held.values()))
             def __init__(self): self.held = {}
+            def on_evict(self, evicted): pass
             def get(self, key): return self.held.get(key)
             def put(self, key, entry): self.held[key] = entry; return True
             def delete(self, key): return self.held.pop(key, None) is not None

@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from zoo import activate, dora_model, run, sample
 
 import dora_cache
-from dora_cache import backends
+from dora_cache import backends, cached
 
 
 class Flaky:
@@ -32,6 +33,9 @@ class Flaky:
     def nbytes(self):
         self._maybe("nbytes")
         return self.inner.nbytes
+
+    def on_evict(self, evicted):
+        self.inner.on_evict(evicted)
 
     def get(self, key):
         self._maybe("get")
@@ -76,6 +80,24 @@ class Liar(Flaky):
         return self.random.choice([None, *choices])
 
 
+class Silent(backends.LRUBackend):
+    """Evicts, and reports nothing."""
+
+    def on_evict(self, evicted):
+        pass
+
+
+class Chatty(backends.LRUBackend):
+    """Reports as evicted whatever is asked for, held or not, and what is no key."""
+
+    def get(self, key):
+        for reported in (key, "no such key", ["no key at all"]):
+            self._evicted(reported)
+        return super().get(key)
+
+
+backends.register("silent", Silent)
+backends.register("chatty", Chatty)
 backends.register("flaky", Flaky)
 backends.register("liar", Liar)
 
@@ -139,6 +161,57 @@ def test_a_backend_that_mixes_up_its_entries():
             result = run(model, x)
             with cache.bypass():
                 assert torch.equal(result, run(model, x))
+
+
+class Numbered(nn.Module):
+    """Derives a value for each number, from one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.eval()
+
+    @cached("numbered", depends_on=lambda self, number: [self.weight])
+    def numbered(self, number):
+        return self.weight * number
+
+
+def test_a_backend_that_does_not_report_what_it_evicts():
+    """Outputs are right, what is found missing counts as evicted, and little is remembered."""
+    owner = Numbered()
+    with dora_cache.attach(owner, backend="silent", max_bytes=4 * 16) as cache:
+        for number in range(4):
+            owner.numbered(number)
+        owner.numbered(4)
+        assert owner.numbered(0).tolist() == [0.0] * 4  # asked for and not there
+        assert cache.stats().evictions == 1
+        for number in range(1000):
+            assert owner.numbered(number).tolist() == [float(number)] * 4
+        (binding,) = cache._engine.bindings.values()
+        held = cache._engine.cells.held()
+        assert max(len(held), len(binding.shortcuts)) < 100
+        with torch.no_grad():
+            owner.weight.mul_(2)
+        assert owner.numbered(999).tolist() == [1998.0] * 4
+        assert len(cache._engine.memory.backend) <= 4
+    assert cache.stats().entries == 0
+
+
+def test_a_backend_that_reports_what_it_has_not_evicted():
+    """It costs recomputations, and one warning for what is no key at all."""
+    owner = Numbered()
+    with (
+        dora_cache.attach(owner, backend="chatty", max_bytes=4 * 16),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        for number in (1, 1, 2, 1, 2, 2, 3, 4, 5, 6, 1):
+            assert owner.numbered(number).tolist() == [float(number)] * 4
+        with torch.no_grad():
+            owner.weight.mul_(2)
+        assert owner.numbered(1).tolist() == [2.0] * 4
+    assert [str(one.message) for one in caught if "report of an eviction" in str(one.message)]
+    assert len(caught) == 1
 
 
 def test_running_out_of_memory_in_the_backend():

@@ -154,6 +154,26 @@ def test_each_thread_has_an_order_of_its_own():
     assert backend._prefetch._successors[2] == 3
 
 
+def test_only_what_leaves_both_tiers_is_evicted():
+    """What goes from the device to the host stays; what the host has no room for is reported."""
+    reported = []
+    backend = make(device_bytes=4 * SIZE, max_bytes=2 * SIZE)
+    backend.on_evict(reported.append)
+    total = 0
+    for number in range(12):
+        before = set(backend.keys())
+        kept = backend.put(number, entry(number))
+        assert (number in backend.keys()) is kept
+        assert sorted(reported) == sorted(before - set(backend.keys()))
+        total += len(reported)
+        reported.clear()
+    before = set(backend.keys())
+    backend.resize(0)
+    assert sorted(reported) == sorted(before - set(backend.keys()))
+    assert total > 0
+    assert reported
+
+
 def test_what_is_cheaper_to_derive_than_to_copy_is_not_offloaded():
     """It is derived again, as without the host."""
     backend = make(device_bytes=4 * SIZE)

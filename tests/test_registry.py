@@ -55,7 +55,7 @@ def test_built_in_backends_say_what_they_take():
 def test_what_is_no_backend_is_refused():
     """A factory's result must have the methods of the protocol; the error names those it lacks."""
     backends.register("nothing", dict)
-    with pytest.raises(BackendError, match="dict lacks max_bytes, nbytes, put, delete"):
+    with pytest.raises(BackendError, match="dict lacks max_bytes, nbytes, on_evict, put"):
         backends.create("nothing")
 
 

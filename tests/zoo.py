@@ -116,6 +116,17 @@ def activate(model, *adapters):
     model.base_model.set_adapter(list(adapters))
 
 
+def balanced(cache):
+    """Return the statistics, whose counters must agree with what the backend holds."""
+    stats = cache.stats()
+    gone = stats.evictions + stats.invalidations + stats.replacements
+    backend = cache._engine.memory.backend
+    held = len(set(backend.keys()))
+    assert stats.stores - gone == held == stats.entries == len(backend)
+    assert sum(row.entries for row in cache.report().rows) == held
+    return stats
+
+
 def run(model, x):
     with torch.no_grad():
         return model(x)

@@ -183,6 +183,7 @@ class Plan:
         if not any(traffic):
             return 1.0
         store = backends.create(backend, max_bytes=max_bytes)
+        store.on_evict(lambda _: None)
         if isinstance(store, backends.Pinning):
             pins = set(pinned)
             for index, value in enumerate(self.values):

@@ -104,7 +104,8 @@ class BackendConformance(RuleBasedStateMachine):
     larger storages, strides of every order, storages that entries share, tuples, tensors without
     elements, values above the cap), and compares the backend with the model after each step. In
     half of the examples every entry is read after every step; in the others only at the end, since
-    reading is a use and would hide a wrong order of eviction. A backend that is
+    reading is a use and would hide a wrong order of eviction. Each eviction must be reported once,
+    before the call that evicts returns, and nothing else may be. A backend that is
     :class:`~dora_cache.backends.Resizable` is resized on the way, and one that is
     :class:`~dora_cache.backends.Pinning` has keys pinned.
 
@@ -140,6 +141,8 @@ class BackendConformance(RuleBasedStateMachine):
         self._name = type(self.backend).__name__
         if not isinstance(self.backend, Backend):
             self._fail("it lacks methods of dora_cache.backends.Backend")
+        self._reports: list[Hashable] = []  # since they were checked last
+        self.backend.on_evict(self._reports.append)
         self._cap = self._first_cap = self.backend.max_bytes
         # From the least to the most recently used.
         self._model: dict[Hashable, _Held] = {}
@@ -282,7 +285,9 @@ class BackendConformance(RuleBasedStateMachine):
         self._step("resize")
         assert isinstance(self.backend, Resizable)  # noqa: S101 - for the type checker
         max_bytes = self._scaled(permille)
+        before = list(self._model)
         self.backend.resize(max_bytes)
+        self._check_reports(f"resize({max_bytes})", before)
         self._cap = self.expected_max_bytes(max_bytes)
         pinned = self._pinned_bytes()
         if pinned <= self._cap:
@@ -334,6 +339,7 @@ class BackendConformance(RuleBasedStateMachine):
         """Compare the backend with the model."""
         self._check_keys()
         self._check_bytes()
+        self._check_no_reports()
         for number in range(_MANY):
             key = _key(number)
             if key not in self._model:
@@ -344,6 +350,7 @@ class BackendConformance(RuleBasedStateMachine):
         self._check_keys()
         self._check_bytes()
         self._check_freed()
+        self._check_no_reports()
         self._sound = True
 
     def teardown(self) -> None:
@@ -366,6 +373,7 @@ class BackendConformance(RuleBasedStateMachine):
         self._check_keys()
         self._check_bytes()
         self._check_freed()
+        self._check_no_reports()
 
     def _check_keys(self) -> None:
         keys = list(self.backend.keys())
@@ -383,6 +391,27 @@ class BackendConformance(RuleBasedStateMachine):
         extra = [key for key in keys if key not in self._model]
         if extra:
             self._fail(f"keys() has {extra}, which should not be held")
+
+    def _check_reports(self, what: str, before: Iterable[Hashable]) -> None:
+        """Check that a call has reported those of some keys that it has evicted, each once."""
+        held = set(self.backend.keys())
+        evicted = [key for key in before if key not in held]
+        reports = list(self._reports)
+        self._reports.clear()
+        missing = [key for key in evicted if key not in reports]
+        if missing:
+            self._fail(f"{what} evicted {missing} and did not report it: call what on_evict() gave")
+        for key in reports:
+            if key in held:
+                self._fail(f"{what} reported {key!r} as evicted, but the key is held")
+            if key not in evicted:
+                self._fail(f"{what} reported {key!r} as evicted, but that was no eviction")
+        if len(reports) > len(evicted):
+            self._fail(f"{what} reported an eviction more than once: {reports}")
+
+    def _check_no_reports(self) -> None:
+        if self._reports:
+            self._fail(f"it reported {self._reports} as evicted: only put() and resize() evict")
 
     def _check_bytes(self) -> None:
         nbytes, cap = self.backend.nbytes, self.backend.max_bytes
@@ -426,6 +455,7 @@ class BackendConformance(RuleBasedStateMachine):
 
     def _put_entry(self, key: Hashable, entry: Entry, contents: tuple[Tensor, ...]) -> None:
         nbytes = self.expected_nbytes([entry])
+        before = [other for other in self._model if other != key]
         answer: object = self.backend.put(key, entry)
         keys = list(self.backend.keys())
         what = f"put({key!r}, {_show(entry)} of {nbytes} bytes)"
@@ -443,6 +473,7 @@ class BackendConformance(RuleBasedStateMachine):
         if answer:
             self._model[key] = _Held(entry, contents, nbytes)
         if self._cap is not None:
+            self._check_reports(what, before)
             self._settle(what)
 
     def _check_refusal(self, key: Hashable, what: str, nbytes: int) -> None:

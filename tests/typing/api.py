@@ -1,5 +1,6 @@
 """What the type checker must accept, and what it must infer; checked by `make types`, not run."""
 
+from collections.abc import Callable, Hashable
 from typing import assert_type
 
 import torch
@@ -35,6 +36,7 @@ class Backend:
     max_bytes: int | None = None
     nbytes: int = 0
 
+    def on_evict(self, evicted: Callable[[Hashable], object]) -> None: ...
     def get(self, key: object) -> backends.Entry | None:
         return None
 
