@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dora_cache.keys import ALL_ADAPTERS, concerns
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dora_cache.facts import Shortcut
     from dora_cache.keys import Adapters
 
-__all__ = ["Binding", "Buffer", "Host", "Warmers", "next_token"]
+__all__ = ["Binding", "Buffer", "Host", "Warmers", "family_of", "next_token"]
 
 _tokens = itertools.count(1)
 
@@ -192,3 +192,12 @@ class Binding:
             self._voided.clear()
         else:
             self._voided[adapter] = now
+
+
+def family_of(binding: Binding) -> Iterator[Binding]:
+    """Yield a binding, its children, and theirs."""
+    yield binding
+    for reference in binding.children:
+        child = reference()
+        if child is not None:
+            yield from family_of(child)

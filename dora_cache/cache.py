@@ -51,12 +51,12 @@ class AdapterCache:
     def stats(self) -> CacheStats:
         """Return the counters as they are now."""
         engine = self._engine
-        with engine.locked():
+        with engine.mutex.held():
             backend = engine.memory.backend
             reasons = {reason.value: count for reason, count in engine.reasons.items()}
-            entries = engine.attempt("len", lambda: len(backend), len(engine.cells.held()))
-            nbytes = engine.attempt("nbytes", lambda: backend.nbytes, 0)
-            max_bytes = engine.attempt("max_bytes", lambda: engine.memory.max_bytes, None)
+            entries = engine.mutex.attempt("len", lambda: len(backend), len(engine.cells.held()))
+            nbytes = engine.mutex.attempt("nbytes", lambda: backend.nbytes, 0)
+            max_bytes = engine.mutex.attempt("max_bytes", lambda: engine.memory.max_bytes, None)
             counts = dict(engine.counts)
             reserved = engine.memory.reserved
             hits, misses = engine.cells.count()
@@ -104,11 +104,7 @@ class AdapterCache:
             DetachedError: the cache is detached.
         """
         self._check_open()
-        return sum(
-            buffer.fill()
-            for binding in list(self._engine.bindings.values())
-            for buffer in list(binding.buffers.values())
-        )
+        return sum(buffer.fill() for _, buffer in self._engine.buffers.all())
 
     @contextmanager
     def bypass(self) -> Iterator[None]:
@@ -187,8 +183,8 @@ class AdapterCache:
         self._check_open()
         engine = self._engine
         with engine.ours():
-            buffers = [pair for one in engine.bindings.values() for pair in one.buffers.items()]
-            engine.memory.resize(max_bytes, buffers, engine.drop, engine.seen())
+            buffers = engine.buffers
+            engine.memory.resize(max_bytes, buffers.all(), buffers.drop, engine.seen())
 
     def pin(self, adapter: str) -> int:
         """Keep an adapter's values: they are not evicted, and new ones find room.
@@ -238,7 +234,7 @@ class AdapterCache:
         """Say what is held, by kind and adapter, and what it has saved."""
         engine = self._engine
         stats = self.stats()
-        with engine.locked():
+        with engine.mutex.held():
             memory = engine.memory
             adapters = {cell.adapter for cell in engine.cells}
             seen = seen_of(engine.seen())
@@ -248,7 +244,7 @@ class AdapterCache:
                 stats=stats,
                 working_set=sum(one.nbytes for one in seen),
                 buffers=memory.reserved,
-                caps=engine.attempt("nbytes", memory.caps, ()),
+                caps=engine.mutex.attempt("nbytes", memory.caps, ()),
                 pins=self.pins,
                 declined=tuple(engine.declined),
                 reasons=tuple(engine.reasons.most_common()),

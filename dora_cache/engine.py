@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-import warnings
 import weakref
-from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +16,40 @@ from dora_cache.ambient import environment, untraceable
 from dora_cache.audit import EVERY, Auditor
 from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
-from dora_cache.binding import Binding, next_token
-from dora_cache.cells import VARIANTS, Cells, Pending
+from dora_cache.binding import Binding, family_of, next_token
+from dora_cache.cells import VARIANTS, Pending
 from dora_cache.contents import Contents
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
 from dora_cache.dependencies import Listed, listed, made_anew
 from dora_cache.derive import derive, timed
-from dora_cache.errors import AlreadyAttachedError, CacheWarning, ConfigError, DetachedError
-from dora_cache.explain import UNSETTLED, why_unsettled, why_unused
+from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
+from dora_cache.explain import (
+    UNSETTLED,
+    why_made_anew,
+    why_read_once,
+    why_unsettled,
+    why_unstorable,
+    why_unused,
+)
 from dora_cache.facts import UncheckableError, make_shortcut, read
+from dora_cache.holdings import Holdings
 from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError, concerns, freeze, own_state
-from dora_cache.memory import Memory
+from dora_cache.mutex import exclusive
 from dora_cache.reasons import Reason
 from dora_cache.report import Declined
-from dora_cache.results import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 
     from dora_cache.backends import Backend, Entry, Value
-    from dora_cache.binding import Buffer
     from dora_cache.cells import Cell, Family, Key
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
     from dora_cache.facts import Reading, Shortcut
     from dora_cache.keys import Adapters
 
-__all__ = ["Engine", "NotCachedError", "bypassed_here", "exclusive", "warming_here"]
+__all__ = ["Engine", "NotCachedError", "bypassed_here", "warming_here"]
 
 bypassed_here: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
 warming_here: ContextVar[bool] = ContextVar("dora_cache_warming", default=False)
@@ -55,7 +58,6 @@ _SPELLINGS = 4096  # calls whose keys each binding remembers
 _WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
 _LONGEST_REST = 128  # calls that go past before the next attempt
 
-_TIDY = 64  # values stored between two times that all cells are looked at, at least
 
 P = ParamSpec("P")
 
@@ -86,31 +88,10 @@ class NotCachedError(Exception):
         self.reason = reason
 
 
-def exclusive(
-    method: Callable[Concatenate[Engine, P], int],
-) -> Callable[Concatenate[Engine, P], int]:
-    """Give a method the lock.
-
-    The garbage collector may run a ``__del__`` that calls the method inside the lock, in the thread
-    that has it. Then it is put off until the lock is released, and returns 0.
-    """
-
-    @wraps(method)
-    def wrapper(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> int:
-        if self.lock._is_owned():
-            self._later.append(partial(wrapper, self, *args, **kwargs))
-            return 0
-        with self.locked():
-            return method(self, *args, **kwargs)
-
-    return wrapper
-
-
 class Engine(Uncopyable):
     """What recipes, events and decorated functions call; users hold an :class:`AdapterCache`.
 
-    Every method may be called from any thread; those under "Storing and forgetting" with the lock
-    held.
+    Every method may be called from any thread.
 
     Args:
         config: the settings.
@@ -118,9 +99,12 @@ class Engine(Uncopyable):
 
     Attributes:
         token: a number that no other cache has.
+        holdings: what is held; the next ones are parts of it.
         cells: what is known of each value.
         memory: the backend, the caps and the pins.
         bindings: of the owners, by token.
+        mutex: the lock.
+        buffers: what compiled code reads.
         counts: events by name, as in ``CacheStats``.
         reasons: how often calls went past the cache, or values were not kept, and why.
         declined: what could have been cached and is not.
@@ -132,11 +116,14 @@ class Engine(Uncopyable):
     def __init__(self, config: CacheConfig, devices: Sequence[torch.device] = ()) -> None:
         self.config = config
         self.token = next_token()
-        self.cells = Cells()
-        self.memory = Memory(config, devices or [torch.device("cpu")])
-        self.bindings: dict[int, Binding] = {}
-        self.counts: Counter[str] = Counter()
-        self.reasons: Counter[Reason] = Counter()
+        self.holdings = Holdings(config, devices or [torch.device("cpu")])
+        self.bindings = self.holdings.bindings
+        self.buffers = self.holdings.buffers
+        self.cells = self.holdings.cells
+        self.counts = self.holdings.counts
+        self.memory = self.holdings.memory
+        self.mutex = self.holdings.mutex
+        self.reasons = self.holdings.reasons
         self.declined: dict[Declined, None] = {}
         self.closed = False
         self.compares_contents = config.guard == "content"
@@ -145,16 +132,8 @@ class Engine(Uncopyable):
         # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.
         self._keeps_everything = getattr(self._backend, "keeps_everything", False) is True
         self._declining = self._backend if isinstance(self._backend, Declining) else None
-        # Reentrant, because the garbage collector may run anybody's code inside it; what that code
-        # asks for is put off (see exclusive), so that nothing is changed half-way through.
-        self.lock: Any = threading.RLock()
-        self._later: deque[Callable[[], object]] = deque()
-        self._clock = itertools.count(1)
         self._pending: list[Pending] = []
-        self._warned: set[Hashable] = set()
-        self._warnings: deque[str] = deque()
         self._undo = ExitStack()
-        self._tidy_at = _TIDY  # how many values will have been stored then
 
     # Calls
 
@@ -240,9 +219,9 @@ class Engine(Uncopyable):
         """Return the entry of a shortcut from the backend, or None."""
         facts = shortcut.facts_of
         # The backend may copy it to the device, and caps are held elsewhere.
-        if self._keeps_everything or facts is None or self.memory.reserved or self.lock._is_owned():
+        if self._keeps_everything or facts is None or self.memory.reserved or self.mutex.is_owned:
             return None
-        with self.lock:
+        with self.mutex.lock:
             try:
                 entry = self._backend.get(shortcut.key)
             except Exception:  # noqa: BLE001 - the long way deals with it
@@ -263,7 +242,7 @@ class Engine(Uncopyable):
         cell = self.cells.get(shortcut.key)
         if plain and cell is not None and self._passes_audit(cell, uses, dependencies, entry):
             return True
-        with self.lock:
+        with self.mutex.lock:
             if cell is not None:
                 cell.due = not plain
                 cell.add(hit=True, count=-1)
@@ -298,7 +277,7 @@ class Engine(Uncopyable):
             return Reason.TRAINING
         if untraceable():
             return Reason.TRACED
-        if self.lock._is_owned():  # a __del__ that the garbage collector runs in there
+        if self.mutex.is_owned:  # a __del__ that the garbage collector runs in there
             return Reason.REENTERED
         return None
 
@@ -318,7 +297,7 @@ class Engine(Uncopyable):
         # A depends_on that fails may do so as the function does, which says more.
         if warming_here.get() and reason is not Reason.DEPENDS_ON_FAILED:
             raise NotCachedError(derivation.name, reason)
-        with self.lock:
+        with self.mutex.lock:
             self.counts["bypasses"] += 1
             self.reasons[reason] += 1
         return derivation.function(*args, **kwargs)
@@ -398,7 +377,7 @@ class Engine(Uncopyable):
         offers = audited = True
         while True:
             pending, join, declined = None, False, False
-            with self.lock:
+            with self.mutex.lock:
                 cell = self.cells.of(call.key, derivation, call.adapter, binding)
                 entry = self._valid(cell, call, binding)
                 if entry is not None:
@@ -416,11 +395,10 @@ class Engine(Uncopyable):
                 cell.due = False
                 audited = self._passes_audit(cell, uses, call.dependencies, entry)
                 if not audited:
-                    with self.lock:
+                    with self.mutex.lock:
                         cell.add(hit=True, count=-1)
                     continue
-            if self._later or self._warnings:
-                self._catch_up()
+            self.mutex.catch_up()
             if declined:
                 with suppress(torch.OutOfMemoryError):
                     return self._only_derive(cell, derivation, binding, call, args, kwargs)
@@ -431,7 +409,7 @@ class Engine(Uncopyable):
                 entry = pending.wait()
             if entry is not None:
                 return _joined(entry)
-            with self.lock:  # declined, or the one waited for came to nothing: no lookup yet
+            with self.mutex.lock:  # declined, or the one waited for came to nothing: no lookup yet
                 cell.add(hit=not declined, count=-1)
             # Each thread derives its own.
             if pending is not None and pending.unstored is Reason.UNSTORABLE:
@@ -442,13 +420,13 @@ class Engine(Uncopyable):
         try:
             entry = self._backend.get(cell.key)
         except Exception as error:  # noqa: BLE001 - as in _try, without its cost at every hit
-            self._warn("the backend's get", error)
+            self.mutex.failed("the backend's get", error)
             return None
         if entry is None:
-            self._evicted(cell)  # unless it was reported, as it should have been
+            self.holdings.evicted(cell)  # unless it was reported, as it should have been
             return None
         if self.memory.reserved:  # the backend may have made a copy of it on the device
-            self.attempt("get", self.memory.settle, None)
+            self.mutex.attempt("get", self.memory.settle, None)
         facts = cell.facts
         if (
             # Without facts it has been discarded, and the backend failed to delete it; with others,
@@ -461,7 +439,7 @@ class Engine(Uncopyable):
             and all(contents == call.contents for contents in cell.contents)
         ):
             return entry
-        self._discard(cell)
+        self.holdings.discard(cell)
         self._waste(cell.family, binding, call.spelled)
         return None
 
@@ -513,7 +491,7 @@ class Engine(Uncopyable):
         )
 
     def _begin(self, derivation: Derivation, binding: Binding, cell: Cell, call: _Call) -> Pending:
-        pending = Pending(cell, call.reading, call.contents, next(self._clock))
+        pending = Pending(cell, call.reading, call.contents, self.holdings.now())
         derivation.caches.add(self)
         cell.pending.append(pending)
         self._pending.append(pending)
@@ -522,7 +500,7 @@ class Engine(Uncopyable):
             if oldest is None:
                 break
             self._tell_unused(oldest, derivation, call)
-            self._discard(oldest)
+            self.holdings.discard(oldest)
             self.cells.retire(oldest)
             self._waste(cell.family, binding, call.spelled)
         return pending
@@ -567,7 +545,7 @@ class Engine(Uncopyable):
                 pending.contents = (*pending.contents, again.contents)
             changed = again is None or not _same(again, call)
             try:
-                with self.locked():
+                with self.mutex.held():
                     cell.pending.remove(pending)
                     self._pending.remove(pending)
                     family = cell.family
@@ -582,7 +560,7 @@ class Engine(Uncopyable):
                             and pending.born > binding.voided(call.adapter)
                         )
                         if holds and self.cells.get(cell.key) is cell:
-                            self._store(cell, entry, pending)
+                            self.holdings.store(cell, entry, pending)
                         else:
                             self.reasons[Reason.CHANGED] += 1
                             self._waste(family, binding, call.spelled)
@@ -639,7 +617,7 @@ class Engine(Uncopyable):
         try:
             return self._declining.declines(call.key) is True
         except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
-            self._warn("the backend's declines", error)
+            self.mutex.failed("the backend's declines", error)
             return False
 
     def _only_derive(
@@ -653,7 +631,7 @@ class Engine(Uncopyable):
     ) -> Any:
         """Derive a value that would not be kept, in each thread that asks for it."""
         value, cost = timed(partial(derivation.function, *args, **kwargs))
-        with self.lock:
+        with self.mutex.lock:
             self.counts["rejections"] += 1
             self.reasons[Reason.DECLINED] += 1
             cell.derive(cost)
@@ -662,28 +640,23 @@ class Engine(Uncopyable):
 
     def _relieve(self, devices: Collection[torch.device], everything: bool) -> None:  # noqa: FBT001
         """Free memory on the devices that a value is derived on."""
-        with self.locked():
+        with self.mutex.held():
             names = ", ".join(sorted(map(str, devices))) or "the device"
             text = (
                 f"deriving a value ran out of memory on {names}: entries were evicted to make room "
                 "for it, and values are derived again; a smaller cap leaves more room"
             )
-            self._warn_once("out of memory", text)
-            self._evict(devices, everything=everything)
+            self.mutex.warn("out of memory", text)
+            self.holdings.evict(devices, everything=everything)
 
     # What is said once
 
     def _tell_unstorable(self, pending: Pending, derivation: Derivation, value: object) -> None:
         """Count a result that can never be stored as a call past the cache, and say so once."""
-        name = derivation.name
-        with self.locked():
+        with self.mutex.held():
             pending.cell.add(hit=False, count=-1)
             self.counts["bypasses"] += 1
-            text = (
-                f"{name!r} is never stored, since it returned {described(value)}: return a tensor "
-                "or a plain tuple of tensors, such as (one, two) or tuple(result)"
-            )
-            self._warn_once(("result", derivation.number), text)
+            self.mutex.warn(("result", derivation.number), why_unstorable(derivation, value))
 
     def _tell_unused(self, oldest: Cell, derivation: Derivation, call: _Call) -> None:
         """Warn where values are void before their first use, time after time; the lock is held."""
@@ -696,35 +669,28 @@ class Engine(Uncopyable):
                 owner = None if binding is None else binding.owner
                 text = why_unused(derivation, owner, *states)
                 if text is not None:
-                    self._warn_once(("unused", text), text)
+                    self.mutex.warn(("unused", text), text)
 
     def _tell_unsettled(
         self, derivation: Derivation, binding: Binding, before: _Call, after: _Call
     ) -> None:
         """Warn that a value is never stored: what it depends on changes while it is derived."""
-        with suppress(Exception), self.locked():
+        with suppress(Exception), self.mutex.held():
             states = [(one.key[-1], one.reading.rows) for one in (before, after)]
             text = why_unsettled(derivation, binding.owner, *states)
-            self._warn_once(("unsettled", text), text)
+            self.mutex.warn(("unsettled", text), text)
 
     def _advise(self, derivation: Derivation, call: _Call, again: _Call) -> bool:
         """Say once what in depends_on keeps values from being stored; return whether it does."""
         found = _read_before(call, again)
         if found is not None:
-            text = (
-                f"{derivation.name!r} is never stored, since its depends_on returns the same "
-                f"{found} each time, which can be read only once: return a list"
-            )
+            text = why_read_once(derivation, found)
         elif not _same(call, again) and made_anew(call.dependencies, again.dependencies):
-            text = (
-                f"{derivation.name!r} is never stored, since its depends_on returns new tensors "
-                "each time: return the weights themselves, such as [self.weight] rather than "
-                "[self.weight.T], and state_dict(keep_vars=True) rather than state_dict()"
-            )
+            text = why_made_anew(derivation)
         else:
             return False
-        with self.locked():
-            self._warn_once(("depends_on", derivation.number), text)
+        with self.mutex.held():
+            self.mutex.warn(("depends_on", derivation.number), text)
         return True
 
     # Events
@@ -736,8 +702,8 @@ class Engine(Uncopyable):
         Returns:
             How many entries went.
         """
-        self._refill_later(_family_of(binding))
-        return self._void(binding, adapter)
+        self.buffers.refill_later(family_of(binding))
+        return self.holdings.void(binding, adapter)
 
     @exclusive
     def invalidate(
@@ -745,9 +711,9 @@ class Engine(Uncopyable):
     ) -> int:
         """Void values, of one adapter or all, of the owners with these ids or all."""
         bindings = list(self.bindings.values())
-        self._refill_later(bindings)
+        self.buffers.refill_later(bindings)
         return sum(
-            self._void(binding, adapter)
+            self.holdings.void(binding, adapter)
             for binding in bindings
             if owners is None or id(binding.owner) in owners
         )
@@ -755,7 +721,7 @@ class Engine(Uncopyable):
     @exclusive
     def suspect(self) -> int:
         """Void everything, and leave buffers void: something is being written to just now."""
-        return sum(self._void(binding, ALL_ADAPTERS) for binding in list(self.bindings.values()))
+        return self._void_all()
 
     @exclusive
     def _drop_uncounted(self, name: str) -> int:
@@ -766,10 +732,13 @@ class Engine(Uncopyable):
             "wrong. Everything held was dropped. Call cache.invalidate() after such writes, or "
             'attach with guard="content"'
         )
-        self._warn_once("uncounted", text)
+        self.mutex.warn("uncounted", text)
+        self.buffers.refill_later(self.bindings.values())
+        return self._void_all()
+
+    def _void_all(self) -> int:
         bindings = list(self.bindings.values())
-        self._refill_later(bindings)
-        return sum(self._void(binding, ALL_ADAPTERS) for binding in bindings)
+        return sum(self.holdings.void(binding, ALL_ADAPTERS) for binding in bindings)
 
     @exclusive
     def touched(self, tensors: Iterable[Tensor | torch.UntypedStorage]) -> int:
@@ -780,12 +749,9 @@ class Engine(Uncopyable):
         """
         touched = _storages_of(tensors)
         self._touch_pending(touched)
-        for binding in self.bindings.values():
-            for buffer in binding.buffers.values():
-                if buffer.derived_from(touched):
-                    buffer.void()
-        self._refill_later(self.bindings.values())
-        return sum(self._discard(cell) for cell in self.cells.on(touched))
+        self.buffers.void_derived(touched)
+        self.buffers.refill_later(self.bindings.values())
+        return sum(self.holdings.discard(cell) for cell in self.cells.on(touched))
 
     def replaced(self, tensors: Sequence[Tensor]) -> None:
         """Store nothing that is being derived from tensors one of which takes another's place.
@@ -814,12 +780,12 @@ class Engine(Uncopyable):
             How many entries went.
         """
         gone = 0
-        for member in _family_of(binding):
+        for member in family_of(binding):
             for cell in self.cells.of_owner(member.token):
                 if cell.facts is not None and cell.facts.expired:
-                    gone += self._discard(cell)
-            for buffer in list(member.buffers.values()):
-                self._later.append(buffer.fill)
+                    gone += self.holdings.discard(cell)
+            for buffer in member.buffers.values():
+                self.mutex.later(buffer.fill)
         return gone
 
     @exclusive
@@ -829,24 +795,22 @@ class Engine(Uncopyable):
             if pending.cell.number == derivation.number:
                 pending.touched = True
         cells = [cell for cell in self.cells.held() if cell.number == derivation.number]
-        return sum(self._discard(cell) for cell in cells)
+        return sum(self.holdings.discard(cell) for cell in cells)
 
     def owner_died(self, token: int) -> None:
         """Drop everything of an owner that has been garbage collected.
 
         Called by the garbage collector, anywhere: it must not wait for a lock.
         """
-        self._later.append(partial(self._remove_owner, token))
-        if not self.lock._is_owned() and self.lock.acquire(blocking=False):
-            self._release()
+        self.mutex.later(partial(self._remove_owner, token), now=True)
 
     @exclusive
     def _remove_owner(self, token: int) -> int:
         binding = self.bindings.pop(token, None)
         if binding is None:
             return 0
-        self._drop_buffers(binding)
-        gone = self._void(binding, ALL_ADAPTERS)
+        self.buffers.drop_all(binding)
+        gone = self.holdings.void(binding, ALL_ADAPTERS)
         self.cells.depart(token, ALL_ADAPTERS)
         return gone
 
@@ -864,21 +828,21 @@ class Engine(Uncopyable):
 
     @exclusive
     def _adapter_deleted(self, binding: Binding, adapter: str) -> int:
-        gone = self._void(binding, adapter)
-        members = list(_family_of(binding))
+        gone = self.holdings.void(binding, adapter)
+        members = list(family_of(binding))
         tokens = {member.token for member in members}
         for pending in self._pending:
             if pending.cell.owner in tokens and concerns(adapter, pending.cell.adapter):
                 pending.touched = True
         for member in members:
-            self.drop(member.buffers.pop(adapter, None))
+            self.buffers.drop(member.buffers.pop(adapter, None))
             self.cells.depart(member.token, adapter)
             member.forget(adapter)
         return gone
 
     def passed_by(self, reason: Reason) -> None:
         """Count a call that went past the cache without asking it."""
-        with self.locked():
+        with self.mutex.held():
             self.counts["bypasses"] += 1
             self.reasons[reason] += 1
 
@@ -891,10 +855,10 @@ class Engine(Uncopyable):
             reason: why not, as it goes on after a colon.
             adapter: the adapter's name, where it is one adapter's matter.
         """
-        with self.locked():
+        with self.mutex.held():
             self.declined.setdefault(Declined(kind, adapter, where, reason))
             text = f"{kind} is not cached everywhere, as in {where}: {reason}"
-            self._warn_once((kind, reason), text)
+            self.mutex.warn((kind, reason), text)
 
     @property
     def bypassing(self) -> bool:
@@ -903,7 +867,7 @@ class Engine(Uncopyable):
 
     def derivation_counts(self, derivation: Derivation) -> tuple[int, int, int]:
         """Return hits, misses and entries of one derivation."""
-        with self.locked():
+        with self.mutex.held():
             hits, misses = self.cells.count(of=derivation)
             entries = sum(cell.number == derivation.number for cell in self.cells.held())
             return hits, misses, entries
@@ -944,7 +908,7 @@ class Engine(Uncopyable):
         return binding
 
     def _add(self, binding: Binding) -> Binding:
-        with self.locked():
+        with self.mutex.held():
             self.bindings[binding.token] = binding
         return binding
 
@@ -966,11 +930,11 @@ class Engine(Uncopyable):
     def _free(self) -> int:
         gone = 0
         for binding in list(self.bindings.values()):
-            gone += self._void(binding, ALL_ADAPTERS)
-            self._drop_buffers(binding)
+            gone += self.holdings.void(binding, ALL_ADAPTERS)
+        self.buffers.close()
         self.bindings.clear()
-        gone += sum(self._discard(cell) for cell in self.cells.held())
-        self.attempt("close", self._backend.close, None)
+        gone += sum(self.holdings.discard(cell) for cell in self.cells.held())
+        self.mutex.attempt("close", self._backend.close, None)
         if self.auditor is not None:
             self.auditor.close()
         return gone
@@ -1013,185 +977,6 @@ class Engine(Uncopyable):
         cell = self.cells.get(key)
         return None if cell is None else cell.adapter
 
-    # What compiled code reads
-
-    def follow_buffer(self, binding: Binding, adapter: str, buffer: Buffer) -> None:
-        """Take on what compiled code reads of an owner and adapter, in place of any older one."""
-        with self.locked():
-            self.drop(binding.buffers.get(adapter))
-            binding.buffers[adapter] = buffer
-
-    def buffers(self, adapter: str) -> list[Buffer]:
-        """Return what compiled code may read of an adapter, layer by layer."""
-        bindings = list(self.bindings.values())
-        found = [binding.buffers.get(adapter) for binding in bindings]
-        return [buffer for buffer in found if buffer is not None]
-
-    def reserve(self, buffer: Buffer, nbytes: int, device: torch.device) -> bool:
-        """Set bytes of a device's cap aside for a buffer.
-
-        Entries that are not pinned make room, other buffers do not.
-
-        Returns:
-            Whether there is room; if not, the buffer holds nothing any more.
-        """
-        with self.locked():
-            self.attempt("resize", lambda: self.memory.release(buffer), None)
-            buffer.nbytes = 0
-            reserve = partial(self.memory.reserve, buffer, nbytes, device)
-            if self.closed or not self.attempt("max_bytes", reserve, False):  # noqa: FBT003
-                self.drop(buffer)
-                return False
-            buffer.nbytes = nbytes
-            return True
-
-    def publish(
-        self,
-        buffer: Buffer,
-        values: tuple[Tensor, ...],
-        parameters: tuple[Tensor | None, ...],
-    ) -> bool:
-        """Let compiled code read a buffer, unless an event has come since it was derived."""
-        with self.locked():
-            if buffer.stale or self.closed or not buffer.nbytes:
-                return False
-            buffer.values, buffer.parameters = values, parameters
-            return True
-
-    def drop_buffer(self, buffer: Buffer) -> None:
-        """Free a buffer's memory; it stays empty until it is prepared."""
-        with self.locked():
-            self.drop(buffer)
-
-    def void_buffer(self, buffer: Buffer) -> None:
-        """Keep compiled code from reading a buffer until it is filled."""
-        with self.locked():
-            buffer.void()
-
-    def drop(self, buffer: Buffer | None) -> None:
-        """Free a buffer's memory; the lock is held."""
-        if buffer is not None:
-            self.attempt("resize", lambda: self.memory.release(buffer), None)
-            buffer.drop()
-
-    def _drop_buffers(self, binding: Binding) -> None:
-        while binding.buffers:
-            self.drop(binding.buffers.popitem()[1])
-
-    def _refill_later(self, bindings: Iterable[Binding]) -> None:
-        """Fill the buffers that an event voids, as far as that can be done, after the event."""
-        for binding in bindings:
-            for buffer in binding.buffers.values():
-                self._later.append(partial(_fill_stale, buffer))
-
-    # Storing and forgetting
-
-    def _store(self, cell: Cell, entry: Entry, pending: Pending) -> None:
-        self._discard(cell, why="replacements")
-        cell.nbytes, cell.device = entry.nbytes, entry.tensors[0].device
-        cell.born = pending.born
-        kept = self.attempt("put", lambda: self._put(cell, entry), None)
-        if kept is None:  # the backend failed and may hold it or not
-            self.attempt("delete", lambda: self._backend.delete(cell.key), None)
-            self.reasons[Reason.BACKEND_FAILED] += 1
-            return
-        if not kept:
-            self.counts["rejections"] += 1
-            self.reasons[Reason.CAP] += 1
-            return
-        self.counts["stores"] += 1
-        self.cells.hold(cell, pending.facts)
-        cell.contents, cell.audit = pending.contents, pending.audit
-        if self.counts["stores"] >= self._tidy_at:
-            self._tidy()
-            self._tidy_at = self.counts["stores"] + len(self.cells.held()) + _TIDY
-
-    def _put(self, cell: Cell, entry: Entry) -> bool:
-        """Give an entry to the backend; once more after evicting others if memory runs out."""
-        with suppress(torch.OutOfMemoryError):
-            return self.memory.put(cell.key, entry, cell.adapter)
-        self.attempt("delete", lambda: self._backend.delete(cell.key), None)
-        self._evict({tensor.device for tensor in entry.tensors})
-        kept = self.memory.put(cell.key, entry, cell.adapter)
-        text = "storing a value ran out of memory: entries were evicted to make room for it"
-        self._warn_once("out of memory", text)
-        return kept
-
-    def _evict(self, devices: Collection[torch.device], *, everything: bool = False) -> None:
-        """Evict the entries on some devices; with ``everything``, pinned ones and buffers too."""
-        self._note_evictions()
-        for cell in self.cells.held():
-            if cell.device in devices and (everything or not self.memory.is_pinned(cell.key)):
-                self._discard(cell, why="evictions")
-        if everything:
-            for buffer in self.memory.buffers_on(devices):
-                self.drop(buffer)
-
-    def _tidy(self) -> None:
-        """Drop what was derived from freed memory, and forget what was evicted without a report."""
-        self._note_evictions()
-        cells = self.cells.held()
-        held = set(self.attempt("keys", self._backend.keys, [cell.key for cell in cells]))
-        for cell in cells:
-            if cell.facts is not None and cell.facts.expired:
-                self._discard(cell)
-            elif cell.key not in held:
-                self._evicted(cell)
-
-    def _note_evictions(self) -> None:
-        """Take note of what was evicted since the last time; the lock is held."""
-        evicted = self.memory.evicted
-        while evicted:
-            cell = self.attempt(
-                "report of an eviction", partial(self.cells.get, evicted.popleft()), None
-            )
-            if cell is not None:
-                self._evicted(cell)
-
-    def _evicted(self, cell: Cell) -> None:
-        if cell.facts is not None:
-            self._forget(cell)
-            self.counts["evictions"] += 1
-
-    def _void(self, binding: Binding, adapter: str | None) -> int:
-        gone = 0
-        for member in _family_of(binding):
-            member.void(adapter, next(self._clock))
-            member.resting.clear()
-            for name, buffer in member.buffers.items():
-                if adapter in (ALL_ADAPTERS, name):
-                    buffer.void()
-            for cell in self.cells.of_owner(member.token):
-                if cell.facts is not None and concerns(adapter, cell.adapter):
-                    gone += self._discard(cell)
-        return gone
-
-    def _discard(self, cell: Cell, why: str = "invalidations") -> int:
-        """Drop an entry and count it; return 1 if there was one."""
-        self._forget(cell)
-        if why == "invalidations":
-            cell.born = 0
-        deleted = self.attempt("delete", lambda: self._backend.delete(cell.key), False)  # noqa: FBT003
-        self.counts[why] += bool(deleted)
-        return int(bool(deleted))
-
-    def _forget(self, cell: Cell) -> None:
-        if cell.facts is not None:
-            self.cells.release(cell)
-            self.attempt("unpin", lambda: self.memory.forgotten(cell.key), None)
-
-    # The lock
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock, and do what was put off once it is released."""
-        self.lock.acquire()
-        try:
-            self._note_evictions()
-            yield
-        finally:
-            self._release()
-
     @contextmanager
     def ours(self) -> Iterator[None]:
         """Hold the lock of an open cache, for what may raise.
@@ -1200,10 +985,10 @@ class Engine(Uncopyable):
             DetachedError: the cache is detached.
             RuntimeError: the caller runs inside the cache, as a ``__del__`` may.
         """
-        if self.lock._is_owned():
+        if self.mutex.is_owned:
             msg = "called from within the cache: call it from outside, not in a backend or __del__"
             raise RuntimeError(msg)
-        with self.locked():
+        with self.mutex.held():
             self.check_open()
             yield
 
@@ -1213,48 +998,10 @@ class Engine(Uncopyable):
             msg = "this cache is detached: call dora_cache.attach(model) for a new one"
             raise DetachedError(msg)
 
-    def _release(self) -> None:
-        self._note_evictions()
-        self.lock.release()
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Do what had to wait until this thread had released the lock."""
-        if self.lock._is_owned():
-            return
-        while self._later:
-            try:
-                action = self._later.popleft()
-            except IndexError:  # another thread took the last one
-                break
-            action()
-        while self._warnings:  # never an error, whatever the filters
-            with suppress(IndexError, CacheWarning):
-                warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
-
-    # Failures
-
     def failed(self, what: str, error: Exception) -> None:
         """Warn, once per cause, of something that failed and will be made up for."""
-        self._warn(what, error)
-        self._catch_up()
-
-    def attempt(self, operation: str, action: Callable[[], Any], otherwise: Any) -> Any:
-        """Call the backend; a failure costs one warning per cause, never an inference."""
-        try:
-            return action()
-        except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
-            self._warn(f"the backend's {operation}", error)
-            return otherwise
-
-    def _warn(self, what: str, error: Exception) -> None:
-        text = f"{what} failed, so values are derived again: {type(error).__name__}: {error}"
-        self._warn_once((what, type(error)), text)
-
-    def _warn_once(self, cause: Hashable, text: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            self._warnings.append(text)
+        self.mutex.failed(what, error)
+        self.mutex.catch_up()
 
 
 def _same(one: _Call, other: _Call) -> bool:
@@ -1284,19 +1031,6 @@ def _refill(binding: Binding, call: _Call) -> None:
     buffer = binding.buffers.get(call.adapter)  # type: ignore[arg-type]
     if buffer is not None:
         buffer.fill()
-
-
-def _fill_stale(buffer: Buffer) -> None:
-    if buffer.stale:
-        buffer.fill()
-
-
-def _family_of(binding: Binding) -> Iterator[Binding]:
-    yield binding
-    for reference in binding.children:
-        child = reference()
-        if child is not None:
-            yield from _family_of(child)
 
 
 def _storages_of(tensors: Iterable[Tensor | torch.UntypedStorage]) -> set[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from dora_cache.keys import state_names
+from dora_cache.results import described
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
 State = tuple["Hashable", Sequence[object]]
 """The plain part and the rows of a :class:`dora_cache.facts.Reading`."""
 
-__all__ = ["UNSETTLED", "UNUSED", "changed_attributes", "pieces", "why_unsettled", "why_unused"]
+__all__ = [
+    "UNSETTLED",
+    "UNUSED",
+    "changed_attributes",
+    "pieces",
+    "why_made_anew",
+    "why_read_once",
+    "why_unsettled",
+    "why_unstorable",
+    "why_unused",
+]
 
 UNSETTLED = 2
 """Derivations in a row with a change before it is told: one alone may be another thread's write."""
@@ -146,3 +157,28 @@ def _tensors(piece: Hashable) -> int:
     if piece is Tensor:
         return 1
     return sum(map(_tensors, piece)) if isinstance(piece, tuple) else 0
+
+
+def why_unstorable(derivation: Derivation, value: object) -> str:
+    """Say what to do about a derivation whose result can never be stored."""
+    return (
+        f"{derivation.name!r} is never stored, since it returned {described(value)}: return a "
+        "tensor or a plain tuple of tensors, such as (one, two) or tuple(result)"
+    )
+
+
+def why_read_once(derivation: Derivation, kind: str) -> str:
+    """Say what to do about a ``depends_on`` that returns the same iterator each time."""
+    return (
+        f"{derivation.name!r} is never stored, since its depends_on returns the same {kind} each "
+        "time, which can be read only once: return a list"
+    )
+
+
+def why_made_anew(derivation: Derivation) -> str:
+    """Say what to do about a ``depends_on`` that returns new tensors each time."""
+    return (
+        f"{derivation.name!r} is never stored, since its depends_on returns new tensors each time: "
+        "return the weights themselves, such as [self.weight] rather than [self.weight.T], and "
+        "state_dict(keep_vars=True) rather than state_dict()"
+    )

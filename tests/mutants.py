@@ -28,6 +28,7 @@ from dora_cache.binding import Binding
 from dora_cache.cells import Cell, Pending
 from dora_cache.decorator import SLOT
 from dora_cache.engine import Engine
+from dora_cache.holdings import Holdings
 from dora_cache.lifecycle import refills
 from dora_cache.reasons import Reason
 from dora_cache.recipes import dora, hotswap, merging, peft_layers
@@ -175,7 +176,7 @@ def _shortcuts_by(patch, *what, intact=lambda entry: entry.intact):
 
 @mutant("no events at all", ModelMachine)
 def _(patch):
-    patch.setattr(Engine, "_void", lambda self, binding, adapter: 0)
+    patch.setattr(Holdings, "void", lambda self, binding, adapter: 0)
     patch.setattr(Engine, "touched", lambda self, tensors: 0)
 
 
@@ -421,9 +422,9 @@ def _(patch):
         try:
             return run(self, pending, *rest)
         except ArithmeticError:
-            with self.locked():
+            with self.mutex.held():
                 entry = backends.Entry(torch.zeros(2), pending.facts)
-                self._store(pending.cell, entry, pending)
+                self.holdings.store(pending.cell, entry, pending)
             raise
 
     patch.setattr(Engine, "_derive", store)
@@ -435,7 +436,7 @@ def _(patch):
         self._forget(cell)
         return int(self.memory.backend.delete(cell.key))
 
-    patch.setattr(Engine, "_discard", discard)
+    patch.setattr(Holdings, "discard", discard)
 
 
 @mutant("evictions that are not reported", DecoratorMachine)
@@ -446,7 +447,7 @@ def _(patch):
 
 @mutant("evictions that are not counted", DecoratorMachine)
 def _(patch):
-    patch.setattr(Engine, "_evicted", lambda self, cell: self._forget(cell))
+    patch.setattr(Holdings, "evicted", lambda self, cell: self._forget(cell))
 
 
 @mutant("evictions that are counted and not forgotten", DecoratorMachine)
@@ -454,7 +455,7 @@ def _(patch):
     def count(self, cell):
         self.counts["evictions"] += 1
 
-    patch.setattr(Engine, "_evicted", count)
+    patch.setattr(Holdings, "evicted", count)
 
 
 @mutant("a view counted by its elements", DecoratorMachine)

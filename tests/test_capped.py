@@ -300,8 +300,8 @@ def with_buffers(cache, owner, **sizes):
     made = {}
     for adapter, size in sizes.items():
         made[adapter] = Buffer()
-        cache._engine.follow_buffer(binding, adapter, made[adapter])
-        assert cache._engine.reserve(made[adapter], size, torch.device("cpu"))
+        cache._engine.buffers.follow(binding, adapter, made[adapter])
+        assert cache._engine.buffers.reserve(made[adapter], size, torch.device("cpu"))
     return made
 
 
@@ -428,8 +428,8 @@ def test_pins_leave_room_to_compiled_code_and_take_it_from_none():
         with_buffers(cache, owner, b=2 * SIZE)
         (binding,) = cache._engine.bindings.values()
         late = Buffer()
-        cache._engine.follow_buffer(binding, "c", late)
-        assert not cache._engine.reserve(late, SIZE, torch.device("cpu"))
+        cache._engine.buffers.follow(binding, "c", late)
+        assert not cache._engine.buffers.reserve(late, SIZE, torch.device("cpu"))
         assert held(owner, cache, ("a", 0), ("a", 1)) == [True, True]
         owner.value("c")
         with pytest.raises(dora_cache.PinError):
@@ -716,9 +716,9 @@ def test_pins_and_buffers_go_by_device(spanning):
             owner.value("a")
         cache.pin("a")
         buffer = Buffer()
-        assert cache._engine.reserve(buffer, SIZE, torch.device("cpu"))
-        assert not cache._engine.reserve(Buffer(), SIZE, torch.device("cpu"))
-        assert cache._engine.reserve(Buffer(), SIZE, torch.device("meta"))
+        assert cache._engine.buffers.reserve(buffer, SIZE, torch.device("cpu"))
+        assert not cache._engine.buffers.reserve(Buffer(), SIZE, torch.device("cpu"))
+        assert cache._engine.buffers.reserve(Buffer(), SIZE, torch.device("meta"))
         for owner in (spanning.first, spanning.second):
             for place in range(3):
                 owner.value("b", place)

@@ -557,7 +557,7 @@ def test_what_comes_while_a_buffer_is_filled_wins(monkeypatch, counted):
                 weight.mul_(2)
             return
         weight.data.mul_(2)
-        with setup.cache._engine.locked():
+        with setup.cache._engine.mutex.held():
             buffer.void()
 
     monkeypatch.setattr(buffer, "_derive", slowly)
@@ -1087,7 +1087,7 @@ def test_an_adapter_made_again_under_a_deleted_ones_name_warns_of_nothing(use_do
     if use_dora:
         assert setup.buffer().values is not None
     else:
-        assert not setup.cache._engine.buffers("first")
+        assert not setup.cache._engine.buffers.of("first")
 
 
 def test_an_adapter_taken_out_by_hand_frees_its_buffer():

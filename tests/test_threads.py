@@ -320,8 +320,8 @@ def test_destructors_may_call_the_cache():
     expected = run(model, x)
     with dora_cache.attach(model) as cache:
         inside = []
-        engine = cache._engine
-        discard = engine._discard
+        holdings = cache._engine.holdings
+        discard = holdings.discard
 
         def collecting(cell, why="invalidations"):
             Nosy(cache, model)
@@ -329,11 +329,11 @@ def test_destructors_may_call_the_cache():
             inside.append(cell)
             return discard(cell, why)
 
-        engine._discard = collecting
+        holdings.discard = collecting
         for _ in range(5):
             assert torch.equal(run(model, x), expected)
             cache.invalidate()
-        del engine._discard
+        del holdings.discard
         assert inside
         balanced(cache)
 

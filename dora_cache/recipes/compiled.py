@@ -95,7 +95,7 @@ class Buffer(Uncopyable):
         self._filling = threading.RLock()
         self._busy = False
         _caches[self.cache] = binding.cache
-        binding.cache.follow_buffer(binding, adapter, self)
+        binding.cache.buffers.follow(binding, adapter, self)
 
     @property
     def owner(self) -> Any:
@@ -137,7 +137,7 @@ class Buffer(Uncopyable):
         elif filled and wanted:
             self._surprises += 1
             if self._surprises > _SURPRISES:
-                binding.cache.drop_buffer(self)
+                binding.cache.buffers.drop(self)
 
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
@@ -164,7 +164,7 @@ class Buffer(Uncopyable):
                     if filled is not None:
                         return filled
             except _GoneError:
-                cache.drop_buffer(self)
+                cache.buffers.drop(self)
                 return False
             except UncheckableError:
                 pass
@@ -172,7 +172,7 @@ class Buffer(Uncopyable):
                 cache.failed("filling a buffer for compiled code", error)
             finally:
                 self._busy = False
-            cache.void_buffer(self)
+            cache.buffers.void(self)
         return False
 
     def _fill(self, binding: Binding, owner: Any) -> bool | None:
@@ -205,12 +205,12 @@ class Buffer(Uncopyable):
             else:
                 # Storages of their own: what is counted is what is held.
                 tensors = tuple(value.detach().clone() for value in derived)
-                if not cache.reserve(self, storage_bytes(tensors), tensors[0].device):
+                if not cache.buffers.reserve(self, storage_bytes(tensors), tensors[0].device):
                     return False
                 for tensor in tensors:  # CUDA graphs read them in place
                     torch._dynamo.mark_static_address(tensor)
                 self._tensors = tensors
-        return True if cache.publish(self, self._tensors, parameters) else None
+        return True if cache.buffers.publish(self, self._tensors, parameters) else None
 
     def _dependencies(self, owner: Any) -> list[object]:
         try:
@@ -232,7 +232,7 @@ def prepare(cache: str, adapter: str) -> bool:
     context = torch._guards.CompileContext.try_get()
     done = _prepared.setdefault(living, {})
     if context is None or done.get(adapter, lambda: None)() is not context:
-        for buffer in living.buffers(adapter):
+        for buffer in living.buffers.of(adapter):
             buffer.prepare()
         if context is not None:  # every layer comes here while one model is traced
             for name in [name for name, traced in done.items() if traced() is None]:

@@ -1,0 +1,168 @@
+"""What a cache holds: storing entries, and forgetting them in time."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from dora_cache.binding import family_of
+from dora_cache.buffers import Buffers
+from dora_cache.cells import Cells
+from dora_cache.copying import Uncopyable
+from dora_cache.keys import ALL_ADAPTERS, concerns
+from dora_cache.memory import Memory
+from dora_cache.mutex import Mutex
+from dora_cache.reasons import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from dora_cache.backends import Backend, Entry
+    from dora_cache.binding import Binding
+    from dora_cache.cells import Cell, Pending
+    from dora_cache.config import CacheConfig
+
+__all__ = ["Holdings"]
+
+_TIDY = 64  # values stored between two times that all cells are looked at, at least
+
+
+class Holdings(Uncopyable):
+    """The cells of a cache, and the backend that holds their entries.
+
+    Every method is called with the lock held.
+
+    Args:
+        config: the settings.
+        devices: where the model is.
+
+    Attributes:
+        bindings: of the owners, by token.
+        buffers: what compiled code reads.
+        cells: what is known of each value.
+        counts: events by name, as in ``CacheStats``.
+        memory: the backend, the caps and the pins.
+        mutex: the lock.
+        reasons: how often calls went past the cache, or values were not kept, and why.
+    """
+
+    def __init__(self, config: CacheConfig, devices: Sequence[torch.device]) -> None:
+        self.bindings: dict[int, Binding] = {}
+        self.cells = Cells()
+        self.counts: Counter[str] = Counter()
+        self.memory = Memory(config, devices)
+        self.mutex = Mutex(self.note_evictions)
+        self.buffers = Buffers(self.mutex, self.memory, self.bindings.values)
+        self.reasons: Counter[Reason] = Counter()
+        self._backend: Backend = self.memory.backend
+        self._clock = itertools.count(1)
+        self._tidy_at = _TIDY  # how many values will have been stored then
+
+    def now(self) -> int:
+        """Return a time of the cache's clock, later than all before."""
+        return next(self._clock)
+
+    def store(self, cell: Cell, entry: Entry, pending: Pending) -> None:
+        """Give what a computation came to to the backend, and take note of it."""
+        self.discard(cell, why="replacements")
+        cell.nbytes, cell.device = entry.nbytes, entry.tensors[0].device
+        cell.born = pending.born
+        kept = self.mutex.attempt("put", lambda: self._put(cell, entry), None)
+        if kept is None:  # the backend failed and may hold it or not
+            self.mutex.attempt("delete", lambda: self._backend.delete(cell.key), None)
+            self.reasons[Reason.BACKEND_FAILED] += 1
+            return
+        if not kept:
+            self.counts["rejections"] += 1
+            self.reasons[Reason.CAP] += 1
+            return
+        self.counts["stores"] += 1
+        self.cells.hold(cell, pending.facts)
+        cell.contents, cell.audit = pending.contents, pending.audit
+        if self.counts["stores"] >= self._tidy_at:
+            self._tidy()
+            self._tidy_at = self.counts["stores"] + len(self.cells.held()) + _TIDY
+
+    def _put(self, cell: Cell, entry: Entry) -> bool:
+        """Give an entry to the backend; once more after evicting others if memory runs out."""
+        with suppress(torch.OutOfMemoryError):
+            return self.memory.put(cell.key, entry, cell.adapter)
+        self.mutex.attempt("delete", lambda: self._backend.delete(cell.key), None)
+        self.evict({tensor.device for tensor in entry.tensors})
+        kept = self.memory.put(cell.key, entry, cell.adapter)
+        text = "storing a value ran out of memory: entries were evicted to make room for it"
+        self.mutex.warn("out of memory", text)
+        return kept
+
+    def evict(self, devices: Collection[torch.device], *, everything: bool = False) -> None:
+        """Evict the entries on some devices; with ``everything``, pinned ones and buffers too."""
+        self.note_evictions()
+        for cell in self.cells.held():
+            if cell.device in devices and (everything or not self.memory.is_pinned(cell.key)):
+                self.discard(cell, why="evictions")
+        if everything:
+            self.buffers.evict(devices)
+
+    def _tidy(self) -> None:
+        """Drop what was derived from freed memory, and forget what was evicted without a report."""
+        self.note_evictions()
+        cells = self.cells.held()
+        held = set(self.mutex.attempt("keys", self._backend.keys, [cell.key for cell in cells]))
+        for cell in cells:
+            if cell.facts is not None and cell.facts.expired:
+                self.discard(cell)
+            elif cell.key not in held:
+                self.evicted(cell)
+
+    def note_evictions(self) -> None:
+        """Take note of what was evicted since the last time; the lock is held."""
+        evicted = self.memory.evicted
+        while evicted:
+            cell = self.mutex.attempt(
+                "report of an eviction", partial(self.cells.get, evicted.popleft()), None
+            )
+            if cell is not None:
+                self.evicted(cell)
+
+    def evicted(self, cell: Cell) -> None:
+        """Take note that the backend holds the entry of a cell no longer."""
+        if cell.facts is not None:
+            self._forget(cell)
+            self.counts["evictions"] += 1
+
+    def void(self, binding: Binding, adapter: str | None) -> int:
+        """Drop what a binding and its children hold of an adapter, and void what is being derived.
+
+        Returns:
+            How many entries went.
+        """
+        gone = 0
+        for member in family_of(binding):
+            member.void(adapter, self.now())
+            member.resting.clear()
+            for name, buffer in member.buffers.items():
+                if adapter in (ALL_ADAPTERS, name):
+                    buffer.void()
+            for cell in self.cells.of_owner(member.token):
+                if cell.facts is not None and concerns(adapter, cell.adapter):
+                    gone += self.discard(cell)
+        return gone
+
+    def discard(self, cell: Cell, why: str = "invalidations") -> int:
+        """Drop an entry and count it; return 1 if there was one."""
+        self._forget(cell)
+        if why == "invalidations":
+            cell.born = 0
+        deleted = self.mutex.attempt("delete", lambda: self._backend.delete(cell.key), False)  # noqa: FBT003
+        self.counts[why] += bool(deleted)
+        return int(bool(deleted))
+
+    def _forget(self, cell: Cell) -> None:
+        if cell.facts is not None:
+            self.cells.release(cell)
+            self.mutex.attempt("unpin", lambda: self.memory.forgotten(cell.key), None)
