@@ -417,14 +417,23 @@ def a_bias_of_the_adapter(model, layer, name):
     part.bias = None
 
 
-@change("write", "other", "none", "strided", "number")
+@change()
+def a_factor_that_is_broadcast(model, layer):
+    part = part_of(layer, "lora_B")
+    before = part.weight
+    part.weight = nn.Parameter(before[:1].detach())
+    yield
+    part.weight = before
+
+
+@change("write", "other", "none", "strided", "broadcast", "plain tensor")
 def bias_of_the_base_layer(model, layer, name):
     base = layer.base_layer
     before = base.bias
     if name == "write":
         with torch.no_grad():
             before.add_(1)
-    elif name == "number":
+    elif name == "plain tensor":
         del base.bias
         base.bias = torch.ones(8)
     else:
@@ -432,12 +441,13 @@ def bias_of_the_base_layer(model, layer, name):
             "other": nn.Parameter(before.detach() + 1),
             "none": None,
             "strided": nn.Parameter((torch.ones(16) * 3)[::2]),
+            "broadcast": nn.Parameter(torch.ones(1)),
         }[name]
     yield
     if name == "write":
         with torch.no_grad():
             before.sub_(1)
-    elif name == "number":
+    elif name == "plain tensor":
         del base.bias
     base.bias = before
 
@@ -520,6 +530,8 @@ def test_inputs_of_other_kinds(numerics, taken):
     """Plain contiguous tensors of two or three dimensions alone take the short way."""
     model = make()
     x = sample("linear")
+    with quiet():  # they are in beta, says PyTorch
+        compressed = x[0].to_sparse_csr()
     cases = [
         x.transpose(0, 1),
         x[:, ::2],
@@ -531,8 +543,9 @@ def test_inputs_of_other_kinds(numerics, taken):
         x.clone().as_subclass(Marked),
         torch._neg_view(x.clone()),
         x[0].to_sparse(),
+        compressed,
     ]
-    short = [False] * 5 + [True, False, False, True, False]
+    short = [False] * 5 + [True, False, False, True, False, False]
     expected = [run(model, one) for one in cases]
     with dora_cache.attach(model, numerics=numerics):
         for _ in range(3):
@@ -838,6 +851,8 @@ def test_layers_launch_kernels(numerics, bias, played, monkeypatch):
         if bias and numerics == "peft":
             plain = layer.base_layer.bias
             layer.base_layer.bias = nn.Parameter(torch.ones(16)[::2])
+            check(few)
+            layer.base_layer.bias = nn.Parameter(torch.ones(1))
             check(few)
             layer.base_layer.bias = None
             check(few)

@@ -151,6 +151,7 @@ class Bound(Uncopyable):
             type(x) is Tensor
             and of_first["bias"] is of_last["bias"] is None
             and (bias is None or type(bias) is nn.Parameter)
+            and weight.dim() == 2  # noqa: PLR2004
             and x.dtype is weight.dtype
             and x.device == weight.device
             and x.layout is torch.strided
@@ -202,9 +203,7 @@ class _Exact:
         self._bias = None if bias is None else bias.dtype
         self._device = weight.get_device()
         self._launch: Launch | None = None
-        if type(scaling) in {int, float} and kernels.available(
-            weight.device, weight.dtype, b.dtype
-        ):
+        if _kernels_take(scaling, weight, a, b, scale):
             found = kernels.combiner(
                 self._device,
                 weight.shape[0],
@@ -230,13 +229,24 @@ class _Exact:
                 fits, subtracted = self._bias is None, result  # not read
             else:  # the one part that the shortcut has not checked
                 fits, subtracted = bias.dtype is self._bias and bias.is_contiguous(), bias
-                fits = fits and not bias.is_neg()
+                fits = fits and bias.numel() == result.shape[1] and not bias.is_neg()
             if fits and launch(
                 result.shape[0], (result, delta, scale, subtracted, result), self._number
             ):
                 return result
         total = exact_sum(result, bias, delta, scale, self._scaling, owned=True, one=self._one)
         return total if total.dtype is result.dtype else total.to(result.dtype)
+
+
+def _kernels_take(scaling: Any, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """Whether there are kernels for what a shortcut has checked; they do not broadcast."""
+    return (
+        type(scaling) in {int, float}
+        and kernels.available(weight.device, weight.dtype, a.dtype, b.dtype)
+        and a.shape[1] == weight.shape[1]
+        and b.shape[0] == scale.numel() == weight.shape[0]
+        and scale.get_device() == weight.get_device()
+    )
 
 
 def _operands(scaling: Any, delta: Tensor, scale: Tensor) -> tuple[Any, Any]:
@@ -270,11 +280,7 @@ class _Fast:
         self._device = weight.get_device()
         self._few: FewRows | None = None
         self._launch: Launch | None = None
-        if (
-            type(scaling) in {int, float}
-            and value[0].dtype is torch.float32
-            and kernels.available(weight.device, weight.dtype, a.dtype, b.dtype)
-        ):
+        if value[0].dtype is torch.float32 and _kernels_take(scaling, weight, a, b, value[0]):
             self._few = kernels.few_rows(weight, weight.dtype, a, b, *value)
             self._launch = kernels.fast_combiner(
                 self._device,

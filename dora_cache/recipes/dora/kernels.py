@@ -185,15 +185,16 @@ def _combined(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    if delta.numel() != result.numel():  # the kernels do not broadcast
-        return None
+    columns = result.shape[-1]
+    if delta.numel() != result.numel() or scale.numel() != columns:
+        return None  # the kernels do not broadcast
     if bias is None:
         bias = result  # not read
-    elif not bias.is_contiguous() or bias.is_neg():
+    elif bias.numel() != columns or not bias.is_contiguous() or bias.is_neg():
         return None
     output = torch.empty_like(result, dtype=dtype)
     tensors = (result, delta, scale, bias, output)
-    rows = result.numel() // result.shape[-1]
+    rows = result.numel() // columns
     return output if launch(rows, tensors, (float(scaling),)) else None
 
 

@@ -46,7 +46,12 @@ def exact_sum(
         one: 1, or a tensor of it.
     """
     changed = (scale - one) * (result if bias is None else result - bias)
-    if not (owned and changed.dtype is delta.dtype is scale.dtype and changed.dim() == delta.dim()):
+    if not (
+        owned
+        and changed.dtype is delta.dtype is scale.dtype
+        and changed.dim() == delta.dim()
+        and changed.numel() == delta.numel()
+    ):
         return result + (changed + scale * delta * scaling)
     delta.mul_(scale)
     if type(scaling) is not float or scaling != 1.0:

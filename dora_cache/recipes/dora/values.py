@@ -229,6 +229,7 @@ def _rows(layer: Any, adapter: str, dtype: torch.dtype) -> Iterator[Tensor]:
     if weight.dim() > 2:  # noqa: PLR2004 - a convolution's: small, and grouped ones mix rows
         yield weight.flatten(1).to(dtype) + (b @ a).reshape(weight.shape).flatten(1)
         return
+    b = b.expand(weight.shape[0], rank)  # as addition would
     at_once = _AT_ONCE.get(weight.device.type, _AT_ONCE_ELSEWHERE)
     step = max(1, at_once // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
