@@ -25,7 +25,7 @@ from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
 from dora_cache.facts import Held, tensors_in
-from dora_cache.triton_launch import launch
+from dora_cache.triton_launch import Launcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -164,15 +164,8 @@ class _DeviceDigest(Uncopyable):
         starts = [start for start, _ in spans] + [spans[0][0]] * unused
         sizes = [size // width for _, size in spans] + [0] * unused
         constants = (flag is not self._expected, width, _BLOCK_BYTES // width, 1024)
-        launch(
-            _kernel(),
-            (blocks, 1),
-            (self._expected, flag),
-            (number, first, *starts, *sizes),
-            constants,
-            key=("audit", self._device, constants),
-            device=self._device,
-        )
+        numbers = (number, first, *starts, *sizes)
+        _launcher(self._device, constants).launch(blocks, (self._expected, flag), numbers)
 
 
 def _blocks(tensor: Tensor) -> int:
@@ -196,6 +189,11 @@ def _kernel() -> Any:
     except ImportError:
         return None
     return hash_blocks
+
+
+@functools.cache
+def _launcher(device: int, constants: tuple[object, ...]) -> Launcher:
+    return Launcher(_kernel(), device, 1, (), constants)
 
 
 class _Large:

@@ -8,62 +8,82 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-__all__ = ["launch"]
-
-_compiled: dict[Any, Any] = {}
+__all__ = ["Launcher"]
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int],
-    pointers: Sequence[Tensor],
-    values: Sequence[float],
-    constants: Sequence[object],
-    *,
-    key: Hashable,
-    device: int,
-) -> None:
-    """Launch a kernel on the current stream of the current device.
+class Launcher:
+    """Launches one kernel on one device, for tensors of certain dtypes.
 
     Triton compiles a kernel for each combination of dtypes, of what integers are divisible by, and
     of how pointers are aligned, and finds that out anew at each launch. So what has been compiled
-    is launched past that, at a tenth of the cost.
+    for aligned pointers is launched past that, at a tenth of the cost.
 
     Args:
-        kernel: a function decorated with ``triton.jit``; its arguments are the next three.
-        grid: programs, in two dimensions.
-        pointers: tensors.
-        values: numbers.
+        kernel: a function decorated with ``triton.jit``. Its arguments are pointers, ``sizes``,
+            other numbers, and ``constants``.
+        device: index of the device.
+        across: programs in the second dimension of the grid.
+        sizes: integers.
         constants: values of its ``tl.constexpr`` parameters.
-        key: equal exactly where the same compiled code will do; None if that is not known.
-        device: index of the current device.
-
-    Raises:
-        Exception: whatever Triton raises.
     """
-    known = None if key is None else _compiled.get(key)
-    if known is not None:
-        run, function, metadata = known
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        addresses = [tensor.data_ptr() for tensor in pointers]
-        rest = (None, None, None, *addresses, *values, *constants)
-        try:
-            run(*grid, 1, stream, function, metadata, *rest)
-        except Exception:  # noqa: BLE001 - no public interface: the public one may do
-            _compiled[key] = None
-        else:
-            return
-    compiled = kernel[(*grid, 1)](
-        *pointers,
-        *values,
-        *constants,
-        num_warps=4,
-        enable_fp_fusion=False,  # a fused multiply-add rounds once, not twice
-    )
-    if key is not None and key not in _compiled:
-        with suppress(AttributeError):
-            _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+
+    __slots__ = ("_compiled", "_constants", "_device", "_kernel", "_known", "_sizes", "across")
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: int,
+        across: int,
+        sizes: tuple[int, ...],
+        constants: tuple[object, ...],
+    ) -> None:
+        self.across = across
+        self._kernel = kernel
+        self._device = device
+        self._sizes = sizes
+        self._constants = constants
+        self._compiled: Any = None
+        self._known = False  # whether it was compiled for aligned pointers
+
+    def launch(self, down: int, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> None:
+        """Launch the kernel on the current stream; the device must be the current one.
+
+        Args:
+            down: programs in the first dimension of the grid.
+            tensors: of the same dtypes at each launch.
+            numbers: floats, or integers that the kernel is not specialised for.
+
+        Raises:
+            Exception: whatever Triton raises.
+        """
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        aligned = not bits % 16
+        if aligned and self._compiled is not None:
+            run, function, metadata = self._compiled
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            rest = (None, None, None, *addresses, *self._sizes, *numbers, *self._constants)
+            try:
+                run(down, self.across, 1, stream, function, metadata, *rest)
+            except Exception:  # noqa: BLE001 - no public interface: the public one may do
+                self._compiled = None
+            else:
+                return
+        compiled = self._kernel[down, self.across, 1](
+            *tensors,
+            *self._sizes,
+            *numbers,
+            *self._constants,
+            num_warps=4,
+            enable_fp_fusion=False,  # a fused multiply-add rounds once, not twice
+        )
+        if aligned and not self._known:
+            self._known = True
+            with suppress(AttributeError):
+                self._compiled = compiled.run, compiled.function, compiled.packed_metadata

@@ -33,6 +33,7 @@ from dora_cache.lifecycle import refills
 from dora_cache.reasons import Reason
 from dora_cache.recipes import dora, hotswap, merging, peft_layers
 from dora_cache.recipes.dora import linear, outputs, values, variants
+from dora_cache.recipes.dora.bound import Bound
 
 SCALE = values.stored_scale.__dora_cache_derivation__
 
@@ -278,6 +279,41 @@ def _(patch):
     in_dora(
         patch, "why_unusual", lambda layer, adapter: Reason.TRAINING if layer.training else None
     )
+
+
+def _bound_blind_to(patch, **state):
+    """Have bound layers see the layer in a state that it may not be in."""
+    plain = Bound.run
+
+    def run(self, layer, x):
+        attributes = layer.__dict__
+        before = {name: attributes[name] for name in state}
+        attributes.update(state)
+        try:
+            return plain(self, layer, x)
+        finally:
+            attributes.update(before)
+
+    patch.setattr(Bound, "run", run)
+
+
+@mutant("a bound layer that ignores disabled adapters", ModelMachine)
+def _(patch):
+    _bound_blind_to(patch, _disable_adapters=False)
+
+
+@mutant("a bound layer that ignores what its value depends on", ModelMachine)
+def _(patch):
+    plain = Bound.run
+
+    def run(self, layer, x):
+        check, self.shortcut.check = self.shortcut.check, lambda *_: True
+        try:
+            return plain(self, layer, x)
+        finally:
+            self.shortcut.check = check
+
+    patch.setattr(Bound, "run", run)
 
 
 @mutant("entries stored under inference_mode", InferenceMachine)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_cache
 from dora_cache.lab import bench
+from dora_cache.lab.layer import WAYS, count_frames, measure_layer
 from dora_cache.lab.machine import describe_machine
 from dora_cache.lab.models import plain_lora, random_dora, twin
 from dora_cache.units import format_bytes
@@ -289,3 +290,21 @@ def test_the_machine_has_no_name():
     assert machine["cores"] >= 1
     assert machine["torch"] == torch.__version__
     assert platform.node() not in map(str, machine.values())
+
+
+def test_a_layer_is_measured_in_every_way():
+    """Plain LoRA, uncached DoRA and both numerics, each with a median and quartiles."""
+    found = measure_layer(rank=2, rows=3, rounds=2, shape=(12, 8), adapter_dtype=torch.bfloat16)
+    assert tuple(found) == WAYS
+    for spread in found.values():
+        assert 0 < spread.low <= spread.median <= spread.high
+
+
+def test_frames_are_counted():
+    """Those of Python functions alone, the one that is called included."""
+
+    def inner():
+        return len("builtin")
+
+    assert count_frames(inner) == 1
+    assert count_frames(lambda: [inner(), inner()]) == 3

@@ -7,11 +7,18 @@ import torch
 from zoo import dora_model, run, sample
 
 import dora_cache
-from dora_cache import triton_launch
 from dora_cache.recipes.dora import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def in_place(launch, result, delta, scale, shift, scaling):
+    """Launch a kernel so that it writes to the result, as a bound layer does."""
+    rows = result.numel() // result.shape[-1]
+    tensors = (result, delta, scale, result if shift is None else shift, result)
+    assert launch(rows, tensors, (float(scaling),))
+    return result
 
 
 def operands(dtypes, shape, *, bias, seed=0):
@@ -38,7 +45,10 @@ def test_bit_for_bit(shape, bias):
             found = kernels.combine(result, delta, scale, shift, scaling)
             assert found.dtype is expected.dtype
             assert torch.equal(found, expected), (dtypes, scaling)
-            found = kernels.combine(result, delta, scale, shift, scaling, result.dtype)
+            of_shift = None if shift is None else shift.dtype
+            launch, dtype = kernels.combiner(0, shape[-1], *dtypes[:3], of_shift, result.dtype)
+            assert dtype is result.dtype
+            found = in_place(launch, result.clone(), delta, scale, shift, scaling)
             assert torch.equal(found, expected.to(result.dtype)), (dtypes, scaling)
 
 
@@ -67,6 +77,9 @@ def test_fast(bias):
         exact = scale.double() * (result.double() + 0.7 * delta.double())
         exact = exact if shift is None else exact + shift.double()
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+        launch = kernels.fast_combiner(0, 1537, *dtypes, result.dtype, shift=bias)
+        again = in_place(launch, result, delta, scale, shift, 0.7)
+        assert torch.equal(again, found.to(result.dtype))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -82,28 +95,30 @@ def test_a_few_rows(bias):
         def random(dtype, *shape, generator=generator):
             return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
-        result, x = random(of_result, 1, rows, columns), random(of_x, 1, rows, width)
+        result, x = random(of_result, rows, columns), random(of_x, rows, width)
         first, last = random(of_factors, rank, width), random(of_factors, columns, rank)
         scale, shift = 1 + 0.05 * random(torch.float32, 1, columns), random(torch.float32, columns)
-        found = kernels.adapted(x, result, first, last, scale, shift if bias else None, 0.7)
         delta = x.double() @ first.double().T @ last.double().T
         exact = scale.double() * (result.double() + 0.7 * delta) + bias * shift.double()
-        assert found.dtype is of_result
+        shift = shift if bias else None
+        launch = kernels.few_rows(x, of_result, first, last, scale, shift)
+        assert launch(x, result, first, last, scale, shift, 0.7, result)
         loose = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[of_result]
         spread = 1 + delta.abs().max().item()  # sums cancel
-        torch.testing.assert_close(found.double(), exact, rtol=loose, atol=1e-5 * spread)
+        torch.testing.assert_close(result.double(), exact, rtol=loose, atol=1e-5 * spread)
 
 
-def test_many_rows_are_left_to_matrix_products():
-    """So is what is not laid out as the kernels read it."""
-    scale = torch.ones(1, 8, device="cuda")
-    for rows, rank, layout in ((33, 2, None), (2, 300, None), (2, 2, "x"), (2, 2, "first")):
-        x, result = torch.ones(rows, 6, device="cuda"), torch.ones(rows, 8, device="cuda")
+def test_weights_that_are_left_to_matrix_products():
+    """Those of a high rank, and what is not laid out as the kernels read it."""
+    scale, x = torch.ones(1, 8, device="cuda"), torch.ones(2, 6, device="cuda")
+    for rank, layout in ((300, None), (2, "first"), (2, "last"), (2, "negative")):
         first, last = torch.ones(rank, 6, device="cuda"), torch.ones(8, rank, device="cuda")
-        x = x.T.contiguous().T if layout == "x" else x
         first = first.T.contiguous().T if layout == "first" else first
-        assert kernels.adapted(x, result, first, last, scale, None, 1.0) is None
-    assert kernels.adapted(x, result, first.contiguous(), last, scale, None, 1.0) is not None
+        first = torch._neg_view(first) if layout == "negative" else first
+        last = last.T.contiguous().T if layout == "last" else last
+        assert kernels.few_rows(x, x.dtype, first, last, scale, None) is None
+    first, last = torch.ones(2, 6, device="cuda"), torch.ones(8, 2, device="cuda")
+    assert kernels.few_rows(x, x.dtype, first, last, scale, None) is not None
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -146,18 +161,20 @@ def test_norms(scaling):
     assert kernels.norms(weight.double(), first, last, 1.0) is None
 
 
-def test_a_launcher_that_has_changed(monkeypatch):
+def test_a_launcher_that_has_changed():
     """What is no public interface of Triton's costs only time when it changes."""
     result, delta, scale, _ = operands((*DTYPES, None), (3, 512), bias=False)
     expected = kernels.combine(result, delta, scale, None, 0.7)
+    launch, _ = kernels.combiner(0, 512, *DTYPES, None)
 
     def changed(*_):
         raise TypeError("function takes exactly 99 arguments")
 
-    compiled = dict.fromkeys(triton_launch._compiled, (changed, 0, 0))
-    monkeypatch.setattr(triton_launch, "_compiled", compiled)
+    assert launch._compiled is not None
+    launch._compiled = (changed, 0, 0)
     for _ in range(3):
         assert torch.equal(kernels.combine(result, delta, scale, None, 0.7), expected)
+    assert launch._compiled is None
     assert not kernels._broken
 
 
@@ -167,27 +184,38 @@ def test_layers_use_them(monkeypatch):
     x = sample("linear").to("cuda")
     expected = run(model, x)
     launched = []
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda *args: launched.append(1) or launch(*args))
+    launch = kernels.Launch.__call__
+    monkeypatch.setattr(
+        kernels.Launch, "__call__", lambda *args: launched.append(args[0]._name) or launch(*args)
+    )
     with dora_cache.attach(model, numerics="fast"):
-        for _ in range(3):
+        for _ in range(4):
             torch.testing.assert_close(run(model, x), expected, rtol=1e-4, atol=1e-4)
-        assert len(launched) == 1 + 2 * 3  # to derive, and for each token
+    # To derive; before the layer is bound; and by two kernels since.
+    assert launched == ["norms", *["combine_fast"] * 2, *["project", "expand"] * 2]
     launched.clear()
     with dora_cache.attach(model):
-        for _ in range(3):
+        for _ in range(4):
             assert torch.equal(run(model, x), expected)
-        assert len(launched) == 3
+    assert launched == ["combine"] * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_kernels", lambda: None)
+        with dora_cache.attach(model):
+            for _ in range(4):
+                assert torch.equal(run(model, x), expected)
+    assert len(launched) == 4
 
-        monkeypatch.setattr(kernels, "_kernels", lambda: None)
-        assert torch.equal(run(model, x), expected)
-        assert len(launched) == 3
-    monkeypatch.setattr(kernels, "_kernels", lambda: object())  # a launch raises
-    monkeypatch.setattr(triton_launch, "_compiled", {})
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
     with dora_cache.attach(model):
+        for _ in range(3):
+            run(model, x)
+        monkeypatch.setattr(kernels.Launch, "launch", fail)
         try:
             with pytest.warns(dora_cache.CacheWarning, match="Triton kernel 'combine' failed"):
                 assert torch.equal(run(model, x), expected)
             assert kernels._broken == {"combine"}
+            assert torch.equal(run(model, x), expected)
         finally:
             kernels._broken.clear()

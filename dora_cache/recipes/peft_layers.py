@@ -96,7 +96,7 @@ def why_uncached(layer: nn.Module, binding: Binding) -> Reason | None:
         return Reason.BYPASS
     if untraceable():
         return Reason.TRACED
-    return Reason.HOOKED if is_hooked() else None
+    return Reason.HOOKED if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
 
 
 def weights_of(base: nn.Module) -> Sequence[Any]:

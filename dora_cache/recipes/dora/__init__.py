@@ -7,7 +7,7 @@ touched again until one of them changes.
 - ``values.py``: deriving ``s``.
 - ``outputs.py``: the arithmetic of a forward; ``kernels.py``: its CUDA kernels.
 - ``variants.py``: what takes the place of PEFT's variants.
-- ``linear.py``: the forward of linear layers as a whole.
+- ``linear.py``: the forward of linear layers as a whole; ``bound.py``: the short way through it.
 """
 
 from __future__ import annotations

@@ -3,31 +3,97 @@
 Between the matrix products, a DoRA layer multiplies and adds elementwise. As separate operations
 that is six launches, and as many trips to memory. One kernel rounds after each operation as they
 do, so its result is theirs to the bit. Others are for ``numerics="fast"``.
+
+What does not change from one launch of a layer to the next (constants, sizes, the compiled code) is
+a :class:`Launch`, which a bound layer keeps.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 import warnings
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dora_cache.errors import CacheWarning
-from dora_cache.triton_launch import launch
+from dora_cache.triton_launch import Launcher
 
-__all__ = ["adapted", "combine", "combine_fast", "norms", "usable"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "FEW_ROWS",
+    "FewRows",
+    "Launch",
+    "available",
+    "combine",
+    "combine_fast",
+    "combiner",
+    "fast_combiner",
+    "few_rows",
+    "norms",
+    "usable",
+]
+
+FEW_ROWS = 32
+"""The most rows for which :class:`FewRows` pays: reading the factors is all the work then."""
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _BLOCK = 1024
-_FEW_ROWS = 32
 _LARGEST_RANK = 256
 _LARGEST_RANK_OF_NORMS = 64
 _ROWS_AT_ONCE = 16
 _broken: set[str] = set()
+
+
+class Launch(Launcher):
+    """One kernel, for tensors of certain dtypes and sizes on one device.
+
+    Args:
+        name: of the kernel.
+        device: index of the device.
+        across: programs in the second dimension of the grid.
+        sizes: integers.
+        constants: values of its ``tl.constexpr`` parameters.
+    """
+
+    __slots__ = ("_name",)
+
+    def __init__(
+        self,
+        name: str,
+        device: int,
+        across: int,
+        sizes: tuple[int, ...],
+        constants: tuple[object, ...],
+    ) -> None:
+        super().__init__(getattr(_kernels(), name), device, across, sizes, constants)
+        self._name = name
+
+    def __call__(self, down: int, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> bool:
+        """Launch the kernel; return whether it was launched, else it will not be any more."""
+        if self._name in _broken:
+            return False
+        try:
+            self.launch(down, tensors, numbers)
+        except Exception as error:  # noqa: BLE001 - it compiles at the first launch, by a compiler
+            _broken.add(self._name)  # for the whole process: the next launch would fail as well
+            kind = type(error).__name__
+            text = (
+                f"Triton kernel {self._name!r} failed, so PyTorch's operations run: {kind}: {error}"
+            )
+            with suppress(CacheWarning):  # never an error, whatever the filters
+                warnings.warn(text, CacheWarning, stacklevel=2)
+            return False
+        return True
+
+
+def available(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether there are kernels for a device and these dtypes."""
+    return device.type == "cuda" and _DTYPES.issuperset(dtypes) and _kernels() is not None
 
 
 def usable(result: Tensor, other: Tensor) -> bool:
@@ -49,18 +115,14 @@ def usable(result: Tensor, other: Tensor) -> bool:
         and result.numel() > 0
         and result.is_contiguous()
         and other.is_contiguous()
+        and not (result.is_neg() or other.is_neg())  # kernels read memory as it is
         and result.get_device() == torch._C._cuda_getDevice()
         and _kernels() is not None
     )
 
 
 def combine(
-    result: Tensor,
-    delta: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype | None = None,
+    result: Tensor, delta: Tensor, scale: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor | None:
     """Return ``result + ((scale - 1) * (result - bias) + scale * delta * scaling)``.
 
@@ -70,27 +132,28 @@ def combine(
         scale: out elements, float32, bfloat16 or float16.
         bias: out elements of such a dtype, or None.
         scaling: a number.
-        dtype: what the sum is converted to in the end; by default it is left as it comes.
 
     Returns:
         Equal to the bit to what the operations of PyTorch return one by one; None if the kernel
         cannot run.
     """
-    plan = _plan(result.dtype, delta.dtype, scale.dtype, None if bias is None else bias.dtype)
-    if plan is None:
+    columns = result.shape[-1]
+    found = combiner(
+        result.get_device(),
+        columns,
+        result.dtype,
+        delta.dtype,
+        scale.dtype,
+        None if bias is None else bias.dtype,
+    )
+    if found is None:
         return None
-    final, names = plan
-    output = torch.empty_like(result, dtype=dtype or final)
-    return _combined("combine", output, result, delta, scale, bias, scaling, names)
+    launch, dtype = found
+    return _combined(launch, result, delta, scale, bias, scaling, dtype)
 
 
 def combine_fast(
-    result: Tensor,
-    delta: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype | None = None,
+    result: Tensor, delta: Tensor, scale: Tensor, shift: Tensor | None, scaling: float
 ) -> Tensor | None:
     """Return ``scale * (result + scaling * delta) + shift``, accumulated in float32.
 
@@ -100,75 +163,189 @@ def combine_fast(
         scale: out elements, float32.
         shift: likewise, or None.
         scaling: a number.
-        dtype: of the sum; by default float32.
 
     Returns:
-        The sum; None if the kernel cannot run.
+        The sum, float32; None if the kernel cannot run.
     """
     if scale.dtype is not torch.float32:
         return None
-    output = torch.empty_like(result, dtype=dtype or torch.float32)
-    return _combined("combine_fast", output, result, delta, scale, shift, scaling, ())
+    device, columns = result.get_device(), result.shape[-1]
+    launch = fast_combiner(
+        device, columns, result.dtype, delta.dtype, torch.float32, shift=shift is not None
+    )
+    return _combined(launch, result, delta, scale, shift, scaling, torch.float32)
 
 
-def adapted(
-    x: Tensor,
+def _combined(
+    launch: Launch,
     result: Tensor,
+    delta: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    columns = result.shape[-1]
+    if delta.numel() != result.numel() or scale.numel() != columns:
+        return None  # the kernels do not broadcast
+    if bias is None:
+        bias = result  # not read
+    elif bias.numel() != columns or not bias.is_contiguous() or bias.is_neg():
+        return None
+    output = torch.empty_like(result, dtype=dtype)
+    tensors = (result, delta, scale, bias, output)
+    rows = result.numel() // columns
+    return output if launch(rows, tensors, (float(scaling),)) else None
+
+
+@functools.cache
+def combiner(
+    device: int,
+    columns: int,
+    result: torch.dtype,
+    delta: torch.dtype,
+    scale: torch.dtype,
+    bias: torch.dtype | None,
+    output: torch.dtype | None = None,
+) -> tuple[Launch, torch.dtype] | None:
+    """Return how to launch the kernel of :func:`combine`; None for dtypes that it does not take.
+
+    Args:
+        device: index of the device.
+        columns: out.
+        result: dtype; likewise the next three.
+        delta: see :func:`combine`.
+        scale: see :func:`combine`.
+        bias: None: there is none.
+        output: dtype of the sum; by default that of the operations' sum.
+
+    Returns:
+        The launch, with a row in each program of the first dimension, tensors ``result, delta,
+        scale, bias, output`` (``result`` again where there is no bias; ``output`` may be
+        ``result``), and the scaling as the one number; and the dtype of the output.
+    """
+    if scale not in _DTYPES or not (bias is None or bias in _DTYPES):
+        return None
+    based = result if bias is None else torch.promote_types(result, bias)
+    changed = torch.promote_types(scale, based)
+    added = torch.promote_types(scale, delta)
+    total = torch.promote_types(changed, added)
+    final = torch.promote_types(result, total)
+    rounded = [_SHORT[dtype] for dtype in (scale, based, changed, added, total, final)]
+    constants = (bias is not None, *rounded, _BLOCK)
+    across = -(-columns // _BLOCK)
+    return Launch("combine", device, across, (columns,), constants), output or final
+
+
+@functools.cache
+def fast_combiner(
+    device: int,
+    columns: int,
+    result: torch.dtype,  # noqa: ARG001 - the dtypes are part of the key
+    delta: torch.dtype,  # noqa: ARG001
+    output: torch.dtype,  # noqa: ARG001
+    *,
+    shift: bool,
+) -> Launch:
+    """Return how to launch the kernel of :func:`combine_fast`; as :func:`combiner`."""
+    across = -(-columns // _BLOCK)
+    return Launch("combine_fast", device, across, (columns,), (shift, _BLOCK))
+
+
+class FewRows:
+    """Computes ``scale * (result + scaling * (x @ first.T @ last.T)) + shift`` by two kernels.
+
+    For up to :data:`FEW_ROWS` rows: as in the decoding of some sequences. All is accumulated in
+    float32.
+    """
+
+    __slots__ = ("_expand", "_project")
+
+    def __init__(self, project: Launch, expand: Launch) -> None:
+        self._project = project
+        self._expand = expand
+
+    def __call__(
+        self,
+        x: Tensor,
+        result: Tensor,
+        first: Tensor,
+        last: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        scaling: float,
+        output: Tensor,
+    ) -> bool:
+        """Launch the kernels; return whether that was done.
+
+        Args:
+            x: shape (rows, in), contiguous; no negative view, which kernels do not see.
+            result: shape (rows, out), contiguous, of the dtype given to :func:`few_rows`.
+            first: likewise as given there, and the next three.
+            last: shape (out, rank).
+            scale: out elements.
+            shift: out elements, contiguous, or None.
+            scaling: a number.
+            output: where the sum goes: of the dtype of ``result``, or ``result`` itself.
+        """
+        project, rows = self._project, x.shape[0]
+        projected = torch.empty(rows, project.across, dtype=torch.float32, device=x.device)
+        added = result if shift is None else shift  # not read if there is none
+        return project(rows, (x, first, projected)) and self._expand(
+            rows, (result, projected, last, scale, added, output), (float(scaling),)
+        )
+
+
+def few_rows(
+    x: Tensor,
+    result: torch.dtype,
     first: Tensor,
     last: Tensor,
     scale: Tensor,
     shift: Tensor | None,
-    scaling: float,
-) -> Tensor | None:
-    """Return ``scale * (result + scaling * (x @ first.T @ last.T)) + shift`` for a few rows.
-
-    So few that reading the factors is all the work: as in the decoding of some sequences. All is
-    accumulated in float32.
+) -> FewRows | None:
+    """Return how to compute a layer's output for a few rows; None if no kernel takes the weights.
 
     Args:
-        x: shape (..., in), float32, bfloat16 or float16.
-        result: shape (..., out), see :func:`usable`.
-        first: shape (rank, in), of such a dtype.
-        last: shape (out, rank), likewise.
-        scale: out elements, float32.
+        x: its dtype and device matter alone.
+        result: dtype.
+        first: shape (rank, in).
+        last: shape (out, rank).
+        scale: out elements.
         shift: likewise, or None.
-        scaling: a number.
-
-    Returns:
-        The sum in the dtype of ``result``; None where the kernels cannot run or would not pay.
     """
-    columns, (rank, width) = result.shape[-1], first.shape
-    rows = result.numel() // columns
+    (rank, width), columns = first.shape, last.shape[0]
     if not (
-        rows <= _FEW_ROWS
-        and rank <= _LARGEST_RANK
-        and x.dtype in _DTYPES
-        and first.dtype in _DTYPES
-        and last.dtype in _DTYPES
+        rank <= _LARGEST_RANK
+        and {x.dtype, result, first.dtype, last.dtype} <= _DTYPES
         and scale.dtype is torch.float32
-        and x.numel() == rows * width
         and last.shape == (columns, rank)
-        and x.is_contiguous()
         and first.is_contiguous()
         and last.is_contiguous()
-        and x.get_device() == first.get_device() == result.get_device()
+        and not (first.is_neg() or last.is_neg())
+        and x.get_device() == first.get_device() == last.get_device()
     ):
         return None
-    projected = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
-    if not _launch("project", (rows, rank), (x, first, projected), (width, rank), (), (_BLOCK,)):
-        return None
-    output = torch.empty_like(result)
+    dtypes = (x.dtype, result, first.dtype, last.dtype)
+    return _few_rows(x.get_device(), columns, width, rank, dtypes, shift=shift is not None)
+
+
+@functools.cache
+def _few_rows(
+    device: int,
+    columns: int,
+    width: int,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],  # noqa: ARG001 - part of the key
+    *,
+    shift: bool,
+) -> FewRows:
     ranks = 1 << (rank - 1).bit_length()
     block = max(16, 4096 // ranks)
-    done = _launch(
-        "expand",
-        (rows, -(-columns // block)),
-        (result, projected, last, scale, result if shift is None else shift, output),
-        (columns, rank),
-        (float(scaling),),
-        (shift is not None, ranks, block),
+    return FewRows(
+        Launch("project", device, rank, (width, rank), (_BLOCK,)),
+        Launch("expand", device, -(-columns // block), (columns, rank), (shift, ranks, block)),
     )
-    return output if done else None
 
 
 def norms(weight: Tensor, first: Tensor, last: Tensor, scaling: float) -> Tensor | None:
@@ -190,6 +367,7 @@ def norms(weight: Tensor, first: Tensor, last: Tensor, scaling: float) -> Tensor
         usable(weight, first)
         and last.dtype in _DTYPES
         and last.is_contiguous()
+        and not last.is_neg()
         and weight.get_device() == first.get_device() == last.get_device()
         and first.shape == (rank, columns)
         and last.shape == (rows, rank)
@@ -197,87 +375,26 @@ def norms(weight: Tensor, first: Tensor, last: Tensor, scaling: float) -> Tensor
     ):
         return None
     output = torch.empty(rows, dtype=torch.float32, device=weight.device)
-    ranks = max(16, 1 << (rank - 1).bit_length())
-    done = _launch(
-        "norms",
-        (-(-rows // _ROWS_AT_ONCE), 1),
-        (weight, first, last, output),
-        (rows, columns, rank),
-        (float(scaling),),
-        (ranks, _ROWS_AT_ONCE, 4096 // ranks),
-    )
-    return output if done else None
-
-
-def _combined(
-    name: str,
-    output: Tensor,
-    result: Tensor,
-    delta: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    names: tuple[str, ...],
-) -> Tensor | None:
-    if delta.numel() != result.numel():  # the kernels do not broadcast
-        return None
-    columns = result.shape[-1]
-    done = _launch(
-        name,
-        (result.numel() // columns, -(-columns // _BLOCK)),
-        (result, delta, scale, result if bias is None else bias, output),
-        (columns,),
-        (float(scaling),),
-        (bias is not None, *names, _BLOCK),
-    )
-    return output if done else None
-
-
-def _launch(
-    name: str,
-    grid: tuple[int, int],
-    tensors: tuple[Tensor, ...],
-    sizes: tuple[int, ...],
-    scalings: tuple[float, ...],
-    constants: tuple[object, ...],
-) -> bool:
-    """Launch a kernel; return whether it was, else it will not be any more."""
-    if name in _broken:
-        return False
-    key, device = None, tensors[0].get_device()
-    if not functools.reduce(operator.or_, [tensor.data_ptr() for tensor in tensors]) % 16:
-        key = (name, device, sizes, constants, *[one.dtype for one in tensors])
-    try:
-        kernel = getattr(_kernels(), name)
-        launch(kernel, grid, tensors, (*sizes, *scalings), constants, key=key, device=device)
-    except Exception as error:  # noqa: BLE001 - it compiles at the first launch, with a compiler
-        _broken.add(name)  # for the whole process: the next launch would fail as well
-        kind = type(error).__name__
-        text = f"Triton kernel {name!r} failed, so PyTorch's operations run: {kind}: {error}"
-        with suppress(CacheWarning):  # never an error, whatever the filters
-            warnings.warn(text, CacheWarning, stacklevel=2)
-        return False
-    return True
+    dtypes = (weight.dtype, first.dtype, last.dtype)
+    launch = _norms(weight.get_device(), rows, columns, rank, dtypes)
+    blocks = -(-rows // _ROWS_AT_ONCE)
+    return output if launch(blocks, (weight, first, last, output), (float(scaling),)) else None
 
 
 @functools.cache
-def _plan(
-    result: torch.dtype, delta: torch.dtype, scale: torch.dtype, bias: torch.dtype | None
-) -> tuple[torch.dtype, tuple[str, ...]] | None:
-    """Return the dtype of the sum, and where the operations round to; None for other dtypes."""
-    if scale not in _DTYPES or not (bias is None or bias in _DTYPES):
-        return None
-    based = result if bias is None else torch.promote_types(result, bias)
-    changed = torch.promote_types(scale, based)
-    added = torch.promote_types(scale, delta)
-    total = torch.promote_types(changed, added)
-    final = torch.promote_types(result, total)
-    return final, _names(scale, based, changed, added, total, final)
+def _norms(
+    device: int,
+    rows: int,
+    columns: int,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],  # noqa: ARG001 - part of the key
+) -> Launch:
+    ranks = max(16, 1 << (rank - 1).bit_length())
+    constants = (ranks, _ROWS_AT_ONCE, 4096 // ranks)
+    return Launch("norms", device, 1, (rows, columns, rank), constants)
 
 
-def _names(*dtypes: torch.dtype) -> tuple[str, ...]:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return tuple(short[dtype] for dtype in dtypes)
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @functools.cache

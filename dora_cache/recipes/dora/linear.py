@@ -1,11 +1,12 @@
-"""The forward of linear layers with one active DoRA adapter: what most layers do at each token.
+"""The forward of linear layers: bound where it can be, from buffers in compiled code, else PEFT's.
 
-What PEFT's forward and its variant come to, without the calls in between.
+What PEFT's forward and its variant come to with one active DoRA adapter, without the calls in
+between.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -14,31 +15,46 @@ from torch.nn.functional import linear
 
 from dora_cache.decorator import SLOT
 from dora_cache.recipes.compiled import prepare
-from dora_cache.recipes.dora.outputs import few_rows, is_just_linear
+from dora_cache.recipes.dora.bound import bind
+from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
 from dora_cache.recipes.dora.values import same
-from dora_cache.recipes.dora.variants import CachedVariant, stands_aside, why_unusual
+from dora_cache.recipes.dora.variants import CachedVariant, stands_aside
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["forward_exact", "forward_fast"]
 
 
-def forward_exact(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return a linear layer's output, bit for bit PEFT's."""
-    return _forward(self, x, args, kwargs, fast=False)
+def _forward(*, fast: bool) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return Linear.forward(self, x, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            found = _traced(self, x, fast=fast)
+            return Linear.forward(self, x) if found is None else found
+        state = self.__dict__  # past nn.Module.__getattr__, which costs more than all the rest
+        active = state["_active_adapter"]
+        adapter: Any = active if type(active) is str else active[0] if len(active) == 1 else None
+        variant = state["lora_variant"].get(adapter)
+        if not isinstance(variant, CachedVariant):
+            return Linear.forward(self, x)
+        if variant.bound is not None:
+            found = variant.bound.run(self, x)
+            if found is not None:
+                return found
+        result: Tensor = Linear.forward(self, x)
+        bind(self, adapter, variant)
+        return result
+
+    return forward
 
 
-def forward_fast(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return a linear layer's output, with ``numerics="fast"``."""
-    return _forward(self, x, args, kwargs, fast=True)
+forward_exact = _forward(fast=False)
+"""Return a linear layer's output, bit for bit PEFT's."""
 
-
-def _forward(
-    layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, fast: bool
-) -> Tensor:
-    found = None
-    if not (args or kwargs):
-        run = _traced if torch.compiler.is_dynamo_compiling() else _usual
-        found = run(layer, x, fast=fast)
-    return Linear.forward(layer, x, *args, **kwargs) if found is None else found
+forward_fast = _forward(fast=True)
+"""Return a linear layer's output, with ``numerics="fast"``."""
 
 
 def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
@@ -94,66 +110,7 @@ def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
     delta = linear(linear(x, a["weight"]), b["weight"], b["bias"])
     scale, *shift, scaling = values
     if fast:
-        total = (result + delta.to(scale.dtype) * scaling) * scale
-        total = total + shift[0] if shift else total
+        total = fast_sum(result, delta, scale, shift[0] if shift else None, scaling)
     else:
-        plain = result if bias is None else result - bias
-        total = result + ((scale - 1) * plain + scale * delta * scaling)
+        total = exact_sum(result, bias, delta, scale, scaling)
     return total.to(result.dtype)
-
-
-def _usual(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
-    """Return the output; None unless all is as it mostly is."""
-    state = layer.__dict__  # past nn.Module.__getattr__, which costs more than all the rest
-    active = state["_active_adapter"]
-    adapter: Any = active if type(active) is str else active[0] if len(active) == 1 else ""
-    variant, binding = state["lora_variant"].get(adapter), state.get(SLOT)
-    if (
-        not isinstance(variant, CachedVariant)
-        or binding is None  # detached meanwhile
-        or state["_disable_adapters"]
-        or state["merged_adapters"]
-        or binding.cache.bypassing
-        or why_unusual(layer, adapter) is not None
-    ):
-        return None
-    modules = state["_modules"]
-    base = modules["base_layer"]
-    # Matrix products of three dimensions come down to those of two: once here, not in each.
-    flat = (
-        type(x) is Tensor
-        and x.dim() == 3  # noqa: PLR2004
-        and torch._C._get_tracing_state() is None
-        and x.is_contiguous()
-        and x.numel() > 0
-        and not torch.is_grad_enabled()
-        and _is_bare(base)
-    )
-    shape = x.shape
-    if flat:
-        parameters = base._parameters
-        x = x.view(-1, shape[2])
-        result: Tensor = linear(x, parameters["weight"], parameters["bias"])
-    else:
-        result = base(x)
-    total = few_rows(layer, adapter, x, result) if fast else None
-    if total is None:
-        dtype = modules["lora_A"]._modules[adapter].weight.dtype
-        if x.dtype is not dtype:
-            x = layer._cast_input_dtype(x, dtype)
-        total = variant.arithmetic(layer, adapter, x, result, None, result.dtype)
-        if total.dtype is not result.dtype:
-            total = total.to(result.dtype)
-    return total.view(shape[0], shape[1], -1) if flat else total
-
-
-def _is_bare(base: Any) -> bool:
-    """Whether calling a base layer comes to a matrix product with its weight."""
-    if not is_just_linear(base):
-        return False
-    state = base.__dict__
-    return (
-        type(state["_parameters"]["weight"]) is nn.Parameter
-        and not state["_forward_hooks"]
-        and not state["_forward_pre_hooks"]
-    )

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import _ConvNd
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from dora_cache.decorator import MARK, SLOT, cached
+from dora_cache.decorator import MARK, cached
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAST",
+    "STORED",
     "Buffers",
-    "at_hand",
     "bias_of",
     "buffered",
     "buffered_fast",
@@ -46,7 +46,7 @@ Buffers = tuple[Tensor, ...]
 def _plain_parts(layer: Any, adapter: str) -> tuple[object, ...]:
     """Return the scaling and an adapter's parameters, straight from the dictionaries.
 
-    It runs at every hit, and ``nn.Module.__getattr__`` would cost more than all the rest.
+    It runs at every lookup, and ``nn.Module.__getattr__`` would cost more than all the rest.
 
     Raises:
         KeyError: they are elsewhere: an embedding's, or parametrized ones.
@@ -139,33 +139,6 @@ def stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> 
     return scale if dtype is None else scale.view(1, -1)
 
 
-def at_hand(layer: Any, derived: Any, adapter: str, dtype: torch.dtype | None = None) -> Any:
-    """Return what ``derived(layer, adapter, dtype)`` got last time, if it would get it again.
-
-    The way to a hit that most layers take at each token, without the calls in between. Only from
-    where it is known that the cache is not bypassed and that nothing is unusual.
-
-    Returns:
-        The value; None where it has to be asked for.
-    """
-    binding = layer.__dict__.get(SLOT)
-    if binding is None:  # detached meanwhile
-        return None
-    call = (derived.number, adapter) if dtype is None else (derived.number, adapter, dtype)
-    shortcut = binding.shortcuts.get(call)
-    if shortcut is None or binding.reference() is not layer:
-        return None
-    try:
-        base = layer._modules["base_layer"]._parameters
-        parts = (*_plain_parts(layer, adapter), base["weight"])
-        if dtype is None:
-            parts = (*parts, base["bias"])
-    except KeyError:
-        return None
-    entry = binding.cache.recall(shortcut, parts)
-    return None if entry is None else entry.value
-
-
 def wants_gradient(layer: Any, adapter: str) -> bool:
     """Whether the magnitude's gradient is wanted, so that ``s`` cannot be a constant."""
     return torch.is_grad_enabled() and layer.lora_magnitude_vector[adapter].weight.requires_grad
@@ -174,10 +147,7 @@ def wants_gradient(layer: Any, adapter: str) -> bool:
 def scale_of(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return ``s``. The norm is a constant to autograd; the magnitude's gradient must flow."""
     if not wants_gradient(layer, adapter):
-        found = None
-        if not (dtype is None or torch.compiler.is_dynamo_compiling()):
-            found = at_hand(layer, STORED, adapter, dtype)
-        return stored_scale(layer, adapter, dtype) if found is None else found
+        return stored_scale(layer, adapter, dtype)
     scale: Tensor = layer.lora_magnitude_vector[adapter].weight / _norm(layer, adapter, dtype)
     return scale if dtype is None else scale.view(1, -1)
 
@@ -259,6 +229,7 @@ def _rows(layer: Any, adapter: str, dtype: torch.dtype) -> Iterator[Tensor]:
     if weight.dim() > 2:  # noqa: PLR2004 - a convolution's: small, and grouped ones mix rows
         yield weight.flatten(1).to(dtype) + (b @ a).reshape(weight.shape).flatten(1)
         return
+    b = b.expand(weight.shape[0], rank)  # as addition would
     at_once = _AT_ONCE.get(weight.device.type, _AT_ONCE_ELSEWHERE)
     step = max(1, at_once // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):

@@ -35,9 +35,8 @@ from dora_cache.recipes.dora.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dora_cache.binding import Binding
+    from dora_cache.recipes.dora.bound import Bound
 
 __all__ = ["CachedVariant", "cached_variant", "kind_of", "stands_aside", "why_unusual"]
 
@@ -52,6 +51,8 @@ _KNOWN_PARTS = (
     DoraEmbeddingLayer,
     _DoraConvNdLayer,
 )
+# As they were on import, so that one that is replaced in its class shows.
+_KNOWN_FORWARDS = frozenset(kind.forward for kind in _KNOWN_PARTS)
 
 
 def kind_of(variant: Any) -> str:
@@ -67,14 +68,22 @@ def kind_of(variant: Any) -> str:
 
 
 class CachedVariant:
-    """Marks the variants that stand in for PEFT's; they copy and pickle as PEFT's."""
+    """Marks the variants that stand in for PEFT's; they copy and pickle as PEFT's.
+
+    Attributes:
+        original: PEFT's.
+        buffer: what compiled code reads.
+        bound: the layer as bound to its stored value, where it is a linear one; or None.
+        kind: of the arithmetic.
+        numerics: likewise.
+    """
 
     kind: str
     numerics: str
-    arithmetic: Callable[..., Tensor]
 
     def __init__(self, original: Any, binding: Binding, adapter: str) -> None:
         self.original = original
+        self.bound: Bound | None = None
         fast = self.numerics == "fast"
         self.buffer = Buffer(
             binding,
@@ -135,7 +144,6 @@ def cached_variant(plain: Any, numerics: str) -> Any:
 
     namespace = {
         "forward": staticmethod(run),
-        "arithmetic": staticmethod(forward),
         "kind": kind,
         "numerics": numerics,
     }
@@ -159,7 +167,8 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
 
     In training mode; under vmap and its like, which allow no writes in place; and where what it
     derives or does by calling the adapter's modules may not be what they were made for: with hooks,
-    theirs or those of all modules, with a ``forward`` set on one, or with one of another class.
+    theirs or those of all modules, with a ``forward`` set on one or its class, when one is compiled
+    by itself, or with one of another class.
     """
     if layer.training:
         return Reason.TRAINING
@@ -172,18 +181,16 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
         part = modules[name]._modules.get(adapter)
         if part is not None:
             state, kind = part.__dict__, part.__class__
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or "forward" in state
+                or part._compiled_call_impl is not None
+            ):
                 return Reason.HOOKED
-            if not _is_known(kind):
+            if getattr(kind, "forward", None) not in _KNOWN_FORWARDS:
                 return Reason.UNUSUAL_PART
     return None
-
-
-@functools.cache
-def _is_known(kind: Any) -> bool:
-    """Whether modules of a class do what PEFT's do; subclasses that change nothing are fine."""
-    forward: Any = getattr(kind, "forward", None)
-    return any(forward is known.forward for known in _KNOWN_PARTS)
 
 
 def _readable(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
