@@ -33,6 +33,7 @@ __all__ = [
     "is_quiet",
     "place",
     "precision",
+    "raw_stream",
     "storage_of",
     "tensor_guards",
     "untraceable",
@@ -172,6 +173,11 @@ is_capturing: Callable[[], bool] = getattr(
     _C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
 """Whether the current stream records a CUDA graph."""
+
+raw_stream: Callable[[int], int] = getattr(
+    _C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+"""Return the current CUDA stream of a device, as CUDA knows it."""
 
 _cuda_device: Callable[[], int] = getattr(_C, "_cuda_getDevice", torch.cuda.current_device)
 _cuda_is_used: Callable[[], bool] = torch.cuda.is_initialized

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import environment, untraceable
+from dora_cache.ambient import environment, raw_stream, untraceable
 from dora_cache.audit import EVERY, Auditor
 from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
@@ -206,8 +206,9 @@ class Engine(Uncopyable):
                 return None
         except Exception:  # noqa: BLE001 - other dependencies than before, or worse: the long way
             return None
-        if entry.ready is not None:
-            entry.ready.join(entry.tensors)
+        ready = entry.ready
+        if ready is not None and raw_stream(ready.device) != ready.stream:
+            ready.join(entry.tensors)
         uses = shortcut.count()
         if uses & _AUDITED == shortcut.phase and not self._audited(
             shortcut, uses, dependencies, entry

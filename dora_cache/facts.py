@@ -7,6 +7,7 @@ facts in one generated expression, for calls in the common state.
 from __future__ import annotations
 
 import functools
+import struct
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -260,7 +261,7 @@ class Facts(Uncopyable):
         return any(held.expired() for held in self._held)  # type: ignore[no-untyped-call]
 
 
-_SCALARS = frozenset({str, int, bool, float, torch.Size})
+_SCALARS = frozenset({str, int, bool, torch.Size})
 
 
 class Shortcut(Uncopyable):
@@ -273,8 +274,10 @@ class Shortcut(Uncopyable):
         count: counts a hit; atomic, since it is one call into C.
         default_dtype: PyTorch's.
         entry: the entry itself, where the backend never drops one of its own accord; else None.
-        facts: the dependencies' facts: of tensors identity, version, storage and address; scalars
-            and their types.
+        device: type of the default device.
+        facts: identity, version, storage and address of the tensors, and the numbers, as bytes: one
+            piece of memory is read much faster than many objects when it is in no cache.
+        others: strings and shapes, and the types of all scalars.
         facts_of: the :class:`Facts` of the entry; None once the entry has gone.
         gradients: whether the value must not be used while gradients are enabled.
         guards: checks the layout of the tensors and of the value, and what follows operations; see
@@ -291,12 +294,14 @@ class Shortcut(Uncopyable):
         "check",
         "count",
         "default_dtype",
+        "device",
         "entry",
         "facts",
         "facts_of",
         "gradients",
         "guards",
         "key",
+        "others",
         "phase",
         "place",
         "precision",
@@ -307,7 +312,9 @@ class Shortcut(Uncopyable):
     check: Callable[[Sequence[object], Entry, Shortcut], bool]
     count: Callable[[], int]
     entry: Entry | None
-    facts: tuple[object, ...]
+    device: str
+    facts: bytes
+    others: tuple[object, ...]
     facts_of: Facts | None
     gradients: bool
     guards: Callable[..., bool]
@@ -339,7 +346,8 @@ def make_shortcut(
     if not ambient.is_quiet():
         return None
     pattern = ""
-    facts: list[object] = []
+    facts: list[float] = []
+    others: list[object] = []
     tensors: list[Tensor] = []
     for item in dependencies:
         kind = type(item)
@@ -353,9 +361,13 @@ def make_shortcut(
             facts += (id(item), item._version, ambient.storage_of(item), item.data_ptr())
         elif item is None:
             pattern += "n"
-        elif kind in _SCALARS and (kind is not float or item != 0):  # 0.0 equals -0.0
+        elif kind is float:
+            pattern += "f"
+            others.append(kind)
+            facts.append(item)  # type: ignore[arg-type]
+        elif kind in _SCALARS:
             pattern += "s"
-            facts += (kind, item)
+            others += (kind, item)
         else:
             return None
     parts = entry.tensors
@@ -372,11 +384,20 @@ def make_shortcut(
     single = isinstance(entry.value, Tensor)
     shortcut.default_dtype = torch.get_default_dtype()
     shortcut.check = _checker(pattern, form, 0 if single else len(parts))
-    shortcut.facts = tuple(facts)
+    shortcut.facts = _packer(pattern)(*facts)
+    shortcut.others = tuple(others)
     shortcut.guards = guards
     shortcut.place = ambient.place()
+    shortcut.device = shortcut.place[0].type
     shortcut.gradients = gradients
     return shortcut
+
+
+@functools.cache
+def _packer(pattern: str) -> Callable[..., bytes]:
+    """Return what packs the facts of dependencies of certain kinds; see :func:`_checker`."""
+    parts = {"t": "4q", "r": "4q", "f": "d"}
+    return struct.Struct("=" + "".join(parts.get(kind, "") for kind in pattern)).pack
 
 
 @functools.cache
@@ -388,13 +409,14 @@ def _checker(
     It runs at every hit, where each call of a function would cost a twentieth of the whole.
 
     Args:
-        pattern: a letter for each dependency: tensor, tensor once more (r), None, or scalar.
+        pattern: a letter for each dependency: tensor, tensor once more (r), None, float, or another
+            scalar.
         form: see :func:`make_shortcut`.
         parts: how many tensors the value has; 0 for one that is no tuple.
     """
     names = [f"d{index}" for index in range(len(pattern))]
     values = [f"v{index}" for index in range(parts or 1)]
-    facts, nones, tensors = [], [], []
+    facts, others, nones, tensors = [], [], [], []
     for name, kind in zip(names, pattern, strict=True):
         if kind in "tr":
             facts.append(f"id({name}), {name}._version, storage_of({name}), {name}.data_ptr()")
@@ -402,12 +424,17 @@ def _checker(
                 tensors.append(name)
         elif kind == "n":
             nones.append(f"{name} is None")
+        elif kind == "f":
+            facts.append(name)
+            others.append(f"type({name})")
         else:
-            facts.append(f"type({name}), {name}")
+            others.append(f"type({name}), {name}")
+    if others:
+        nones.append(f"({', '.join(others)},) == shortcut.others")
     marks = ", ".join(f"{name}._version, {name}.data_ptr()" for name in values)
     terms = [
         *nones,
-        f"({', '.join(facts)},) == shortcut.facts",
+        f"pack({', '.join(facts)}) == shortcut.facts",
         f"({marks}) == entry.marks",
         f"shortcut.guards({', '.join(tensors + values)})",
         *(f"{name}.grad is None" for name in values),
@@ -420,7 +447,7 @@ def _checker(
         "(shortcut.ready is None or not is_capturing())",
     ]
     if torch.cuda.is_available():  # else there is one place only
-        terms.append("default_device() == shortcut.place[0].type")
+        terms.append("default_device() == shortcut.device")
         if torch.cuda.device_count() > 1:
             terms.append("current_device() == shortcut.place[1]")
     given = "*dependencies, *dependencies.values()" if form == "mapping" else "dependencies"
@@ -432,6 +459,7 @@ def _checker(
     )
     namespace: dict[str, Any] = {
         "default_dtype": torch.get_default_dtype,
+        "pack": _packer(pattern),
     }
     for name in (
         "any_autocast",

@@ -19,21 +19,23 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules_of_torch
 
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
+from dora_cache.facts import Shortcut
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
 from dora_cache.recipes.dora.values import FAST, STORED
 
 if TYPE_CHECKING:
-    from dora_cache.facts import Shortcut
     from dora_cache.recipes.dora.kernels import FewRows, Launch
     from dora_cache.recipes.dora.variants import CachedVariant
 
 __all__ = ["Bound", "bind"]
 
+_grad_enabled = torch.is_grad_enabled
+_tracing_state = torch._C._get_tracing_state
 _cast_input_dtype = Linear._cast_input_dtype
 _linear_forward = nn.Linear.forward
 _dora_forward = DoraLinearLayer.forward
@@ -102,9 +104,10 @@ class Bound(Uncopyable):
             or state["_disable_adapters"]
             or state["merged_adapters"]
             or not state.get("cast_input_dtype_enabled")
-            or torch.is_grad_enabled()  # without gradients, hooks of backward do nothing
-            or torch._C._get_tracing_state() is not None  # it follows sizes as well
-            or _has_any_global_hook()  # type: ignore[no-untyped-call]
+            or _grad_enabled()  # without gradients, hooks of backward do nothing
+            or _tracing_state() is not None  # it follows sizes as well
+            or modules_of_torch._global_forward_hooks
+            or modules_of_torch._global_forward_pre_hooks
             or nn.Linear.forward is not _linear_forward
             or DoraLinearLayer.forward is not _dora_forward
         ):
@@ -129,7 +132,7 @@ class Bound(Uncopyable):
                     of_part["_forward_hooks"]
                     or of_part["_forward_pre_hooks"]
                     or "forward" in of_part
-                    or part._compiled_call_impl is not None
+                    or of_part.get("_compiled_call_impl") is not None
                 ):
                     return None
             scaling = state["scaling"][adapter]
@@ -171,7 +174,13 @@ class Bound(Uncopyable):
         total = self._sum
         if total is None:
             kind = _Fast if self._fast else _Exact
-            total = self._sum = kind(scaling, weight, bias, a, b, value)
+            try:
+                total = self._sum = kind(scaling, weight, bias, a, b, value)
+            except Exception as error:  # noqa: BLE001 - never an inference failure
+                self.shortcut = Shortcut()  # it leads nowhere; a new value is bound again
+                self.shortcut.clear()
+                cache.failed("binding a layer to its value", error)
+                return None
         if x.dim() == 2:  # noqa: PLR2004
             return total(x, functional.linear(x, weight, bias), a, b, bias, value)
         # Matrix products of three dimensions come down to those of two: once here, not in each.
@@ -281,7 +290,8 @@ class _Fast:
         self._few: FewRows | None = None
         self._launch: Launch | None = None
         if value[0].dtype is torch.float32 and _kernels_take(scaling, weight, a, b, value[0]):
-            self._few = kernels.few_rows(weight, weight.dtype, a, b, *value)
+            shift = None if bias is None else value[1]
+            self._few = kernels.few_rows(weight, weight.dtype, a, b, value[0], shift)
             self._launch = kernels.fast_combiner(
                 self._device,
                 weight.shape[0],
