@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,10 +32,12 @@ __all__ = [
     "grad_enabled",
     "is_capturing",
     "is_quiet",
+    "parametrizations_cached",
     "place",
     "precision",
     "raw_stream",
     "storage_of",
+    "storage_uses",
     "tensor_guards",
     "untraceable",
 ]
@@ -229,6 +232,21 @@ def place() -> tuple[torch.device, int]:
 def current_device() -> int:
     """Return the index of the CUDA device that ``"cuda"`` means in this thread."""
     return _cuda_device() if _cuda_is_used() else 0
+
+
+def parametrizations_cached() -> bool:
+    """Whether this is within ``parametrize.cached()``, which does not notice writes."""
+    return getattr(parametrize, "_cache_enabled", 1) > 0
+
+
+def storage_uses(storage: torch.UntypedStorage) -> int:
+    """Return how many hold a storage.
+
+    Raises:
+        AttributeError: PyTorch does not tell.
+    """
+    uses: int = _C._storage_Use_Count(storage._cdata)
+    return uses
 
 
 def environment() -> tuple[object, ...]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from cachetools import LRUCache
 
+from dora_cache.ambient import current_device, raw_stream
 from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
@@ -93,7 +94,7 @@ class _DeviceDigest(Uncopyable):
 
     def __init__(self, tensors: Sequence[Tensor], *, spare: int = 0, shared: bool = False) -> None:
         self._device = tensors[0].get_device()
-        self._stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self._stream = raw_stream(self._device)
         self._spans: list[tuple[int, int]] = []
         self._blocks = 0
         size = sum(map(_blocks, tensors)) + spare
@@ -111,7 +112,7 @@ class _DeviceDigest(Uncopyable):
         blocks = self._blocks + sum(map(_blocks, tensors))
         if len(self._spans) + len(tensors) > SPANS or blocks > self._expected.numel():
             return False
-        if torch._C._cuda_getCurrentRawStream(self._device) != self._stream:
+        if raw_stream(self._device) != self._stream:
             return False
         with _current(self._device):
             self._append(tensors)
@@ -135,7 +136,7 @@ class _DeviceDigest(Uncopyable):
         spans = [_span(tensor) for tensor in tensors]
         if spans != self._spans[: len(spans)]:
             return  # a value that somebody has freed or moved; that shows elsewhere
-        if torch._C._cuda_getCurrentRawStream(self._device) != self._stream:
+        if raw_stream(self._device) != self._stream:
             # Using the value has made this stream wait for what came before it on its own.
             if self._ready is not None:
                 self._ready.join([])
@@ -175,7 +176,7 @@ def _blocks(tensor: Tensor) -> int:
 
 def _current(device: int) -> AbstractContextManager[object]:
     """Return a context in which a CUDA device is the current one."""
-    return _NOTHING if torch._C._cuda_getDevice() == device else torch.cuda.device(device)
+    return _NOTHING if current_device() == device else torch.cuda.device(device)
 
 
 _NOTHING: AbstractContextManager[object] = nullcontext()

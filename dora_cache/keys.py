@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+from dora_cache.ambient import parametrizations_cached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -141,7 +142,7 @@ def own_state(owner: nn.Module) -> Iterator[object]:
     """
     for module in _modules_of(owner):
         yield _number(module)
-        if parametrize._cache_enabled and "parametrizations" in module._modules:
+        if parametrizations_cached() and "parametrizations" in module._modules:
             yield _UNSIGNABLE  # within parametrize.cached(), which does not notice writes
         if module is not owner and (
             module.training or module._forward_hooks or module._forward_pre_hooks

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dora_cache.ambient import storage_uses
 from dora_cache.backends.storage import storage_id
 from dora_cache.facts import UncheckableError, is_plain, read
 
@@ -80,7 +81,7 @@ def _holders(tensor: Tensor) -> float:
     storage = tensor.untyped_storage()
     counted: Any = tensor
     try:
-        uses: int = torch._C._storage_Use_Count(storage._cdata)
+        uses: int = storage_uses(storage)
         uses += sys.getrefcount(storage) + counted._use_count()
         if base is not None:
             uses += sys.getrefcount(base) + base._use_count()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import torch
+from dora_cache.ambient import raw_stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,7 @@ class Launcher:
         aligned = not bits % 16
         if aligned and self._compiled is not None:
             run, function, metadata = self._compiled
-            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            stream = raw_stream(self._device)
             rest = (None, None, None, *addresses, *self._sizes, *numbers, *self._constants)
             try:
                 run(down, self.across, 1, stream, function, metadata, *rest)
