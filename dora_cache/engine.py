@@ -7,21 +7,21 @@ import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dora_cache.ambient import environment, raw_stream, untraceable
+from dora_cache.ambient import raw_stream, untraceable
 from dora_cache.audit import EVERY, Auditor
 from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
 from dora_cache.binding import Binding, family_of, next_token
+from dora_cache.calls import SPELLINGS, Call, spelled_as
 from dora_cache.cells import VARIANTS, Pending
-from dora_cache.contents import Contents
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
-from dora_cache.dependencies import Listed, listed, made_anew
+from dora_cache.dependencies import made_anew
 from dora_cache.derive import derive, timed
 from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
 from dora_cache.explain import (
@@ -34,7 +34,7 @@ from dora_cache.explain import (
 )
 from dora_cache.facts import UncheckableError, make_shortcut, read
 from dora_cache.holdings import Holdings
-from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError, concerns, freeze, own_state
+from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError, concerns
 from dora_cache.mutex import exclusive
 from dora_cache.reasons import Reason
 from dora_cache.report import Declined
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 
     from dora_cache.backends import Backend, Entry, Value
-    from dora_cache.cells import Cell, Family, Key
+    from dora_cache.cells import Cell, Family
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
-    from dora_cache.facts import Reading, Shortcut
+    from dora_cache.facts import Shortcut
     from dora_cache.keys import Adapters
 
 __all__ = ["Engine", "NotCachedError", "bypassed_here", "warming_here"]
@@ -54,24 +54,11 @@ __all__ = ["Engine", "NotCachedError", "bypassed_here", "warming_here"]
 bypassed_here: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
 warming_here: ContextVar[bool] = ContextVar("dora_cache_warming", default=False)
 _AUDITED = EVERY - 1
-_SPELLINGS = 4096  # calls whose keys each binding remembers
 _WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
 _LONGEST_REST = 128  # calls that go past before the next attempt
 
 
 P = ParamSpec("P")
-
-
-class _Call(NamedTuple):
-    """One call, ready to be looked up."""
-
-    key: Key
-    adapter: Adapters
-    reading: Reading
-    contents: Contents | None
-    listed: Listed | None
-    dependencies: list[object]
-    spelled: Hashable
 
 
 class NotCachedError(Exception):
@@ -151,7 +138,7 @@ class Engine(Uncopyable):
             if len(args) == 2 and binding.has_owner and type(args[1]) in PLAIN_KEYS:  # noqa: PLR2004
                 spelled = (derivation.number, args[1])
             else:
-                spelled = _spelled(derivation, binding, args)
+                spelled = spelled_as(derivation, binding, args)
             if spelled is not None and not bypassed_here.get():
                 shortcut = binding.shortcuts.get(spelled)
                 if shortcut is not None:
@@ -171,7 +158,7 @@ class Engine(Uncopyable):
         if reason is not None:
             return self._go_past(reason, derivation, args, kwargs)
         try:
-            call = self._prepare(derivation, binding, args, kwargs)._replace(spelled=spelled)
+            call = Call(derivation, binding, args, kwargs, compares_contents=self.compares_contents)
         except UncheckableError as error:
             return self._go_past(error.reason, derivation, args, kwargs)
         except UnkeyableError:
@@ -180,7 +167,7 @@ class Engine(Uncopyable):
             result = self._go_past(Reason.DEPENDS_ON_FAILED, derivation, args, kwargs)
             self.failed(f"depends_on of {derivation.name!r}", error)
             return result
-        return self._answer(call, derivation, binding, args, kwargs)
+        return self._answer(call)
 
     def recall(self, shortcut: Shortcut, dependencies: Sequence[object]) -> Entry | None:
         """Return what a shortcut leads to, if everything is as it was; else make the call.
@@ -303,94 +290,25 @@ class Engine(Uncopyable):
             self.reasons[reason] += 1
         return derivation.function(*args, **kwargs)
 
-    def _prepare(
-        self,
-        derivation: Derivation,
-        binding: Binding,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> _Call:
-        """Key a call, and read what it depends on.
-
-        Raises:
-            UnkeyableError: an argument cannot be part of a key.
-            UncheckableError: it cannot be told whether the value holds.
-            Exception: whatever ``depends_on`` raises.
-        """
-        frozen, adapter, dependencies = self._bind(derivation, binding, args, kwargs)
-        depends_on, returned = derivation.depends_on, None
-        if depends_on is not None:
-            returned = listed(depends_on(*args, **kwargs))
-            dependencies += returned
-        elif isinstance(binding.owner, nn.Module):
-            dependencies += own_state(binding.owner)
-        reading = read(dependencies)
-        contents = Contents(reading.tensors) if self.compares_contents else None
-        if reading.requires_grad and not derivation.detach and torch.is_grad_enabled():
-            msg = "gradients are wanted through the value"
-            raise UncheckableError(msg, Reason.GRADIENTS)
-        key = (derivation.number, binding.token, frozen, environment(), reading.plain)
-        return _Call(key, adapter, reading, contents, returned, dependencies, None)
-
-    def _bind(
-        self,
-        derivation: Derivation,
-        binding: Binding,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Hashable, Adapters, list[object]]:
-        """Return a call's frozen arguments, its adapter, and the dependencies among the arguments.
-
-        Raises:
-            UnkeyableError: an argument cannot be part of a key, or the arguments are wrong (then
-                the function itself will say so).
-        """
-        first = 1 if binding.has_owner else 0  # after the owner
-        spelled = None if kwargs else _spelled(derivation, binding, args)
-        if spelled is not None:
-            known = binding.spellings.get(spelled)
-            if known is not None:
-                return (*known, [])
-        try:
-            bound = derivation.bind(*args, **kwargs)
-        except TypeError as error:
-            raise UnkeyableError(str(error)) from None
-        index = derivation.adapter_index
-        adapter = binding.adapter if index is None else bound[index]
-        if type(adapter) is tuple and len(adapter) == 1:
-            adapter = adapter[0]  # a value for several adapters, of which there is one
-        dependencies: list[object] = []
-        frozen = tuple([freeze(value, dependencies) for value in bound[first:]])
-        plain = all(type(value) in PLAIN_KEYS for value in bound[first:])  # defaults as well
-        if spelled is not None and plain and len(binding.spellings) < _SPELLINGS:
-            binding.spellings[spelled] = (frozen, adapter)
-        return frozen, adapter, dependencies
-
-    def _answer(
-        self,
-        call: _Call,
-        derivation: Derivation,
-        binding: Binding,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _answer(self, call: Call) -> Any:
         """Return the stored value of a prepared call, wait for another thread's, or derive it."""
+        binding, derivation = call.binding, call.derivation
         offers = audited = True
         while True:
             pending, join, declined = None, False, False
             with self.mutex.lock:
                 cell = self.cells.of(call.key, derivation, call.adapter, binding)
-                entry = self._valid(cell, call, binding)
+                entry = self._valid(cell, call)
                 if entry is not None:
                     if call.spelled is not None:
-                        self._shorten(derivation, binding, call, cell, entry)
+                        self._shorten(call, cell, entry)
                     cell.family.wasted = cell.family.rest = 0
                 else:
-                    pending = next((p for p in cell.pending if self._joins(p, call, binding)), None)
+                    pending = next((p for p in cell.pending if self._joins(p, call)), None)
                     join = pending is not None
-                    declined = pending is None and offers and self._declines(call, cell, binding)
+                    declined = pending is None and offers and self._declines(call, cell)
                     if pending is None and not declined:
-                        pending = self._begin(derivation, binding, cell, call)
+                        pending = self._begin(call, cell)
                 uses = cell.add(hit=entry is not None or join)
             if entry is not None and audited and (cell.due or uses % EVERY == 0):
                 cell.due = False
@@ -402,11 +320,11 @@ class Engine(Uncopyable):
             self.mutex.catch_up()
             if declined:
                 with suppress(torch.OutOfMemoryError):
-                    return self._only_derive(cell, derivation, binding, call, args, kwargs)
+                    return self._only_derive(call, cell)
                 offers = False  # the long way makes room
             if pending is not None:
                 if not join:
-                    return self._derive(pending, call, derivation, binding, args, kwargs)
+                    return self._derive(pending, call)
                 entry = pending.wait()
             if entry is not None:
                 return _joined(entry)
@@ -414,9 +332,9 @@ class Engine(Uncopyable):
                 cell.add(hit=not declined, count=-1)
             # Each thread derives its own.
             if pending is not None and pending.unstored is Reason.UNSTORABLE:
-                return self._go_past(Reason.UNSTORABLE, derivation, args, kwargs)
+                return self._go_past(Reason.UNSTORABLE, derivation, call.args, call.kwargs)
 
-    def _valid(self, cell: Cell, call: _Call, binding: Binding) -> Entry | None:
+    def _valid(self, cell: Cell, call: Call) -> Entry | None:
         """Return the entry of a call if it may be used; drop it if not."""
         try:
             entry = self._backend.get(cell.key)
@@ -435,25 +353,18 @@ class Engine(Uncopyable):
             facts is not None
             and entry.stamp is facts
             and facts.rows == call.reading.rows
-            and cell.born > binding.voided(call.adapter)
+            and cell.born > call.binding.voided(call.adapter)
             and entry.intact
             and all(contents == call.contents for contents in cell.contents)
         ):
             return entry
         self.holdings.discard(cell)
-        self._waste(cell.family, binding, call.spelled)
+        self._waste(cell.family, call)
         return None
 
-    def _shorten(
-        self,
-        derivation: Derivation,
-        binding: Binding,
-        call: _Call,
-        cell: Cell,
-        entry: Entry,
-    ) -> None:
+    def _shorten(self, call: Call, cell: Cell, entry: Entry) -> None:
         """Remember a hit, so that the next one is shorter; the lock is held."""
-        returned, spelled = call.listed, call.spelled
+        binding, returned, spelled = call.binding, call.listed, call.spelled
         if (
             self.compares_contents
             or returned is None
@@ -461,9 +372,9 @@ class Engine(Uncopyable):
             or len(returned) != len(call.dependencies)  # tensors among the arguments
         ):
             return
-        if spelled not in binding.shortcuts and len(binding.shortcuts) >= _SPELLINGS:
+        if spelled not in binding.shortcuts and len(binding.shortcuts) >= SPELLINGS:
             return
-        gradients = not derivation.detach and call.reading.requires_grad
+        gradients = not call.derivation.detach and call.reading.requires_grad
         shortcut = make_shortcut(call.dependencies, entry, gradients=gradients, form=returned.form)
         if shortcut is None or read(call.dependencies).rows != call.reading.rows:
             return  # a write since the call was read: the facts are not those of the entry
@@ -481,40 +392,32 @@ class Engine(Uncopyable):
 
     # Deriving
 
-    def _joins(self, pending: Pending, call: _Call, binding: Binding) -> bool:
+    def _joins(self, pending: Pending, call: Call) -> bool:
         """Whether a value being derived is the one that the call wants."""
         return (
             pending.facts.rows == call.reading.rows
             and not pending.touched
-            and pending.born > binding.voided(call.adapter)
+            and pending.born > call.binding.voided(call.adapter)
             and pending.thread != threading.get_ident()  # a function that calls itself
             and all(contents == call.contents for contents in pending.contents)
         )
 
-    def _begin(self, derivation: Derivation, binding: Binding, cell: Cell, call: _Call) -> Pending:
+    def _begin(self, call: Call, cell: Cell) -> Pending:
         pending = Pending(cell, call.reading, call.contents, self.holdings.now())
-        derivation.caches.add(self)
+        call.derivation.caches.add(self)
         cell.pending.append(pending)
         self._pending.append(pending)
         while len(cell.family) > VARIANTS:
             oldest = next((one for one in cell.family if not one.pending), None)
             if oldest is None:
                 break
-            self._tell_unused(oldest, derivation, call)
+            self._tell_unused(oldest, call)
             self.holdings.discard(oldest)
             self.cells.retire(oldest)
-            self._waste(cell.family, binding, call.spelled)
+            self._waste(cell.family, call)
         return pending
 
-    def _derive(
-        self,
-        pending: Pending,
-        call: _Call,
-        derivation: Derivation,
-        binding: Binding,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _derive(self, pending: Pending, call: Call) -> Any:
         """Derive a value, store it if it still holds, and hand it to those who wait."""
         entry = None
         cell = pending.cell
@@ -522,7 +425,7 @@ class Engine(Uncopyable):
             self._begin_audit(pending, call)
             value, entry = derive(
                 pending,
-                partial(derivation.function, *args, **kwargs),
+                call.run,
                 call.reading,
                 self._relieve,
                 # What the device takes is asked for where something has to be chosen by it.
@@ -532,7 +435,7 @@ class Engine(Uncopyable):
             if entry is not None:
                 self._audit_value(pending, entry)
             elif pending.unstored is Reason.UNSTORABLE:
-                self._tell_unstorable(pending, derivation, value)
+                self._tell_unstorable(pending, call, value)
         except Exception as error:  # not an interrupt: that is this thread's own
             pending.error = error
             raise
@@ -540,11 +443,11 @@ class Engine(Uncopyable):
             again = None
             if entry is not None:
                 with suppress(Exception):  # then it cannot be told whether the value still holds
-                    again = self._prepare(derivation, binding, args, kwargs)
+                    again = call.again()
             if again is not None and again.contents is not None:
                 # Compared when the value is used, so that nothing has to wait for a device here.
                 pending.contents = (*pending.contents, again.contents)
-            changed = again is None or not _same(again, call)
+            changed = again is None or not again.equals(call)
             try:
                 with self.mutex.held():
                     cell.pending.remove(pending)
@@ -554,43 +457,40 @@ class Engine(Uncopyable):
                         cell.derive(entry.cost)
                         family.unsettled = family.unsettled + 1 if changed else 0
                         holds = (
-                            not changed
-                            and _read_before(call, again) is None
+                            again is not None
+                            and not changed
+                            and again.read_before(call) is None
                             and not pending.touched
                             and not self.closed
-                            and pending.born > binding.voided(call.adapter)
+                            and pending.born > call.binding.voided(call.adapter)
                         )
                         if holds and self.cells.get(cell.key) is cell:
                             self.holdings.store(cell, entry, pending)
                         else:
                             self.reasons[Reason.CHANGED] += 1
-                            self._waste(family, binding, call.spelled)
+                            self._waste(family, call)
                     elif pending.unstored is not None:
                         self.reasons[pending.unstored] += 1
-                        self._waste(family, binding, call.spelled)
+                        self._waste(family, call)
             finally:
                 pending.done.set()
-        if (
-            again is not None
-            and not self._advise(derivation, call, again)
-            and family.unsettled == UNSETTLED
-        ):
-            self._tell_unsettled(derivation, binding, call, again)
-        _refill(binding, call)
+        if again is not None and not self._advise(call, again) and family.unsettled == UNSETTLED:
+            self._tell_unsettled(call, again)
+        _refill(call)
         return value
 
     @staticmethod
-    def _waste(family: Family, binding: Binding, spelled: Hashable) -> None:
+    def _waste(family: Family, call: Call) -> None:
         """Count a value that was never used; after many, have calls go past for a while.
 
         Then two calls in a row try again: the first derives, the second could use it.
         """
         family.wasted += 1
-        if family.wasted >= _WASTED and family.wasted % 2 == 0 and spelled is not None:
+        if family.wasted >= _WASTED and family.wasted % 2 == 0 and call.spelled is not None:
             family.rest = min(_LONGEST_REST, max(_WASTED, 2 * family.rest))
-            binding.resting[spelled] = family.rest
+            call.binding.resting[call.spelled] = family.rest
 
-    def _begin_audit(self, pending: Pending, call: _Call) -> None:
+    def _begin_audit(self, pending: Pending, call: Call) -> None:
         if self.auditor is not None:
             try:
                 pending.audit = self.auditor.begin(pending.cell.kind, call.reading.tensors)
@@ -604,14 +504,14 @@ class Engine(Uncopyable):
             except Exception as error:  # noqa: BLE001 - never an inference failure
                 self.failed("the audit", error)
 
-    def _declines(self, call: _Call, cell: Cell, binding: Binding) -> bool:
+    def _declines(self, call: Call, cell: Cell) -> bool:
         """Whether the backend would not keep the value of a call anyway.
 
         After an event the value is offered once: its size and device may be others.
         """
         if (
             self._declining is None
-            or cell.born <= binding.voided(call.adapter)
+            or cell.born <= call.binding.voided(call.adapter)
             or self.memory.pins_hold(call.adapter)
         ):
             return False
@@ -621,22 +521,14 @@ class Engine(Uncopyable):
             self.mutex.failed("the backend's declines", error)
             return False
 
-    def _only_derive(
-        self,
-        cell: Cell,
-        derivation: Derivation,
-        binding: Binding,
-        call: _Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _only_derive(self, call: Call, cell: Cell) -> Any:
         """Derive a value that would not be kept, in each thread that asks for it."""
-        value, cost = timed(partial(derivation.function, *args, **kwargs))
+        value, cost = timed(call.run)
         with self.mutex.lock:
             self.counts["rejections"] += 1
             self.reasons[Reason.DECLINED] += 1
             cell.derive(cost)
-        _refill(binding, call)
+        _refill(call)
         return value
 
     def _relieve(self, devices: Collection[torch.device], everything: bool) -> None:  # noqa: FBT001
@@ -652,41 +544,36 @@ class Engine(Uncopyable):
 
     # What is said once
 
-    def _tell_unstorable(self, pending: Pending, derivation: Derivation, value: object) -> None:
+    def _tell_unstorable(self, pending: Pending, call: Call, value: object) -> None:
         """Count a result that can never be stored as a call past the cache, and say so once."""
         with self.mutex.held():
             pending.cell.add(hit=False, count=-1)
             self.counts["bypasses"] += 1
-            self.mutex.warn(("result", derivation.number), why_unstorable(derivation, value))
+            text = why_unstorable(call.derivation, value)
+            self.mutex.warn(("result", call.derivation.number), text)
 
-    def _tell_unused(self, oldest: Cell, derivation: Derivation, call: _Call) -> None:
+    def _tell_unused(self, oldest: Cell, call: Call) -> None:
         """Warn where values are void before their first use, time after time; the lock is held."""
         before = oldest.family[-2]  # the last one is the call's own
-        if derivation.depends_on is None and not any(cell.hits for cell in oldest.family):
-            binding = oldest.binding()
-            rows = () if before.facts is None else before.facts.rows
-            states = ((before.key[-1], rows), (call.key[-1], call.reading.rows))
+        if call.derivation.depends_on is None and not any(cell.hits for cell in oldest.family):
+            state = before.key[-1], () if before.facts is None else before.facts.rows
             with suppress(Exception):
-                owner = None if binding is None else binding.owner
-                text = why_unused(derivation, owner, *states)
+                text = why_unused(call.derivation, call.binding.owner, state, call.state)
                 if text is not None:
                     self.mutex.warn(("unused", text), text)
 
-    def _tell_unsettled(
-        self, derivation: Derivation, binding: Binding, before: _Call, after: _Call
-    ) -> None:
+    def _tell_unsettled(self, call: Call, again: Call) -> None:
         """Warn that a value is never stored: what it depends on changes while it is derived."""
         with suppress(Exception), self.mutex.held():
-            states = [(one.key[-1], one.reading.rows) for one in (before, after)]
-            text = why_unsettled(derivation, binding.owner, *states)
+            text = why_unsettled(call.derivation, call.binding.owner, call.state, again.state)
             self.mutex.warn(("unsettled", text), text)
 
-    def _advise(self, derivation: Derivation, call: _Call, again: _Call) -> bool:
+    def _advise(self, call: Call, again: Call) -> bool:
         """Say once what in depends_on keeps values from being stored; return whether it does."""
-        found = _read_before(call, again)
+        derivation, found = call.derivation, again.read_before(call)
         if found is not None:
             text = why_read_once(derivation, found)
-        elif not _same(call, again) and made_anew(call.dependencies, again.dependencies):
+        elif not call.equals(again) and made_anew(call.dependencies, again.dependencies):
             text = why_made_anew(derivation)
         else:
             return False
@@ -1005,11 +892,6 @@ class Engine(Uncopyable):
         self.mutex.catch_up()
 
 
-def _same(one: _Call, other: _Call) -> bool:
-    """Whether two calls have the same key, and the same dependencies unchanged."""
-    return one.key == other.key and one.reading.rows == other.reading.rows
-
-
 def _joined(entry: Entry) -> Value:
     """Return an entry's value, for the current stream."""
     if entry.ready is not None:
@@ -1017,19 +899,9 @@ def _joined(entry: Entry) -> Value:
     return entry.value
 
 
-def _read_before(call: _Call, again: _Call | None) -> str | None:
-    """Return the kind of an iterator that ``depends_on`` returned twice, or None.
-
-    The second time it gave nothing.
-    """
-    if again is None or call.listed is None or again.listed is None:
-        return None
-    return again.listed.read_before(call.listed)
-
-
-def _refill(binding: Binding, call: _Call) -> None:
+def _refill(call: Call) -> None:
     """Fill what compiled code reads, which what made this a miss may concern."""
-    buffer = binding.buffers.get(call.adapter)  # type: ignore[arg-type]
+    buffer = call.binding.buffers.get(call.adapter)  # type: ignore[arg-type]
     if buffer is not None:
         buffer.fill()
 
@@ -1040,15 +912,6 @@ def _storages_of(tensors: Iterable[Tensor | torch.UntypedStorage]) -> set[int]:
         with suppress(RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
             found.add(storage_id(one) if isinstance(one, Tensor) else one._cdata)
     return found
-
-
-def _spelled(derivation: Derivation, binding: Binding, args: tuple[Any, ...]) -> Hashable:
-    """Return what stands for a call as it is spelled; None if an argument is not plain."""
-    rest = args[1:] if binding.has_owner else args
-    for value in rest:
-        if type(value) not in PLAIN_KEYS:
-            return None
-    return (derivation.number, *rest)
 
 
 def _unbind(reference: weakref.ref[Any], token: int) -> None:

@@ -15,6 +15,7 @@ from dora_cache import (
     attachment,
     backends,
     cache,
+    calls,
     dependencies,
     derive,
     engine,
@@ -86,7 +87,7 @@ def _(patch):
         found.rows, found.plain = [], ()
         return found
 
-    patch.setattr(engine, "read", read)
+    patch.setattr(calls, "read", read)
 
 
 @mutant("scaling missing from the dependencies", ModelMachine)
@@ -133,7 +134,7 @@ def _(patch):
 
 @mutant("autocast missing from the key", ModelMachine)
 def _(patch):
-    patch.setattr(engine, "environment", tuple)
+    patch.setattr(calls, "environment", tuple)
 
 
 @mutant("shortcuts without version counters", ModelMachine)
@@ -350,7 +351,7 @@ def _(patch):
 
 @mutant("the default device missing from the key", DecoratorMachine)
 def _(patch):
-    patch.setattr(engine, "environment", lambda: ambient.environment()[:2])
+    patch.setattr(calls, "environment", lambda: ambient.environment()[:2])
 
 
 def _listed(kind, read):
@@ -360,17 +361,17 @@ def _listed(kind, read):
 
 @mutant("a mapping signed by its keys alone", DecoratorMachine)
 def _(patch):
-    patch.setattr(engine, "listed", _listed(Mapping, list))
+    patch.setattr(calls, "listed", _listed(Mapping, list))
 
 
 @mutant("a text signed by its letters", DecoratorMachine)
 def _(patch):
-    patch.setattr(engine, "listed", _listed(str, list))
+    patch.setattr(calls, "listed", _listed(str, list))
 
 
 @mutant("a bare tensor signed by its type", DecoratorMachine)
 def _(patch):
-    patch.setattr(engine, "listed", _listed(torch.Tensor, lambda found: [found.dtype]))
+    patch.setattr(calls, "listed", _listed(torch.Tensor, lambda found: [found.dtype]))
 
 
 @mutant("values looked at by their versions alone", DecoratorMachine)
@@ -417,17 +418,17 @@ def _(patch):
 
 @mutant("no second look at the dependencies", DecoratorMachine, rare=True)
 def _(patch):
-    patch.setattr(engine, "_same", lambda one, other: True)
+    patch.setattr(calls.Call, "equals", lambda self, other: True)
 
 
 @mutant("waiters take whatever is being derived", DecoratorMachine)
 def _(patch):
-    patch.setattr(Engine, "_joins", lambda self, pending, call, binding: True)
+    patch.setattr(Engine, "_joins", lambda self, pending, call: True)
 
 
 @mutant("nobody waits", DecoratorMachine)
 def _(patch):
-    patch.setattr(Engine, "_joins", lambda self, pending, call, binding: False)
+    patch.setattr(Engine, "_joins", lambda self, pending, call: False)
 
 
 @mutant("writes during a derivation are not noted", DecoratorMachine, rare=True)
