@@ -8,6 +8,7 @@ from zoo import quiet
 
 import dora_cache
 from dora_cache import cached
+from dora_cache.decorator import SLOT
 
 WIDTH, RANK = 768, 8
 
@@ -32,20 +33,20 @@ class Owner(nn.Module):
 class Block(nn.Module):
     """One linear layer, which PEFT can wrap."""
 
-    def __init__(self):
+    def __init__(self, width=WIDTH):
         super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.layer = nn.Linear(width, width, bias=False)
 
     def forward(self, x):
         return self.layer(x)
 
 
-def adapted(*, use_dora):
+def adapted(*, use_dora, width=WIDTH):
     config = LoraConfig(
         r=RANK, target_modules=["layer"], use_dora=use_dora, init_lora_weights=False
     )
     with quiet():
-        return get_peft_model(Block(), config).eval()
+        return get_peft_model(Block(width), config).eval()
 
 
 @pytest.mark.benchmark(group="method")
@@ -83,3 +84,28 @@ def test_forward(benchmark, way):
             layer(x)
             torch.testing.assert_close(benchmark(layer, x), expected)
             assert cache.stats().misses == 1
+
+
+@pytest.mark.benchmark(group="a layer of 1024 x 1024, written to at every call")
+@pytest.mark.parametrize("way", ["PEFT", "tries", "backed off"])
+def test_always_missing(benchmark, way):
+    """What it costs to store values that are never used again, and to have given that up."""
+    model = adapted(use_dora=True, width=1024)
+    layer = model.base_model.model.layer
+    x = torch.randn(1, 1024)
+
+    def forward():
+        layer.lora_magnitude_vector["default"].weight.mul_(1)
+        if way == "tries":
+            layer.__dict__[SLOT].resting.clear()
+        return model(x)
+
+    with torch.no_grad():
+        if way == "PEFT":
+            assert benchmark(forward).shape == x.shape
+            return
+        with dora_cache.attach(model) as cache:
+            for _ in range(40):
+                forward()
+            assert torch.equal(benchmark(forward), forward())
+            assert cache.stats().hits == 0

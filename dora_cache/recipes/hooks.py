@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
-from dora_cache.recipes.peft_layers import follow_layer, why_uncached
+from dora_cache.recipes.peft_layers import derive_ahead, follow_layer, why_uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -378,11 +377,4 @@ def _warmers(
     for adapter in _names(layer, attribute):
         for hook in hooks:
             if hook.warm is not None:
-                yield adapter, partial(_warm, hook.warm, layer, adapter)
-
-
-def _warm(warm: Callable[[Any, str], object], layer: Any, adapter: str) -> None:
-    # An adapter that is there in part only (PEFT may have deleted the rest) cannot be derived; the
-    # first forward with it says so in PEFT's own words.
-    with suppress(UnusualError, KeyError, AttributeError):
-        warm(layer, adapter)
+                yield adapter, partial(derive_ahead, hook.warm, layer, adapter)

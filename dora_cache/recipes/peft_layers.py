@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.ambient import untraceable
 from dora_cache.decorator import SLOT, cached
+from dora_cache.facts import UncheckableError
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe
 from dora_cache.reasons import Reason
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Recipe",
     "base_layer",
+    "derive_ahead",
     "follow_layer",
     "follow_part",
     "follow_tuner",
@@ -115,6 +118,16 @@ def weights_of(base: nn.Module) -> Sequence[Any]:
         attributes = vars(owner).values() if hasattr(owner, "__dict__") else ()
         found.extend(value for value in attributes if isinstance(value, Tensor))
     return found
+
+
+def derive_ahead(derive: Callable[[Any, str], object], layer: Any, adapter: str) -> None:
+    """Derive a value of an adapter ahead of its first use.
+
+    An adapter that is there in part only (adding or deleting it may have failed half-way) cannot be
+    derived; the first forward with it says so in PEFT's own words.
+    """
+    with suppress(UncheckableError, KeyError, AttributeError):
+        derive(layer, adapter)
 
 
 def follow_layer(

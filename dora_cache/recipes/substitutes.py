@@ -21,7 +21,7 @@ from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.recipes.hooks import UnusualError
-from dora_cache.recipes.peft_layers import base_layer, why_uncached
+from dora_cache.recipes.peft_layers import base_layer, derive_ahead, why_uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -272,7 +272,10 @@ def warmers(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Derive what each adapter needs ahead of its use; see ``Binding.warmers``."""
     for adapter in layer.lora_A:
-        yield adapter, functools.partial(_derive, weight, layer, adapter)
+        yield (
+            adapter,
+            functools.partial(derive_ahead, functools.partial(_derive, weight), layer, adapter),
+        )
 
 
 def _derive(weight: Callable[..., object], layer: Any, adapter: str) -> None:

@@ -23,7 +23,7 @@ from dora_cache.recipes.dora.linear import forward_exact, forward_fast
 from dora_cache.recipes.dora.values import fast_scale, stored_scale
 from dora_cache.recipes.dora.variants import CachedVariant, cached_variant, kind_of
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d, embedding
-from dora_cache.recipes.peft_layers import follow_layer
+from dora_cache.recipes.peft_layers import derive_ahead, follow_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,16 +102,17 @@ def _restore(layer: weakref.ref[Any]) -> None:
 
 
 def _warmers(layer: Any, _: object) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Derive what an inference without gradients will use."""
     for adapter, variant in layer.lora_variant.items():
-        if not isinstance(variant, CachedVariant):
-            continue
-        if variant.numerics == "fast":
-            yield adapter, partial(fast_scale, layer, adapter)
-        elif variant.kind == "linear":
-            yield (
-                adapter,
-                partial(stored_scale, layer, adapter, layer.lora_A[adapter].weight.dtype),
-            )
-        else:
-            yield adapter, partial(stored_scale, layer, adapter)
+        if isinstance(variant, CachedVariant):
+            yield adapter, partial(derive_ahead, _derive, layer, adapter)
+
+
+def _derive(layer: Any, adapter: str) -> None:
+    """Derive what an inference without gradients will use."""
+    variant = layer.lora_variant[adapter]
+    if variant.numerics == "fast":
+        fast_scale(layer, adapter)
+    elif variant.kind == "linear":
+        stored_scale(layer, adapter, layer.lora_A[adapter].weight.dtype)
+    else:
+        stored_scale(layer, adapter)
