@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dora_cache.ambient import raw_stream
 from dora_cache.copying import Uncopyable
 from dora_cache.errors import ConfigError
 
@@ -184,7 +185,7 @@ class Ready(Uncopyable):
 
     def join(self, tensors: Iterable[Tensor]) -> None:
         """Make the current stream wait until the data is there, if it is another stream."""
-        if torch._C._cuda_getCurrentRawStream(self.device) == self.stream:
+        if raw_stream(self.device) == self.stream:
             return
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.event)

@@ -1,8 +1,8 @@
 """What follows or changes operations at present: autocast, modes, tracing, gradients, devices.
 
-The only module of the core that uses PyTorch's private names. Each is tried when it is imported on
-what it must notice. One that fails, or is missing, is replaced by a public way that is slower or
-notices too much: then calls go past the cache, and no output is wrong.
+The only module of the core that calls PyTorch's private functions. Each is tried at import on what
+it must notice. One that fails, or is missing, is replaced by a public way that is slower or notices
+too much: then calls go past the cache, and no output is wrong.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ _numbers = itertools.count(1)
 def _period(tensor: Tensor) -> int:
     """Return at every how-manieth audit of a value a tensor is compared; a power of two."""
     kind = tensor.device.type
-    times = _span(tensor)[1] // SMALL[kind]
+    times = max(0, _span(tensor)[1] - 1) // SMALL[kind]
     return min(MOST, LEAST[kind] << times.bit_length())
 
 

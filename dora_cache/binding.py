@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_cache.config import CacheConfig
-    from dora_cache.decorator import Derivation
     from dora_cache.facts import Shortcut
     from dora_cache.keys import Adapters
 
-__all__ = ["Binding", "Buffer", "Host", "Warmers", "family_of", "next_token"]
+__all__ = ["Binding", "Buffer", "Warmers", "next_token", "with_children"]
 
 _tokens = itertools.count(1)
 
@@ -33,21 +31,6 @@ def next_token() -> int:
 Warmers = Callable[[Any, list[str] | None], "Iterable[tuple[str | None, Callable[[], object]]]"]
 """Called with an owner and the wanted adapters (None: all); yields an adapter's name, and a
 function that derives its values exactly as the first forward would."""
-
-
-class Host(Protocol):
-    """What resolves the calls of an owner: the engine of a cache."""
-
-    config: CacheConfig
-    token: int
-
-    def lookup(
-        self, derivation: Derivation, binding: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Return the valid stored value of a call, or derive it."""
-
-    def owner_died(self, token: int) -> None:
-        """Drop everything of an owner that has been garbage collected."""
 
 
 class Buffer(Protocol):
@@ -194,10 +177,10 @@ class Binding:
             self._voided[adapter] = now
 
 
-def family_of(binding: Binding) -> Iterator[Binding]:
+def with_children(binding: Binding) -> Iterator[Binding]:
     """Yield a binding, its children, and theirs."""
     yield binding
     for reference in binding.children:
         child = reference()
         if child is not None:
-            yield from family_of(child)
+            yield from with_children(child)

@@ -263,6 +263,9 @@ class Cells(Uncopyable):
         self._departed_of: weakref.WeakKeyDictionary[Derivation, list[int]] = (
             weakref.WeakKeyDictionary()
         )
+        self._derivations: weakref.WeakValueDictionary[int, Derivation] = (
+            weakref.WeakValueDictionary()
+        )
         self._limit = _REMEMBERED
 
     def __iter__(self) -> Iterator[Cell]:
@@ -289,6 +292,7 @@ class Cells(Uncopyable):
         if cell is None:
             if len(self._by_key) >= self._limit:
                 self._retire_oldest()
+            self._derivations[derivation.number] = derivation
             family = self._families.setdefault(key[:-1], Family())
             cell = self._by_key[key] = Cell(key, derivation, adapter, binding, family)
             self._by_owner[binding.token].add(cell)
@@ -356,7 +360,8 @@ class Cells(Uncopyable):
         if gone and not any(cell.adapter == adapter for cell in self._by_key.values()):
             for name in gone:
                 totals = self._retired.pop(name)
-                self._count_departed(None, totals.hits, totals.misses)
+                derivation = self._derivations.get(name[0])
+                self._count_departed(derivation, totals.hits, totals.misses)
 
     def _count_departed(self, derivation: Derivation | None, hits: int, misses: int) -> None:
         counted = [self._departed]

@@ -103,7 +103,7 @@ class CacheConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
 
     backend: str = "dict"
-    """``dict``, ``lru``, ``cpu``, ``null``, or the name of a registered or installed backend."""
+    """``dict``, ``lru``, ``budget``, ``cpu``, ``null``, or a registered or installed backend."""
     max_bytes: Size | None = None
     """Cap on the bytes held over the whole model; a share is of the free memory at attach."""
     device_bytes: Size | None = None

@@ -436,7 +436,7 @@ def _check_function(
     elif isinstance(function, functools._lru_cache_wrapper):
         problem = f"a function with a cache of its own: {_MISPLACED[type(function)]}"
     elif isinstance(function, type):
-        problem = f"the class {kind}: decorate its methods"
+        problem = f"the class {function.__name__}: decorate its methods"
     elif not inspect.isroutine(function):
         problem = f"a {kind}: decorate the function itself, or a def that calls it"
     elif inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):

@@ -16,7 +16,7 @@ from dora_cache.ambient import raw_stream, untraceable
 from dora_cache.audit import EVERY, Auditor
 from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
-from dora_cache.binding import Binding, family_of, next_token
+from dora_cache.binding import Binding, next_token, with_children
 from dora_cache.calls import SPELLINGS, Call, spelled_as
 from dora_cache.cells import VARIANTS, Pending
 from dora_cache.copying import Uncopyable
@@ -590,7 +590,7 @@ class Engine(Uncopyable):
         Returns:
             How many entries went.
         """
-        self.buffers.refill_later(family_of(binding))
+        self.buffers.refill_later(with_children(binding))
         return self.holdings.void(binding, adapter)
 
     @exclusive
@@ -668,7 +668,7 @@ class Engine(Uncopyable):
             How many entries went.
         """
         gone = 0
-        for member in family_of(binding):
+        for member in with_children(binding):
             for cell in self.cells.of_owner(member.token):
                 if cell.facts is not None and cell.facts.expired:
                     gone += self.holdings.discard(cell)
@@ -717,7 +717,7 @@ class Engine(Uncopyable):
     @exclusive
     def _adapter_deleted(self, binding: Binding, adapter: str) -> int:
         gone = self.holdings.void(binding, adapter)
-        members = list(family_of(binding))
+        members = list(with_children(binding))
         tokens = {member.token for member in members}
         for pending in self._pending:
             if pending.cell.owner in tokens and concerns(adapter, pending.cell.adapter):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from dora_cache.cells import VARIANTS
 from dora_cache.keys import state_names
 from dora_cache.results import described
 
@@ -21,7 +22,6 @@ State = tuple["Hashable", Sequence[object]]
 
 __all__ = [
     "UNSETTLED",
-    "UNUSED",
     "changed_attributes",
     "pieces",
     "why_made_anew",
@@ -33,9 +33,6 @@ __all__ = [
 
 UNSETTLED = 2
 """Derivations in a row with a change before it is told: one alone may be another thread's write."""
-
-UNUSED = 4
-"""Derivations without a single hit before it is told that attributes change between calls."""
 
 _SHOWN = 5
 
@@ -92,7 +89,7 @@ def why_unused(derivation: Derivation, owner: object, before: State, after: Stat
     if not found or not tensors.isdisjoint(found):
         return None
     return (
-        f"{derivation.name!r} has been derived {UNUSED} times and never used again: "
+        f"{derivation.name!r} has been derived {VARIANTS} times and never used again: "
         f"{_shown(derivation, found)} changes between calls, on which its result depends as long "
         f"as no depends_on says otherwise. {_remedy(derivation)}"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from contextlib import suppress
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,6 +166,10 @@ class Reading:
             elif isinstance(item, dict):
                 plain.append((dict, self.add(item.keys()), self.add(item.values())))
             elif isinstance(item, FunctionType | BuiltinFunctionType):
+                owner = getattr(item, "__self__", None)
+                if owner is not None and not isinstance(owner, ModuleType):
+                    msg = f"{item.__qualname__} is a method of an object, which may change"
+                    raise UncheckableError(msg)
                 if getattr(item, "__closure__", None) is not None:
                     msg = f"{item.__qualname__} is a closure, and what it closes over may change"
                     raise UncheckableError(msg)

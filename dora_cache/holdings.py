@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dora_cache.binding import family_of
+from dora_cache.binding import with_children
 from dora_cache.buffers import Buffers
 from dora_cache.cells import Cells
 from dora_cache.copying import Uncopyable
@@ -142,7 +142,7 @@ class Holdings(Uncopyable):
             How many entries went.
         """
         gone = 0
-        for member in family_of(binding):
+        for member in with_children(binding):
             member.void(adapter, self.now())
             member.resting.clear()
             for name, buffer in member.buffers.items():

@@ -52,7 +52,7 @@ PLAIN_KEYS = frozenset(
     {type(None), str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
 """Types whose values are keys as they are."""
-_WITH_TYPE = frozenset({bool, int, complex})
+_WITH_TYPE = frozenset({bool, int})
 
 
 # By identity: modules may define an equality of their own.
@@ -78,6 +78,8 @@ def freeze(value: object, dependencies: list[object]) -> Hashable:
         return (kind, value)
     if kind is float:
         return (kind, value.hex())  # type: ignore[attr-defined]  # tells -0.0 from 0.0; NaN is NaN
+    if kind is complex:
+        return (kind, value.real.hex(), value.imag.hex())  # type: ignore[attr-defined]
     if isinstance(value, Tensor):
         dependencies.append(value)
         return (Tensor, id(value))

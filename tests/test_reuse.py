@@ -192,3 +192,73 @@ def test_a_tensor_that_does_not_say_what_it_wraps_goes_past():
             owner.pair.one.add_(1)
             assert torch.equal(owner.double(), owner.pair.one * 2)
         assert cache.stats().reasons == {"tensor subclass without data of its own": 3}
+
+
+def test_a_method_of_an_object_is_no_dependency():
+    """Whatever it is bound to may change."""
+    table = {"a": 1}
+
+    class Owner(nn.Module):
+        @cached("value", depends_on=lambda self: [table.get])
+        def value(self):
+            return torch.full((2,), float(table["a"]))
+
+    owner = Owner().eval()
+    with dora_cache.attach(owner) as cache:
+        for number in range(3):
+            table["a"] = number
+            assert owner.value().tolist() == [float(number)] * 2
+        assert cache.stats().reasons == {"dependency that cannot be compared": 3}
+
+
+@pytest.mark.parametrize("pair", [(0j, -0j), (1, 1.0), (1, True), (0.0, -0.0), ("1", 1)])
+@pytest.mark.parametrize("place", ["argument", "dependency"])
+def test_equal_scalars_that_are_not_the_same(pair, place):
+    """Each has a value of its own."""
+    derived = []
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2), requires_grad=False)
+
+        @cached("value", depends_on=lambda self, one: [self.weight, self.number])
+        def value(self, one):
+            derived.append(repr((one, self.number)))
+            return self.weight * len(derived)
+
+    owner = Owner().eval()
+    with dora_cache.attach(owner):
+        found = []
+        for _ in range(3):
+            for one in pair:
+                owner.number = one if place == "dependency" else None
+                found.append(owner.value(one if place == "argument" else None).tolist())
+    assert len(derived) == len(set(derived)) == 2
+    assert found == found[:2] * 3
+    assert found[0] != found[1]
+
+
+def test_a_tracer_gets_the_operations():
+    """A stored value is no constant of a trace."""
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2), requires_grad=False)
+
+        @cached("double", depends_on=lambda self: [self.weight])
+        def double(self):
+            return self.weight * 2
+
+        def forward(self, x):
+            return x + self.double()
+
+    owner, x = Owner().eval(), torch.zeros(2)
+    with dora_cache.attach(owner) as cache:
+        for _ in range(3):
+            owner(x)
+        traced = torch.jit.trace(owner, x, check_trace=False)
+        assert cache.stats().reasons["operations traced or transformed"] == 1
+        owner.weight.add_(1)
+        assert traced(x).tolist() == owner(x).tolist() == [4.0, 4.0]
