@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ __all__ = [
     "forward",
     "function_modes",
     "functorch_stack",
+    "global_forward_hooks",
     "grad_enabled",
     "is_capturing",
     "is_quiet",
@@ -232,6 +234,11 @@ def place() -> tuple[torch.device, int]:
 def current_device() -> int:
     """Return the index of the CUDA device that ``"cuda"`` means in this thread."""
     return _cuda_device() if _cuda_is_used() else 0
+
+
+def global_forward_hooks() -> bool:
+    """Whether hooks run at the forward of every module."""
+    return bool(_modules._global_forward_hooks or _modules._global_forward_pre_hooks)
 
 
 def parametrizations_cached() -> bool:

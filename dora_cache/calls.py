@@ -48,6 +48,7 @@ class Call:
         reading: of these, at the moment.
         contents: hashes of these, with ``guard="content"``.
         listed: those that ``depends_on`` returned; None if there is no such function.
+        is_plain: whether ``spelled`` says all of the arguments, defaults included.
 
     Raises:
         UnkeyableError: an argument cannot be part of a key.
@@ -62,6 +63,7 @@ class Call:
         "contents",
         "dependencies",
         "derivation",
+        "is_plain",
         "key",
         "kwargs",
         "listed",
@@ -84,6 +86,7 @@ class Call:
         self.kwargs = kwargs
         self.spelled = None if kwargs else spelled_as(derivation, binding, args)
         self.adapter: Adapters
+        self.is_plain = False
         frozen, self.adapter, self.dependencies = self._bind()
         self.listed: Listed | None = None
         if derivation.depends_on is not None:
@@ -134,6 +137,7 @@ class Call:
         if spelled is not None:
             known = binding.spellings.get(spelled)
             if known is not None:
+                self.is_plain = True
                 return (*known, [])
         try:
             bound = derivation.bind(*self.args, **self.kwargs)
@@ -146,8 +150,9 @@ class Call:
         rest = bound[1:] if binding.has_owner else bound
         dependencies: list[object] = []
         frozen = tuple([freeze(value, dependencies) for value in rest])
-        plain = all(type(value) in PLAIN_KEYS for value in rest)  # defaults as well
-        if spelled is not None and plain and len(binding.spellings) < SPELLINGS:
+        plain = all(type(value) in PLAIN_KEYS for value in rest)
+        self.is_plain = spelled is not None and plain
+        if self.is_plain and len(binding.spellings) < SPELLINGS:
             binding.spellings[spelled] = (frozen, adapter)
         return frozen, adapter, dependencies
 

@@ -213,13 +213,12 @@ class Pending(Uncopyable):
         self.entry: Entry | None = None
         self.error: Exception | None = None
 
-    def wait(self) -> Entry | None:
-        """Return what another thread derives, once it is there; None if it came to nothing.
+    def result(self) -> Entry | None:
+        """Return what another thread has derived; None if it came to nothing.
 
         Raises:
             Exception: what the derivation raised.
         """
-        self.done.wait()
         if self.error is not None:
             raise self.error
         entry = self.entry
@@ -294,12 +293,13 @@ class Cells(Uncopyable):
                 self._retire_oldest()
             self._derivations[derivation.number] = derivation
             family = self._families.setdefault(key[:-1], Family())
-            cell = self._by_key[key] = Cell(key, derivation, adapter, binding, family)
+            # In this order, so that an interrupt leaves nothing half done.
+            cell = Cell(key, derivation, adapter, binding, family)
             self._by_owner[binding.token].add(cell)
             family.append(cell)
+            self._by_key[key] = cell
         elif cell.family[-1] is not cell:
-            cell.family.remove(cell)
-            cell.family.append(cell)
+            cell.family[:] = [*(one for one in cell.family if one is not cell), cell]
         return cell
 
     def hold(self, cell: Cell, facts: Facts) -> None:
@@ -391,6 +391,7 @@ class Cells(Uncopyable):
         cells.discard(cell)
         if not cells:
             del self._by_owner[cell.owner]
-        cell.family.remove(cell)
+        if cell in cell.family:
+            cell.family.remove(cell)
         if not cell.family:
-            del self._families[cell.key[:-1]]
+            self._families.pop(cell.key[:-1], None)

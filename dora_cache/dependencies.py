@@ -136,7 +136,7 @@ def _opened(item: object, iterators: list[object]) -> object:
     if isinstance(item, Tensor | str | bytes):
         return item
     if isinstance(item, nn.Module):
-        return [*own_state(item)]
+        return [*own_state(item, whole=True)]
     if isinstance(item, Mapping):
         return [_opened(part, iterators) for part in (*item.keys(), *item.values())]
     if isinstance(item, list | tuple):

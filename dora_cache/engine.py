@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from contextlib import ExitStack, contextmanager, suppress
@@ -56,6 +57,7 @@ warming_here: ContextVar[bool] = ContextVar("dora_cache_warming", default=False)
 _AUDITED = EVERY - 1
 _WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
 _LONGEST_REST = 128  # calls that go past before the next attempt
+_PATIENCE = 60.0  # seconds to wait for another thread, which may wait for a lock that this one has
 
 
 P = ParamSpec("P")
@@ -121,6 +123,7 @@ class Engine(Uncopyable):
         self._declining = self._backend if isinstance(self._backend, Declining) else None
         self._pending: list[Pending] = []
         self._undo = ExitStack()
+        _engines.add(self)
 
     # Calls
 
@@ -293,18 +296,19 @@ class Engine(Uncopyable):
     def _answer(self, call: Call) -> Any:
         """Return the stored value of a prepared call, wait for another thread's, or derive it."""
         binding, derivation = call.binding, call.derivation
-        offers = audited = True
+        offers = audited = joins = True
         while True:
             pending, join, declined = None, False, False
             with self.mutex.lock:
                 cell = self.cells.of(call.key, derivation, call.adapter, binding)
                 entry = self._valid(cell, call)
                 if entry is not None:
-                    if call.spelled is not None:
+                    if call.is_plain:
                         self._shorten(call, cell, entry)
                     cell.family.wasted = cell.family.rest = 0
                 else:
-                    pending = next((p for p in cell.pending if self._joins(p, call)), None)
+                    others = cell.pending if joins else ()
+                    pending = next((p for p in others if self._joins(p, call)), None)
                     join = pending is not None
                     declined = pending is None and offers and self._declines(call, cell)
                     if pending is None and not declined:
@@ -317,7 +321,6 @@ class Engine(Uncopyable):
                     with self.mutex.lock:
                         cell.add(hit=True, count=-1)
                     continue
-            self.mutex.catch_up()
             if declined:
                 with suppress(torch.OutOfMemoryError):
                     return self._only_derive(call, cell)
@@ -325,7 +328,9 @@ class Engine(Uncopyable):
             if pending is not None:
                 if not join:
                     return self._derive(pending, call)
-                entry = pending.wait()
+                joins = pending.done.wait(_PATIENCE) is not False
+                entry = pending.result() if joins else None
+            self.mutex.catch_up()
             if entry is not None:
                 return _joined(entry)
             with self.mutex.lock:  # declined, or the one waited for came to nothing: no lookup yet
@@ -341,6 +346,7 @@ class Engine(Uncopyable):
         except Exception as error:  # noqa: BLE001 - as in _try, without its cost at every hit
             self.mutex.failed("the backend's get", error)
             return None
+        self.holdings.note_evictions()  # some backends move entries when they are asked for one
         if entry is None:
             self.holdings.evicted(cell)  # unless it was reported, as it should have been
             return None
@@ -419,65 +425,86 @@ class Engine(Uncopyable):
 
     def _derive(self, pending: Pending, call: Call) -> Any:
         """Derive a value, store it if it still holds, and hand it to those who wait."""
-        entry = None
-        cell = pending.cell
+        again = None
         try:
-            self._begin_audit(pending, call)
-            value, entry = derive(
-                pending,
-                call.run,
-                call.reading,
-                self._relieve,
-                # What the device takes is asked for where something has to be chosen by it.
-                on_device=not self._keeps_everything,
-            )
-            pending.entry = entry
+            value, entry = self._attempt(pending, call)
             if entry is not None:
-                self._audit_value(pending, entry)
-            elif pending.unstored is Reason.UNSTORABLE:
-                self._tell_unstorable(pending, call, value)
+                with suppress(Exception):  # then it cannot be told whether the value still holds
+                    again = call.again()
+            with self.mutex.held():
+                self._end(pending)
+                self._settle(pending, call, again)
         except Exception as error:  # not an interrupt: that is this thread's own
             pending.error = error
             raise
         finally:
-            again = None
-            if entry is not None:
-                with suppress(Exception):  # then it cannot be told whether the value still holds
-                    again = call.again()
-            if again is not None and again.contents is not None:
-                # Compared when the value is used, so that nothing has to wait for a device here.
-                pending.contents = (*pending.contents, again.contents)
-            changed = again is None or not again.equals(call)
             try:
-                with self.mutex.held():
-                    cell.pending.remove(pending)
-                    self._pending.remove(pending)
-                    family = cell.family
-                    if entry is not None:
-                        cell.derive(entry.cost)
-                        family.unsettled = family.unsettled + 1 if changed else 0
-                        holds = (
-                            again is not None
-                            and not changed
-                            and again.read_before(call) is None
-                            and not pending.touched
-                            and not self.closed
-                            and pending.born > call.binding.voided(call.adapter)
-                        )
-                        if holds and self.cells.get(cell.key) is cell:
-                            self.holdings.store(cell, entry, pending)
-                        else:
-                            self.reasons[Reason.CHANGED] += 1
-                            self._waste(family, call)
-                    elif pending.unstored is not None:
-                        self.reasons[pending.unstored] += 1
-                        self._waste(family, call)
+                with self.mutex.lock:
+                    self._end(pending)
             finally:
                 pending.done.set()
+        family = pending.cell.family
         if again is not None and not self._advise(call, again) and family.unsettled == UNSETTLED:
             self._tell_unsettled(call, again)
         _refill(call)
         return value
+
+    def _attempt(self, pending: Pending, call: Call) -> tuple[Any, Entry | None]:
+        self._begin_audit(pending, call)
+        value, entry = derive(
+            pending,
+            call.run,
+            call.reading,
+            self._relieve,
+            # What the device takes is asked for where something has to be chosen by it.
+            on_device=not self._keeps_everything,
+        )
+        pending.entry = entry
+        if entry is not None:
+            self._audit_value(pending, entry)
+        elif pending.unstored is Reason.UNSTORABLE:
+            self._tell_unstorable(pending, call, value)
+        return value, entry
+
+    def _end(self, pending: Pending) -> None:
+        """Have nobody join a derivation any more; the lock is held."""
+        for known in (pending.cell.pending, self._pending):
+            if pending in known:
+                known.remove(pending)
+
+    def _settle(self, pending: Pending, call: Call, again: Call | None) -> None:
+        """Store what a derivation came to, if it holds; the lock is held.
+
+        Args:
+            pending: the derivation.
+            call: as it was before.
+            again: as it is after it; None if that cannot be told.
+        """
+        cell, entry, family = pending.cell, pending.entry, pending.cell.family
+        if entry is None:
+            if pending.unstored is not None:
+                self.reasons[pending.unstored] += 1
+                self._waste(family, call)
+            return
+        cell.derive(entry.cost)
+        same = again is not None and again.equals(call)
+        family.unsettled = 0 if same else family.unsettled + 1
+        if (
+            again is None
+            or not same
+            or again.read_before(call) is not None
+            or pending.touched
+            or self.closed
+            or pending.born <= call.binding.voided(call.adapter)
+            or self.cells.get(cell.key) is not cell
+        ):
+            self.reasons[Reason.CHANGED] += 1
+            self._waste(family, call)
+            return
+        if again.contents is not None:
+            # Compared when the value is used, so that nothing has to wait for a device here.
+            pending.contents = (*pending.contents, again.contents)
+        self.holdings.store(cell, entry, pending)
 
     @staticmethod
     def _waste(family: Family, call: Call) -> None:
@@ -642,13 +669,17 @@ class Engine(Uncopyable):
         return sum(self.holdings.discard(cell) for cell in self.cells.on(touched))
 
     def replaced(self, tensors: Sequence[Tensor]) -> None:
-        """Store nothing that is being derived from tensors one of which takes another's place.
+        """Drop what was derived from tensors one of which takes another's place.
 
-        Needs no lock. What is put in place before a derivation's end is noted before it is in
-        place, so before the dependencies are read again and the note is looked at.
+        What is put in place before a derivation's end is noted before it is in place, without a
+        lock; so before the dependencies are read again and the note is looked at.
         """
+        storages = _storages_of(tensors)
         if self._pending:
-            self._touch_pending(_storages_of(tensors))
+            self._touch_pending(storages)
+        # A parameter that was made anew over the same memory may have all the facts of the old one.
+        if self.cells.on(storages):
+            self.touched(tensors)
 
     def _touch_pending(self, storages: set[int]) -> None:
         """Have what is being derived from some memory not stored."""
@@ -943,3 +974,17 @@ def _twice(owner: object) -> str:
         f"{name} belongs to a cache already: use that one, or call its detach() before attaching "
         "again (one cache may cover the whole model)"
     )
+
+
+def _after_fork() -> None:
+    """Forget what threads of the parent process were doing: in the child there are none."""
+    for engine in list(_engines):
+        engine.mutex.reset()
+        engine._pending.clear()
+        for cell in engine.cells:
+            cell.pending.clear()
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

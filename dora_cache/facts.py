@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
-from dora_cache.keys import freeze
+from dora_cache.keys import UnkeyableError, check_container, freeze
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
@@ -157,14 +157,15 @@ class Reading:
                     self._add_tensor(item)
                     plain.append(Tensor)
                 else:
-                    inner, context = _inner(item)
-                    plain.append((type(item), self.add(inner), _freeze(context, Reason.SUBCLASS)))
+                    plain.append(self._add_wrapper(item))
             elif item is None:
                 plain.append(None)
             elif isinstance(item, tuple | list):
+                check_container(item)
                 plain.append((type(item), self.add(item)))
             elif isinstance(item, dict):
-                plain.append((dict, self.add(item.keys()), self.add(item.values())))
+                check_container(item)
+                plain.append((type(item), self.add(item.keys()), self.add(item.values())))
             elif isinstance(item, FunctionType | BuiltinFunctionType):
                 owner = getattr(item, "__self__", None)
                 if owner is not None and not isinstance(owner, ModuleType):
@@ -173,10 +174,25 @@ class Reading:
                 if getattr(item, "__closure__", None) is not None:
                     msg = f"{item.__qualname__} is a closure, and what it closes over may change"
                     raise UncheckableError(msg)
-                plain.append(item)
+                defaults = [getattr(item, name, None) for name in _OF_FUNCTIONS]
+                plain.append((item, self.add(defaults)))
+            elif isinstance(item, Reason):  # see keys.own_state
+                raise UncheckableError(item.value, item)
             else:
                 plain.append(_freeze(item))
         return tuple(plain)
+
+    def _add_wrapper(self, item: Any) -> Hashable:
+        """Read a tensor that wraps others; return what there is beside these."""
+        inner, context = _inner(item)
+        try:
+            # Operations on it need not count up the versions of what it wraps.
+            self.rows.append((id(item), item._version))
+        except (RuntimeError, NotImplementedError) as error:
+            raise UncheckableError(str(error), Reason.UNVERSIONED) from None
+        if item.requires_grad:
+            self.requires_grad = True
+        return type(item), Tensor, self.add(inner), _freeze(context, Reason.SUBCLASS)
 
     def _add_tensor(self, item: Tensor) -> None:
         try:
@@ -202,14 +218,24 @@ class Reading:
         self.tensors.append(item)
         if item.requires_grad:
             self.requires_grad = True
+        if type(item) not in _EXACT:  # scales and zero points, perhaps
+            for value in vars(item).values():
+                if isinstance(value, Tensor) and is_plain(type(value)):
+                    self._add_tensor(value)
+
+
+_EXACT = frozenset({Tensor, nn.Parameter})
+_OF_FUNCTIONS = ("__defaults__", "__kwdefaults__", "__dict__")
 
 
 def read(dependencies: Iterable[object]) -> Reading:
     """Read tensors and scalars, in order.
 
-    Any in-place operation that PyTorch counts, any replacement of a tensor or of its data, and any
-    move changes a tensor's row. Rows are sound only while :class:`Facts` of the same tensors are
-    alive, since these keep the storages' numbers from being used again.
+    Any in-place operation that PyTorch counts, another tensor in a tensor's place, other data in a
+    tensor, and any move changes a tensor's row. (Not a new Python object over the same memory at
+    the same address, which ``Engine.replaced`` is told of.) Rows are sound only while
+    :class:`Facts` of the same tensors are alive, since these keep the storages' numbers from being
+    used again.
 
     Args:
         dependencies: tensors, plain scalars (None, numbers, strings, dtypes, devices, enums), and
@@ -220,7 +246,10 @@ def read(dependencies: Iterable[object]) -> Reading:
             of its own (fake, functional, sharded), or something else altogether.
     """
     found = Reading()
-    found.plain = found.add(dependencies)
+    try:
+        found.plain = found.add(dependencies)
+    except UnkeyableError as error:
+        raise UncheckableError(str(error)) from None
     return found
 
 

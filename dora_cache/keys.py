@@ -7,12 +7,14 @@ import inspect
 import itertools
 import threading
 import weakref
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import parametrizations_cached
+from dora_cache.ambient import global_forward_hooks, parametrizations_cached
+from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -22,6 +24,7 @@ __all__ = [
     "PLAIN_KEYS",
     "Adapters",
     "UnkeyableError",
+    "check_container",
     "concerns",
     "freeze",
     "make_binder",
@@ -84,14 +87,16 @@ def freeze(value: object, dependencies: list[object]) -> Hashable:
         dependencies.append(value)
         return (Tensor, id(value))
     if isinstance(value, nn.Module):
-        dependencies.extend(own_state(value))
+        dependencies.extend(own_state(value, whole=True))
         # An id may be another module's once this one is gone; such a number never is.
         return (nn.Module, _number(value))
-    if isinstance(value, enum.Enum):
-        return (kind, value.name)  # members of two enumerations may be equal
+    if isinstance(value, enum.Enum):  # members of two enumerations may be equal
+        return (kind, value.value if value.name is None else value.name)
     if isinstance(value, tuple | list):
+        check_container(value)
         return (kind, tuple(freeze(item, dependencies) for item in value))
     if isinstance(value, dict):
+        check_container(value)
         pairs = value.items()  # in order, which a function may go by
         return (kind, tuple((freeze(k, dependencies), freeze(v, dependencies)) for k, v in pairs))
     if isinstance(value, set | frozenset):
@@ -100,7 +105,15 @@ def freeze(value: object, dependencies: list[object]) -> Hashable:
     raise UnkeyableError(msg)
 
 
-_UNSIGNABLE = object()
+def check_container(value: object) -> None:
+    """Check that a list, tuple or dict is what it contains, and nothing more.
+
+    Raises:
+        UnkeyableError: it has attributes of its own, or makes up missing items.
+    """
+    if getattr(value, "__dict__", None) or isinstance(value, defaultdict):
+        msg = f"a {type(value).__name__} is more than its items: pass a plain list, tuple or dict"
+        raise UnkeyableError(msg)
 
 
 def _number(module: nn.Module) -> int:
@@ -136,20 +149,28 @@ def _modules_of(owner: nn.Module) -> Iterator[nn.Module]:
 _MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_dora_cache_binding", "_dora_cache_observer"})
 
 
-def own_state(owner: nn.Module) -> Iterator[object]:
+def own_state(owner: nn.Module, *, whole: bool = False) -> Iterator[object]:
     """Yield the parameters, buffers, and attributes of a module and of its submodules.
 
-    What PyTorch itself keeps in every module (its mode, its hooks) is left out. Attributes that
-    cannot be signed come out as they are, so that signing them fails.
+    What PyTorch itself keeps in every module (its mode, its hooks) is left out. Where these matter,
+    a reason comes out, so that reading it fails, as reading an attribute does that cannot be read.
+
+    Args:
+        owner: the module.
+        whole: whether it is called as a whole, so that its own mode and hooks matter too; not so of
+            the owner of a method that is called.
     """
+    if global_forward_hooks():
+        yield Reason.HOOKED
     for module in _modules_of(owner):
         yield _number(module)
         if parametrizations_cached() and "parametrizations" in module._modules:
-            yield _UNSIGNABLE  # within parametrize.cached(), which does not notice writes
-        if module is not owner and (
-            module.training or module._forward_hooks or module._forward_pre_hooks
-        ):
-            yield _UNSIGNABLE
+            yield Reason.UNSIGNABLE  # within parametrize.cached(), which does not notice writes
+        if whole or module is not owner:
+            if module.training:
+                yield Reason.TRAINING
+            if module._forward_hooks or module._forward_pre_hooks:
+                yield Reason.HOOKED
         yield from module._parameters.values()
         yield from module._buffers.values()
         for name, value in vars(module).items():

@@ -49,12 +49,15 @@ class Mutex(Uncopyable):
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock, and do what was put off once it is released."""
-        self.lock.acquire()
         try:
-            self._settle()
-            yield
+            with self.lock:
+                self._settle()
+                try:
+                    yield
+                finally:
+                    self._settle()
         finally:
-            self._release()
+            self.catch_up()
 
     def later(self, action: Callable[[], object], *, now: bool = False) -> None:
         """Do something once the lock is released; it must not raise.
@@ -65,12 +68,15 @@ class Mutex(Uncopyable):
         """
         self._later.append(action)
         if now and not self.is_owned and self.lock.acquire(blocking=False):
-            self._release()
+            try:
+                self._settle()
+            finally:
+                self.lock.release()
+            self.catch_up()
 
-    def _release(self) -> None:
-        self._settle()
-        self.lock.release()
-        self.catch_up()
+    def reset(self) -> None:
+        """Make the lock anew, for a child process: a thread that is not there may have held it."""
+        self.lock = threading.RLock()
 
     def catch_up(self) -> None:
         """Do what had to wait, unless this thread still holds the lock."""
@@ -82,8 +88,8 @@ class Mutex(Uncopyable):
             except IndexError:  # another thread took the last one
                 break
             action()
-        while self._warnings:  # never an error, whatever the filters
-            with suppress(IndexError, CacheWarning):
+        while self._warnings:  # never an error, whatever filters and showwarning() do
+            with suppress(Exception):
                 warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
 
     def warn(self, cause: Hashable, text: str) -> None:

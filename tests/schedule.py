@@ -115,7 +115,7 @@ class Schedule:
             def is_set(self):
                 return self.flag
 
-            def wait(self):
+            def wait(self, timeout=None):
                 if not self.flag:
                     schedule.pause(until=lambda: self.flag)
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import activate, dora_model, quiet, run, sample
 
 import dora_cache
+from dora_cache import triton_launch
 from dora_cache.lab.layer import count_frames
 from dora_cache.recipes.dora import bound, kernels
 from dora_cache.recipes.dora.bound import Bound
@@ -896,7 +897,7 @@ class Compiler:
 
 def test_launcher(monkeypatch):
     """The public way first, and for what is not aligned, and once the other one has failed."""
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    monkeypatch.setattr(triton_launch, "raw_stream", lambda _: 7)
     triton = Compiler()
     launcher = Launcher(triton, 0, 3, (16,), (True,))
     tensor = torch.zeros(64)
@@ -920,7 +921,7 @@ def test_launcher(monkeypatch):
 
 def test_launcher_learns_from_aligned_tensors_alone(monkeypatch):
     """What was compiled for others is slower, or wrong where it is the other way round."""
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    monkeypatch.setattr(triton_launch, "raw_stream", lambda _: 7)
     triton = Compiler()
     launcher = Launcher(triton, 0, 1, (), ())
     tensor = torch.zeros(64)

@@ -460,10 +460,9 @@ def test_who_waited_for_a_value_looks_at_it():
     """A value whose first caller has changed it is not handed to those who waited for it."""
     pending = Pending(None, read([]), None, 1)
     pending.entry = backends.Entry(torch.ones(3), pending.facts)
-    pending.done.set()
-    assert pending.wait() is pending.entry
+    assert pending.result() is pending.entry
     pending.entry.value.requires_grad_()
-    assert pending.wait() is None
+    assert pending.result() is None
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -729,7 +728,7 @@ def test_a_decorated_function_in_an_attribute_is_named():
         (functools.lru_cache(lambda: None), "functools.lru_cache keeps .*: leave it out"),
         (functools.partial(print), "a partial: decorate the function itself, or a def"),
         (nn.Linear(1, 1), "a Linear: decorate the function itself, or a def"),
-        (nn.Linear, "the class type: decorate its methods"),
+        (nn.Linear, "the class Linear: decorate its methods"),
         (Derived().one, "a bound method, .*: decorate the method in its class"),
         (torch.matrix_exp, "cannot tell which parameters .*: decorate a def that calls it"),
     ],

@@ -135,6 +135,8 @@ class Bound(Uncopyable):
                     or of_part.get("_compiled_call_impl") is not None
                 ):
                     return None
+            if "get_weight_norm" in of_part or "get_lora_weight" in of_part:  # the magnitude's
+                return None
             scaling = state["scaling"][adapter]
             of_base, of_first, of_last = base._parameters, first._parameters, last._parameters
             weight, bias = of_base["weight"], of_base["bias"]

@@ -188,7 +188,11 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
                 or part._compiled_call_impl is not None
             ):
                 return Reason.HOOKED
-            if getattr(kind, "forward", None) not in _KNOWN_FORWARDS:
+            if (
+                getattr(kind, "forward", None) not in _KNOWN_FORWARDS
+                or "get_weight_norm" in state
+                or "get_lora_weight" in state
+            ):
                 return Reason.UNUSUAL_PART
     return None
 
