@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dora_cache.errors import ConfigError
 from dora_cache.facts import tensors_in
-from dora_cache.keys import own_state
+from dora_cache.keys import check_container, own_state
 
 __all__ = ["Listed", "listed", "made_anew"]
 
@@ -106,6 +106,7 @@ def _items(found: Any) -> tuple[Iterable[object], str]:
     if isinstance(found, nn.Module):
         return [found], "module"
     if isinstance(found, Mapping):
+        check_container(found)
         return [*found.keys(), *found.values()], "mapping"
     if isinstance(found, str | bytes):
         msg = f"it returned {found!r}, which is text: {_INSTEAD}"
@@ -138,6 +139,7 @@ def _opened(item: object, iterators: list[object]) -> object:
     if isinstance(item, nn.Module):
         return [*own_state(item, whole=True)]
     if isinstance(item, Mapping):
+        check_container(item)
         return [_opened(part, iterators) for part in (*item.keys(), *item.values())]
     if isinstance(item, list | tuple):
         parts = [_opened(part, iterators) for part in item]

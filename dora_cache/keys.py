@@ -111,7 +111,8 @@ def check_container(value: object) -> None:
     Raises:
         UnkeyableError: it has attributes of its own, or makes up missing items.
     """
-    if getattr(value, "__dict__", None) or isinstance(value, defaultdict):
+    attributes = getattr(value, "__dict__", {}).keys() - {"_metadata"}  # which state_dict() adds
+    if attributes or isinstance(value, defaultdict):
         msg = f"a {type(value).__name__} is more than its items: pass a plain list, tuple or dict"
         raise UnkeyableError(msg)
 

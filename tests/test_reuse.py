@@ -144,6 +144,10 @@ class Pair(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mul_.Tensor:
+            for part in (args[0].one, args[0].other):
+                part.mul_(args[1])
+            return args[0]
         plain = [arg.one + arg.other if isinstance(arg, Pair) else arg for arg in args]
         return func(*plain, **(kwargs or {}))
 
@@ -169,6 +173,7 @@ def test_a_tensor_that_wraps_others_is_read_by_these():
             lambda: None,
             lambda: owner.pair.one.add_(1),
             lambda: owner.pair.other.fill_(5),
+            lambda: owner.pair.mul_(2),
             lambda: setattr(owner.pair, "other", torch.ones(3)),
             lambda: setattr(owner, "pair", Pair(torch.zeros(3), torch.ones(3))),
         ):
@@ -176,7 +181,7 @@ def test_a_tensor_that_wraps_others_is_read_by_these():
             expected = (owner.pair.one + owner.pair.other) * 2
             for _ in range(3):
                 assert torch.equal(owner.double(), expected)
-        assert (cache.stats().misses, cache.stats().hits) == (5, 10)
+        assert (cache.stats().misses, cache.stats().hits) == (6, 12)
 
 
 def test_a_tensor_that_does_not_say_what_it_wraps_goes_past():
