@@ -298,7 +298,7 @@ def _bound_blind_to(patch, **state):
     patch.setattr(Bound, "run", run)
 
 
-@mutant("a bound layer that ignores disabled adapters", ModelMachine)
+@mutant("a bound layer that ignores disabled adapters", ModelMachine, rare=True)
 def _(patch):
     _bound_blind_to(patch, _disable_adapters=False)
 

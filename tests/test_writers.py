@@ -8,7 +8,10 @@ import contextlib
 import copy
 import gc
 import importlib
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -359,3 +362,39 @@ def test_the_table_names_what_there_is():
                 continue
         for name in writer.methods:
             assert callable(getattr(getattr(module, writer.owner), name))
+
+
+def test_a_library_imported_after_attaching():
+    """Its functions are followed from the first use on, and left alone once nothing is attached."""
+    pytest.importorskip("torch_ema")
+    script = """
+        import sys
+        import torch
+        import dora_cache
+        from zoo import dora_model, run, sample
+
+        model, x = dora_model("linear"), sample("linear")
+        finders = list(sys.meta_path)
+        with dora_cache.attach(model, audit=False) as cache:
+            for _ in range(3):
+                run(model, x)
+            assert "torch_ema" not in sys.modules
+            from torch_ema import ExponentialMovingAverage
+            weights = [p for n, p in model.named_parameters() if "lora_A" in n]
+            ema = ExponentialMovingAverage(weights, decay=0.5)
+            ema.shadow_params = [kept * 3 for kept in ema.shadow_params]
+            ema.copy_to()
+            found = run(model, x)
+            with cache.bypass():
+                assert torch.equal(found, run(model, x))
+        assert sys.meta_path == finders
+        assert not hasattr(ExponentialMovingAverage.copy_to, "__wrapped__")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

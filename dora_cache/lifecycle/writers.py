@@ -1,7 +1,7 @@
 """Libraries' own functions that write weights through ``.data``, which no version counter shows.
 
 Each is named in :data:`WRITERS`; another is one row. Libraries are not imported for it: a function
-is wrapped once its module has been, and unwrapped when the last cache detaches.
+is wrapped when its module is imported, and unwrapped when the last cache detaches.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 from dora_cache.lifecycle.followers import Followers, wrap
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import ExitStack
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
     from dora_cache.engine import Engine
 
@@ -119,7 +124,45 @@ def look_again() -> None:
             break
 
 
+class _Imports(MetaPathFinder):
+    """Has the functions of a library wrapped as soon as it is imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a module as the other finders do; look again once it has run."""
+        if not any(writer.module == fullname for writer in _waiting):
+            return None
+        for finder in list(sys.meta_path):
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                with suppress(AttributeError):  # a loader of another kind: see look_again()
+                    _run_and_look(spec.loader)
+                return spec
+        return None
+
+
+def _run_and_look(loader: Any) -> None:
+    run = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        run(module)
+        look_again()
+
+    loader.exec_module = exec_module
+
+
+def _stop(imports: _Imports) -> None:
+    with suppress(ValueError):  # somebody else has removed it
+        sys.meta_path.remove(imports)
+
+
 def _begin(undo: ExitStack) -> None:
+    if not any(isinstance(finder, _Imports) for finder in sys.meta_path):
+        imports = _Imports()
+        sys.meta_path.insert(0, imports)
+        undo.callback(_stop, imports)
     for writer in list(_waiting):
         owner = getattr(sys.modules.get(writer.module), writer.owner, None)
         if owner is None:  # not imported, or not as far as that yet
