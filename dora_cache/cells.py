@@ -159,6 +159,12 @@ class Cell(Uncopyable):
             self.misses += count
         return self._long
 
+    def void(self) -> None:
+        """Have the entry not used any more, without the lock; it is still to be dropped."""
+        self.born = 0
+        for shortcut in list(self.shortcuts):
+            shortcut.clear()
+
     def clear_shortcuts(self) -> None:
         """Have every shortcut to the entry lead nowhere."""
         binding = self.binding()
@@ -330,7 +336,8 @@ class Cells(Uncopyable):
 
     def on(self, storages: Iterable[int]) -> list[Cell]:
         """Return the cells whose entries are derived from some storages."""
-        found = (cell for storage in storages for cell in self._by_storage.get(storage, ()))
+        # Copied at once, since it is called without the lock as well.
+        found = (cell for storage in storages for cell in tuple(self._by_storage.get(storage, ())))
         return list(dict.fromkeys(found))
 
     def retired(self) -> list[tuple[tuple[int, str, Adapters], Totals]]:

@@ -671,15 +671,19 @@ class Engine(Uncopyable):
     def replaced(self, tensors: Sequence[Tensor]) -> None:
         """Drop what was derived from tensors one of which takes another's place.
 
-        What is put in place before a derivation's end is noted before it is in place, without a
-        lock; so before the dependencies are read again and the note is looked at.
+        Takes no lock, so that whoever replaces a parameter never waits. What is put in place before
+        a derivation's end is noted before it is in place; so before the dependencies are read again
+        and the note is looked at.
         """
         storages = _storages_of(tensors)
         if self._pending:
             self._touch_pending(storages)
         # A parameter that was made anew over the same memory may have all the facts of the old one.
-        if self.cells.on(storages):
-            self.touched(tensors)
+        cells = self.cells.on(storages)
+        for cell in cells:
+            cell.void()
+        if cells:
+            self.mutex.later(partial(self.touched, tensors), now=True)
 
     def _touch_pending(self, storages: set[int]) -> None:
         """Have what is being derived from some memory not stored."""

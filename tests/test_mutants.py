@@ -6,9 +6,11 @@ Some bugs show themselves only after a long search, which `make test-deep` allow
 import sys
 
 import pytest
+from decorator_machine import DecoratorMachine, InferenceMachine
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
+from model_machine import AuditedModelMachine, ModelMachine
 from mutants import MUTANTS
 from zoo import quiet
 
@@ -63,3 +65,20 @@ def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
     record_property("mutant", (mutant.name, mutant.machine.__name__, steps))
     assert error is not None, f"not caught in {steps} steps"
     assert isinstance(error, (AssertionError, DoraCacheError)), repr(error)
+
+
+@pytest.mark.machine
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("machine", "examples"),
+    [
+        (DecoratorMachine, 300),
+        (InferenceMachine, 300),
+        (ModelMachine, 40),
+        (AuditedModelMachine, 4),
+    ],
+)
+def test_without_a_bug_the_same_search_finds_none(machine, examples):
+    """Otherwise bugs would be caught by something else that fails."""
+    _, error = caught(machine, examples)
+    assert error is None
