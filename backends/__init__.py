@@ -1,4 +1,4 @@
-"""Where tensors wait: storage for derived values, one backend a file.
+"""Storage backends for derived tensors, one in each file.
 
 To add a backend, write a class with the methods of :class:`Backend` in a file of its own and add
 its row to the table in ``registry.py``; from another package, use :func:`register` or an entry

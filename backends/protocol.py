@@ -84,7 +84,7 @@ def _facts(tensor: Tensor) -> tuple[object, ...]:
 
 @runtime_checkable
 class Backend(Protocol):
-    """Where derived tensors wait until they are used again.
+    """Storage for derived tensors.
 
     A backend stores entries under hashable keys. It never computes, never checks freshness, and
     knows nothing of modules or adapters. Every call comes from one thread at a time: the cache
@@ -120,7 +120,7 @@ class Backend(Protocol):
 
         Once for each eviction, after the entry is gone and before the method returns that evicted
         it. ``evicted`` is cheap, raises nothing, and does not call the backend. This method is
-        called once, before anything is stored.
+        called before anything is stored; of several functions, the last one given counts.
         """
 
     def get(self, key: Hashable) -> Entry | None:

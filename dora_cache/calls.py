@@ -38,10 +38,10 @@ class Call:
         binding: of the owner.
         args: positional arguments, the owner included.
         kwargs: keyword arguments.
+        spelled: what stands for the call as it is spelled; None if an argument is not plain.
         compares_contents: whether to hash what it depends on.
 
     Attributes:
-        spelled: what stands for the call as it is spelled; None if an argument is not plain.
         key: see :data:`dora_cache.cells.Key`.
         adapter: whose value it asks for.
         dependencies: what its value depends on.
@@ -77,6 +77,7 @@ class Call:
         binding: Binding,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        spelled: Hashable,
         *,
         compares_contents: bool,
     ) -> None:
@@ -84,7 +85,7 @@ class Call:
         self.binding = binding
         self.args = args
         self.kwargs = kwargs
-        self.spelled = None if kwargs else spelled_as(derivation, binding, args)
+        self.spelled = spelled
         self.adapter: Adapters
         self.is_plain = False
         frozen, self.adapter, self.dependencies = self._bind()
@@ -106,7 +107,12 @@ class Call:
         """Return the same call, with what it depends on as it is now."""
         compares = self.contents is not None
         return Call(
-            self.derivation, self.binding, self.args, self.kwargs, compares_contents=compares
+            self.derivation,
+            self.binding,
+            self.args,
+            self.kwargs,
+            self.spelled,
+            compares_contents=compares,
         )
 
     def run(self) -> Any:

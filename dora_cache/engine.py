@@ -8,7 +8,7 @@ import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,9 +58,6 @@ _AUDITED = EVERY - 1
 _WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
 _LONGEST_REST = 128  # calls that go past before the next attempt
 _PATIENCE = 60.0  # seconds to wait for another thread, which may wait for a lock that this one has
-
-
-P = ParamSpec("P")
 
 
 class NotCachedError(Exception):
@@ -161,7 +158,9 @@ class Engine(Uncopyable):
         if reason is not None:
             return self._go_past(reason, derivation, args, kwargs)
         try:
-            call = Call(derivation, binding, args, kwargs, compares_contents=self.compares_contents)
+            call = Call(
+                derivation, binding, args, kwargs, spelled, compares_contents=self.compares_contents
+            )
         except UncheckableError as error:
             return self._go_past(error.reason, derivation, args, kwargs)
         except UnkeyableError:
@@ -196,7 +195,7 @@ class Engine(Uncopyable):
                 return None
         except Exception:  # noqa: BLE001 - other dependencies than before, or worse: the long way
             return None
-        ready = entry.ready
+        ready = entry.ready  # what join() looks at first, without the call
         if ready is not None and raw_stream(ready.device) != ready.stream:
             ready.join(entry.tensors)
         uses = shortcut.count()
@@ -321,6 +320,8 @@ class Engine(Uncopyable):
                     with self.mutex.lock:
                         cell.add(hit=True, count=-1)
                     continue
+            if pending is None or join:  # else an interrupt in there would leave others waiting
+                self.mutex.catch_up()
             if declined:
                 with suppress(torch.OutOfMemoryError):
                     return self._only_derive(call, cell)
@@ -330,7 +331,6 @@ class Engine(Uncopyable):
                     return self._derive(pending, call)
                 joins = pending.done.wait(_PATIENCE) is not False
                 entry = pending.result() if joins else None
-            self.mutex.catch_up()
             if entry is not None:
                 return _joined(entry)
             with self.mutex.lock:  # declined, or the one waited for came to nothing: no lookup yet
@@ -343,7 +343,7 @@ class Engine(Uncopyable):
         """Return the entry of a call if it may be used; drop it if not."""
         try:
             entry = self._backend.get(cell.key)
-        except Exception as error:  # noqa: BLE001 - as in _try, without its cost at every hit
+        except Exception as error:  # noqa: BLE001 - as Mutex.attempt(), without its cost at each hit
             self.mutex.failed("the backend's get", error)
             return None
         self.holdings.note_evictions()  # some backends move entries when they are asked for one
@@ -780,7 +780,7 @@ class Engine(Uncopyable):
         """
         with self.mutex.held():
             self.declined.setdefault(Declined(kind, adapter, where, reason))
-            text = f"{kind} is not cached everywhere, as in {where}: {reason}"
+            text = f"{kind} is not cached in {where}: {reason}"
             self.mutex.warn((kind, reason), text)
 
     @property

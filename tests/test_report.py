@@ -166,9 +166,9 @@ def test_what_is_declined_is_listed_once_and_told_once_per_reason():
         Declined("LoHa", "a", "layer.0", "no reason"),
     ]
     assert [str(one.message) for one in caught] == [
-        "OFT is not cached everywhere, as in layer.0: no reason",
-        "OFT is not cached everywhere, as in layer.0: another reason",
-        "LoHa is not cached everywhere, as in layer.0: no reason",
+        "OFT is not cached in layer.0: no reason",
+        "OFT is not cached in layer.0: another reason",
+        "LoHa is not cached in layer.0: no reason",
     ]
     declined.clear()
     assert len(cache.declined) == 4

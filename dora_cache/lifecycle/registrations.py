@@ -25,7 +25,7 @@ __all__ = ["follow_registrations"]
 
 
 def follow_registrations(cache: Engine) -> None:
-    """Store nothing that was derived while a dependency was replaced, until the cache detaches."""
+    """Drop what was derived from parameters and buffers that are replaced, until detaching."""
     _followers.add(cache)
 
 

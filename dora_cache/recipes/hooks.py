@@ -48,8 +48,6 @@ __all__ = [
     "parameter",
 ]
 
-Warm = "Callable[[Any, str], object]"
-
 
 class UnusualError(UncheckableError):
     """A layer is not as a recipe knows it; PEFT's own code runs, and nothing is stored."""
@@ -136,14 +134,15 @@ def guard(
             binding = state.get(SLOT)
             if binding is not None:
                 reason = why_uncached(self, binding)
-                if reason is None and torch.is_grad_enabled() and wants_gradients(self):
+                if reason is None and wants_gradients(self):
                     reason = Reason.GRADIENTS
                 if reason is not None:
                     binding.cache.passed_by(reason)
                 elif not (self._disable_adapters or self.merged_adapters):  # some have the class's
                     try:
                         result = forward(self, x, **kwargs)
-                    except UnusualError:
+                    except UnusualError as error:
+                        binding.cache.passed_by(error.reason)
                         result = None
                     if result is not None:
                         return result

@@ -167,7 +167,7 @@ def follow_layer(
         cache.event(binding)
 
     def changed(*_: object, **__: object) -> None:
-        # Stamps show it to whoever looks; compiled code does not look.
+        # Eager calls compare what they depend on. Compiled code does not: its buffers are refilled.
         cache.revalidate(binding)
 
     observer = Observer(

@@ -237,7 +237,8 @@ def substituting(
         with _Passage(gate, alone=False) as passage:
             try:
                 found = plan(self, kwargs) if passage.entered else None
-            except UnusualError:
+            except UnusualError as error:
+                self.__dict__[SLOT].cache.passed_by(error.reason)
                 found = None
             if found is not None:
                 passage.use(found)

@@ -58,7 +58,7 @@ forward_fast = _forward(fast=True)
 
 
 def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
-    """Compute the output from what is buffered; None unless all is as it mostly is.
+    """Compute the output from buffers. None if the layer is not in the common configuration.
 
     For torch.compile, which guards everything that is looked at here, for each layer and at each
     call: so it is little, and without PEFT's properties and methods, each of which is guarded in
