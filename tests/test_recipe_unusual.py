@@ -191,6 +191,22 @@ def test_a_weight_that_is_no_parameter(name, attribute, change, numerics):
     check(name, steps, numerics=numerics)
 
 
+@pytest.mark.parametrize("change", [make_plain, make_buffer, make_parametrized, make_pruned])
+@pytest.mark.parametrize(("name", "attribute"), MEMBERS)
+def test_no_forward_is_passed_over_in_silence(name, attribute, change):
+    """Each is looked up, or counted as a call past the cache with its reason."""
+    model, x = make_model(EXAMPLES[name])
+    with attach(model) as cache, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(model, x)
+        change(*place(model, attribute))
+        before = cache.stats()
+        run(model, x)
+        after = cache.stats()
+    assert after.lookups + after.bypasses > before.lookups + before.bypasses
+    assert sum(after.reasons.values()) >= after.bypasses
+
+
 @pytest.mark.parametrize("name", ["LoHa", "LoKr", "HiRA", "C3A", "GLoRA", "PSOFT", "PEANuT", "OFT"])
 def test_flat_parameters_of_fsdp(name, tmp_path):
     """Under FSDP with flat parameters, weights are views that are nobody's parameters."""

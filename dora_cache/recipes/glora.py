@@ -24,7 +24,7 @@ from dora_cache.decorator import cached
 from dora_cache.recipes.bases import dense_base, replaceable
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example
 from dora_cache.recipes.examples import linear as linear_base
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, own_parameter
 from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def _usable(layer: Any, adapters: Sequence[str]) -> bool:
 def _forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "glora_A")
     if not _usable(layer, adapters):
-        return None
+        msg = "the base layer is not dense, or a path is not PEFT's own or has hooks"
+        raise UnusualError(msg)
     base_result: Tensor = layer.base_layer(x)
     result = base_result
     for adapter in adapters:

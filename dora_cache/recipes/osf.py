@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.recipes.bases import foldable
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, guard, own_parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, guard, own_parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def _active(layer: Any) -> str | None:
     if type(active) is not str:
         active = active[0] if active else None
     trained = layer._modules["osf_svd_params"]._modules.get(active)
-    return active if type(trained) is nn.ParameterDict else None
+    if trained is not None and type(trained) is not nn.ParameterDict:
+        msg = "osf_svd_params has a member that is not a ParameterDict"
+        raise UnusualError(msg)
+    return None if trained is None else active
 
 
 # What numerics="fast" stores and does
