@@ -1,0 +1,63 @@
+"""Set-ups of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from dora_cache.lab.field.setup import Built, SetUp
+
+__all__ = ["SETUPS", "config", "llama", "running"]
+
+
+def llama(width: int) -> Any:
+    """Return a small random causal language model of two layers, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    return LlamaForCausalLM(settings).eval()
+
+
+def config(dora: bool, **others: Any) -> LoraConfig:  # noqa: FBT001
+    """Return the settings of an adapter that changes the outputs, for all projections."""
+    torch.manual_seed(1)
+    return LoraConfig(
+        **{
+            "r": 4,
+            "use_dora": dora,
+            "target_modules": r".*\.(self_attn|mlp)\..*_proj",
+            "init_lora_weights": False,
+        }
+        | others
+    )
+
+
+def running(model: Any, attached: Any = None) -> Built:
+    """Return what runs a causal language model on five tokens."""
+    ids = torch.arange(1, 6)[None]
+    return Built(model if attached is None else attached, lambda: model(ids).logits)
+
+
+def _peft_model(dora: bool, width: int) -> Built:  # noqa: FBT001
+    return running(get_peft_model(llama(width), config(dora)).eval())
+
+
+def _add_adapter(dora: bool, width: int) -> Built:  # noqa: FBT001
+    model = llama(width)
+    model.add_adapter(config(dora), "a")
+    return running(model)
+
+
+SETUPS = [
+    SetUp("get_peft_model", "transformers", _peft_model),
+    SetUp("add_adapter", "transformers", _add_adapter),
+]

@@ -1,0 +1,11 @@
+"""Adapters as transformers puts them into a model."""
+
+import pytest
+from field_setups import check, ids
+
+from dora_cache.lab.field import setups
+
+
+@pytest.mark.parametrize("setup", setups("transformers"), ids=ids)
+def test_setup(setup):
+    check(setup)
