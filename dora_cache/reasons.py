@@ -31,6 +31,7 @@ class Reason(enum.Enum):
     DETACHED = "cache detached", "attach again with dora_cache.attach(model)"
     COPY = "copied owner", "attach a cache to the copy"
     TRAINING = "training mode", "call model.eval() for inference"
+    DROPOUT = "dropout at work", "call model.eval() for inference"
     GRADIENTS = "gradients wanted", "run inference under torch.no_grad() or inference_mode()"
     TRACED = (
         "operations traced or transformed",

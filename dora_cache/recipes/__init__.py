@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dora_cache.engine import Engine
     from dora_cache.recipes.peft_layers import Recipe
 
-__all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
+__all__ = ["ENTRY_POINT_GROUP", "RECIPES", "Recipes", "load_recipes", "register_recipe"]
 
 RECIPES = {
     "BOFT": "dora_cache.recipes.boft",
@@ -129,56 +129,62 @@ def _check(recipe: Any) -> None:
             raise ConfigError(msg)
 
 
-def apply_recipes(cache: Engine, model: nn.Module) -> int:
-    """Cache every PEFT layer in a model that there is a recipe for.
+class Recipes:
+    """The recipes of one cache, applied to what comes into its models.
 
-    Adapters and layers that PEFT adds to the model later are cached as well. A recipe that was
-    written for other methods than this PEFT has is declined.
-
-    Returns:
-        How many layers are cached.
+    Args:
+        cache: the cache.
     """
-    if "peft" not in sys.modules:  # then the model has no PEFT layers, and PEFT is slow to import
-        return 0
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    from dora_cache.recipes.fingerprints import changed
-    from dora_cache.recipes.hotswap import follow_hotswap
-    from dora_cache.recipes.merging import follow_merges
-    from dora_cache.recipes.peft_layers import follow_layer, follow_tuner
+    def __init__(self, cache: Engine) -> None:
+        self._cache = cache
+        self._recipes: list[Recipe] | None = None
+        self._sound: dict[str, bool] = {}
 
-    recipes = load_recipes(cache)
-    sound: dict[str, bool] = {}
+    def apply(self, model: nn.Module) -> int:
+        """Cache every PEFT layer in a model that there is a recipe for.
 
-    def is_sound(recipe: Recipe) -> bool:
-        if recipe.name not in sound:  # looked at when a layer needs it: reading sources takes time
-            other = changed(recipe.relies_on)
-            sound[recipe.name] = not other
-            if other:
-                reason = f"this PEFT has another {', '.join(other)} than the recipe was written for"
-                cache.decline(recipe.name, "recipe", reason)
-        return sound[recipe.name]
+        A recipe that was written for other methods than this PEFT has is declined.
 
-    def apply(module: nn.Module) -> bool:
-        fitting = [recipe for recipe in recipes if recipe.applies(module) and is_sound(recipe)]
-        return any([recipe.apply(cache, module) for recipe in fitting])  # noqa: C419 - all of them
+        Returns:
+            How many layers are cached.
+        """
+        if "peft" not in sys.modules:  # then the model has none, and PEFT is slow to import
+            return 0
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def scan() -> int:
-        return sum(apply(module) for module in list(model.modules()))
+        from dora_cache.recipes.peft_layers import follow_layer
 
-    found = scan()
-    if found:
+        found = sum(self._apply(module) for module in list(model.modules()))
         # Merging writes into base weights past their version counters, and layers may share them.
-        other = _Other(apply)
+        other = _Other(self._apply)
         for part in list(model.modules()):
             if isinstance(part, BaseTunerLayer):
-                follow_layer(cache, part, other)
-        follow_hotswap(cache)
-        follow_merges(cache)
-        for part in list(model.modules()):
-            if isinstance(part, BaseTuner):
-                follow_tuner(cache, part, scan)
-    return found
+                follow_layer(self._cache, part, other)
+        return found
+
+    def _apply(self, module: nn.Module) -> bool:
+        if self._recipes is None:
+            from dora_cache.recipes.hotswap import follow_hotswap
+            from dora_cache.recipes.merging import follow_merges
+
+            self._recipes = load_recipes(self._cache)
+            follow_hotswap(self._cache)
+            follow_merges(self._cache)
+        fitting = [one for one in self._recipes if one.applies(module) and self._is_sound(one)]
+        return any([recipe.apply(self._cache, module) for recipe in fitting])  # noqa: C419 - all
+
+    def _is_sound(self, recipe: Recipe) -> bool:
+        from dora_cache.recipes.fingerprints import changed
+
+        sound = self._sound.get(recipe.name)
+        if sound is None:  # looked at when a layer needs it: reading sources takes time
+            other = changed(recipe.relies_on)
+            sound = self._sound[recipe.name] = not other
+            if other:
+                reason = f"this PEFT has another {', '.join(other)} than the recipe was written for"
+                self._cache.decline(recipe.name, "recipe", reason)
+        return sound
 
 
 class _Other:
