@@ -9,7 +9,6 @@ import dora_cache
 from dora_cache.lab.field import setups
 from dora_cache.lab.field.of_transformers import config, llama, running
 
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Already found a `peft_config`"
 )  # of a second adapter
@@ -45,6 +44,7 @@ def test_adapters_are_loaded_after_attaching(tmp_path):
         assert not torch.equal(disabled, output)
         model.enable_adapters()
         assert torch.equal(run(), output)
+        model.set_adapter("a")
         model.delete_adapter("b")
         assert cache.stats().entries == 2
 
