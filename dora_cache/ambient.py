@@ -292,13 +292,28 @@ def tensor_guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     It also fails under autocast, inference mode, functorch transforms and dispatch modes that are
     not active now. It is TorchDynamo's own check, in C.
 
+    Tensors that are alike get the same function, so that it stays in the processor's caches.
+
     Args:
         tensors: each once.
 
     Returns:
         A function of as many tensors; None if this version of PyTorch has no such check.
     """
-    return _guards(tensors) if _guards_work() else None
+    if not _guards_work():
+        return None
+    alike = tuple([(type(one), one.dtype, one.device, one.size(), one.stride()) for one in tensors])
+    found = _known_guards.get(alike)
+    # What else it checks is as it was when it was made if it holds at present.
+    if found is None or not found(*tensors):
+        if len(_known_guards) >= _MOST_GUARDS:
+            _known_guards.clear()
+        found = _known_guards[alike] = _guards(tensors)
+    return found
+
+
+_known_guards: dict[tuple[object, ...], Callable[..., bool]] = {}
+_MOST_GUARDS = 1024
 
 
 def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:

@@ -84,7 +84,7 @@ def attach(
         raise ConfigError(msg)
     cache = Engine(config or CacheConfig(**settings), _devices(target))
     try:
-        if not _attach(cache, target, Recipes(cache)):
+        if not _attach(cache, target, Recipes()):
             raise NothingToCacheError(_nothing(target, cache))
         follow_modes(cache)
         follow_optimizers(cache)
@@ -119,12 +119,12 @@ def _attach(cache: Engine, target: object, recipes: Recipes) -> int:
     else:
         models = [target]
     found = sum(_attach_module(cache, model, recipes) for model in models)
-    follow_arrivals(cache, models, lambda module: _attach_module(cache, module, recipes))
+    follow_arrivals(cache, models, partial(_attach_module, recipes=recipes))
     return found
 
 
 def _attach_module(cache: Engine, model: nn.Module, recipes: Recipes) -> int:
-    found = recipes.apply(model)
+    found = recipes.apply(cache, model)
     known: dict[type, bool] = {}
     for name, module in list(model.named_modules()):
         if not _is_taken(cache, module):  # else a recipe has it already

@@ -388,11 +388,16 @@ class Engine(Uncopyable):
         if spelled not in binding.shortcuts and len(binding.shortcuts) >= SPELLINGS:
             return
         gradients = not call.derivation.detach and call.reading.requires_grad
-        shortcut = make_shortcut(call.dependencies, entry, gradients=gradients, form=returned.form)
+        shortcut = make_shortcut(
+            call.dependencies,
+            entry,
+            gradients=gradients,
+            fixed=self._keeps_everything,
+            form=returned.form,
+        )
         if shortcut is None or read(call.dependencies).rows != call.reading.rows:
             return  # a write since the call was read: the facts are not those of the entry
         shortcut.spelled, shortcut.key, shortcut.facts_of = spelled, call.key, cell.facts
-        shortcut.entry = entry if self._keeps_everything else None
         shortcut.ready = entry.ready
         shortcut.count = cell.short.__next__
         shortcut.phase = binding.token & _AUDITED if cell.audit is not None else -1

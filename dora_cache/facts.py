@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -306,11 +307,13 @@ class Shortcut(Uncopyable):
         clear: lead nowhere from now on.
         count: counts a hit; atomic, since it is one call into C.
         default_dtype: PyTorch's.
-        entry: the entry itself, where the backend never drops one of its own accord; else None.
+        entry: the entry itself if it is fixed: the backend never drops one of its own accord, and
+            makes no copies; else None.
         device: type of the default device.
-        facts: identity, version, storage and address of the tensors, and the numbers, as bytes: one
-            piece of memory is read much faster than many objects when it is in no cache.
-        others: strings and shapes, and the types of all scalars.
+        facts: identity, version, storage and address of the tensors, the numbers, and version and
+            address of the value's tensors if the entry is fixed, as bytes: one piece of memory is
+            read much faster than many objects when it is in no cache.
+        others: strings and shapes, and the types of all scalars; equal ones are the same object.
         facts_of: the :class:`Facts` of the entry; None once the entry has gone.
         gradients: whether the value must not be used while gradients are enabled.
         guards: checks the layout of the tensors and of the value, and what follows operations; see
@@ -365,7 +368,12 @@ class Shortcut(Uncopyable):
 
 
 def make_shortcut(
-    dependencies: Sequence[object], entry: Entry, *, gradients: bool, form: str = "items"
+    dependencies: Sequence[object],
+    entry: Entry,
+    *,
+    gradients: bool,
+    fixed: bool,
+    form: str = "items",
 ) -> Shortcut | None:
     """Note the facts of now; None where they cannot be checked in short, as under autocast.
 
@@ -373,6 +381,7 @@ def make_shortcut(
         dependencies: tensors, None, scalars, and shapes.
         entry: the value's.
         gradients: whether the value must not be used while gradients are enabled.
+        fixed: whether it is this entry each time, and not a copy that the backend makes of it.
         form: how the dependencies will be given to ``check``: one by one as the ``"items"`` of
             something, as the keys and values of a ``"mapping"``, or as a ``"tensor"``.
     """
@@ -396,7 +405,6 @@ def make_shortcut(
             pattern += "n"
         elif kind is float:
             pattern += "f"
-            others.append(kind)
             facts.append(item)  # type: ignore[arg-type]
         elif kind in _SCALARS:
             pattern += "s"
@@ -416,26 +424,36 @@ def make_shortcut(
         return None
     single = isinstance(entry.value, Tensor)
     shortcut.default_dtype = torch.get_default_dtype()
-    shortcut.check = _checker(pattern, form, 0 if single else len(parts))
-    shortcut.facts = _packer(pattern)(*facts)
-    shortcut.others = tuple(others)
+    shortcut.entry = entry if fixed else None
+    if fixed:
+        facts += entry.marks
+    shortcut.check = _checker(pattern, form, 0 if single else len(parts), fixed=fixed)
+    shortcut.facts = _packer(pattern, len(parts) if fixed else 0)(*facts)
+    shortcut.others = _shared(tuple(others))
     shortcut.guards = guards
     shortcut.place = ambient.place()
-    shortcut.device = shortcut.place[0].type
+    shortcut.device = sys.intern(shortcut.place[0].type)
     shortcut.gradients = gradients
     return shortcut
 
 
+@functools.lru_cache(maxsize=1024)
+def _shared(others: tuple[object, ...]) -> tuple[object, ...]:
+    """Return one object for all that are equal: it then stays in the processor's caches."""
+    return others
+
+
 @functools.cache
-def _packer(pattern: str) -> Callable[..., bytes]:
-    """Return what packs the facts of dependencies of certain kinds; see :func:`_checker`."""
-    parts = {"t": "4q", "r": "4q", "f": "d"}
-    return struct.Struct("=" + "".join(parts.get(kind, "") for kind in pattern)).pack
+def _packer(pattern: str, parts: int) -> Callable[..., bytes]:
+    """Return what packs the facts of certain kinds and of a value; see :func:`_checker`."""
+    kinds = {"t": "4q", "r": "4q", "f": "d"}
+    form = "".join(kinds.get(kind, "") for kind in pattern)
+    return struct.Struct(f"={form}{2 * parts}q").pack
 
 
 @functools.cache
 def _checker(
-    pattern: str, form: str, parts: int
+    pattern: str, form: str, parts: int, *, fixed: bool
 ) -> Callable[[Sequence[object], Entry, Shortcut], bool]:
     """Write the check out for dependencies and values of certain kinds, as one expression.
 
@@ -446,6 +464,7 @@ def _checker(
             scalar.
         form: see :func:`make_shortcut`.
         parts: how many tensors the value has; 0 for one that is no tuple.
+        fixed: see :func:`make_shortcut`.
     """
     names = [f"d{index}" for index in range(len(pattern))]
     values = [f"v{index}" for index in range(parts or 1)]
@@ -459,16 +478,18 @@ def _checker(
             nones.append(f"{name} is None")
         elif kind == "f":
             facts.append(name)
-            others.append(f"type({name})")
+            nones.append(f"type({name}) is float")
         else:
             others.append(f"type({name}), {name}")
     if others:
         nones.append(f"({', '.join(others)},) == shortcut.others")
-    marks = ", ".join(f"{name}._version, {name}.data_ptr()" for name in values)
+    marks = [f"{name}._version, {name}.data_ptr()" for name in values]
+    if fixed:
+        facts += marks
     terms = [
         *nones,
         f"pack({', '.join(facts)}) == shortcut.facts",
-        f"({marks}) == entry.marks",
+        *([] if fixed else [f"({', '.join(marks)}) == entry.marks"]),
         f"shortcut.guards({', '.join(tensors + values)})",
         *(f"{name}.grad is None" for name in values),
         "not function_modes()",
@@ -492,7 +513,7 @@ def _checker(
     )
     namespace: dict[str, Any] = {
         "default_dtype": torch.get_default_dtype,
-        "pack": _packer(pattern),
+        "pack": _packer(pattern, len(values) if fixed else 0),
     }
     for name in (
         "any_autocast",

@@ -26,10 +26,12 @@ class _Model:
 
     Args:
         roots: the models.
-        arrived: called with each module that is put into one of them.
+        arrived: called with the cache and each module that is put into one of them.
     """
 
-    def __init__(self, roots: list[nn.Module], arrived: Callable[[nn.Module], object]) -> None:
+    def __init__(
+        self, roots: list[nn.Module], arrived: Callable[[Engine, nn.Module], object]
+    ) -> None:
         self.arrived = arrived
         # By id: modules may have an equality of their own, and then no hash.
         self._modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
@@ -45,7 +47,7 @@ class _Model:
 
 
 def follow_arrivals(
-    cache: Engine, roots: list[nn.Module], arrived: Callable[[nn.Module], object]
+    cache: Engine, roots: list[nn.Module], arrived: Callable[[Engine, nn.Module], object]
 ) -> None:
     """Call ``arrived`` with each module that is put into a model, until the cache detaches.
 
@@ -55,9 +57,10 @@ def follow_arrivals(
     Args:
         cache: the cache.
         roots: the models.
-        arrived: called with a module; its submodules are there already.
+        arrived: called with the cache and a module, whose submodules are there already. It must
+            not refer to the cache.
     """
-    cache.arrivals = _Model(roots, arrived)  # its function may refer to the cache
+    cache.arrivals = _Model(roots, arrived)
     _followers.add(cache)
 
 
@@ -81,7 +84,7 @@ def _registers(parent: nn.Module, name: str, new: nn.Module | None) -> None:
                     cache.event(binding)
         if new is not None and new not in model:
             try:
-                model.arrived(new)
+                model.arrived(cache, new)
             except Exception as error:  # noqa: BLE001 - the caller is changing a model
                 cache.failed("attaching a new module", error)
             model.add(new)

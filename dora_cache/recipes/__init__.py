@@ -130,18 +130,13 @@ def _check(recipe: Any) -> None:
 
 
 class Recipes:
-    """The recipes of one cache, applied to what comes into its models.
+    """The recipes of one cache, applied to what comes into its models; it holds no cache."""
 
-    Args:
-        cache: the cache.
-    """
-
-    def __init__(self, cache: Engine) -> None:
-        self._cache = cache
+    def __init__(self) -> None:
         self._recipes: list[Recipe] | None = None
         self._sound: dict[str, bool] = {}
 
-    def apply(self, model: nn.Module) -> int:
+    def apply(self, cache: Engine, model: nn.Module) -> int:
         """Cache every PEFT layer in a model that there is a recipe for.
 
         A recipe that was written for other methods than this PEFT has is declined.
@@ -155,26 +150,28 @@ class Recipes:
 
         from dora_cache.recipes.peft_layers import follow_layer
 
-        found = sum(self._apply(module) for module in list(model.modules()))
+        found = sum(self._apply(cache, module) for module in list(model.modules()))
         # Merging writes into base weights past their version counters, and layers may share them.
         other = _Other(self._apply)
         for part in list(model.modules()):
             if isinstance(part, BaseTunerLayer):
-                follow_layer(self._cache, part, other)
+                follow_layer(cache, part, other)
         return found
 
-    def _apply(self, module: nn.Module) -> bool:
+    def _apply(self, cache: Engine, module: nn.Module) -> bool:
         if self._recipes is None:
             from dora_cache.recipes.hotswap import follow_hotswap
             from dora_cache.recipes.merging import follow_merges
 
-            self._recipes = load_recipes(self._cache)
-            follow_hotswap(self._cache)
-            follow_merges(self._cache)
-        fitting = [one for one in self._recipes if one.applies(module) and self._is_sound(one)]
-        return any([recipe.apply(self._cache, module) for recipe in fitting])  # noqa: C419 - all
+            self._recipes = load_recipes(cache)
+            follow_hotswap(cache)
+            follow_merges(cache)
+        fitting = [
+            one for one in self._recipes if one.applies(module) and self._is_sound(cache, one)
+        ]
+        return any([recipe.apply(cache, module) for recipe in fitting])  # noqa: C419 - all of them
 
-    def _is_sound(self, recipe: Recipe) -> bool:
+    def _is_sound(self, cache: Engine, recipe: Recipe) -> bool:
         from dora_cache.recipes.fingerprints import changed
 
         sound = self._sound.get(recipe.name)
@@ -183,7 +180,7 @@ class Recipes:
             sound = self._sound[recipe.name] = not other
             if other:
                 reason = f"this PEFT has another {', '.join(other)} than the recipe was written for"
-                self._cache.decline(recipe.name, "recipe", reason)
+                cache.decline(recipe.name, "recipe", reason)
         return sound
 
 
@@ -199,6 +196,6 @@ class _Other:
     def applies(self, layer: nn.Module) -> bool:  # noqa: ARG002
         return True
 
-    def apply(self, cache: Engine, layer: nn.Module) -> bool:  # noqa: ARG002
-        applied: bool = self._apply(layer)
+    def apply(self, cache: Engine, layer: nn.Module) -> bool:
+        applied: bool = self._apply(cache, layer)
         return applied
