@@ -38,7 +38,7 @@ def _rows():
 
 @pytest.mark.machine
 @pytest.mark.timeout(4 * 3600)
-@pytest.mark.parametrize(("machine", "runs"), _rows())
+@pytest.mark.parametrize(("machine", "runs"), list(_rows()))
 def test_machine(machine, runs, record_property):
     """No run of any machine finds a wrong output, a wrong sum, too many bytes, or a deadlock."""
 
