@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -15,27 +14,16 @@ from torch import Tensor
 
 from dora_cache.ambient import raw_stream, untraceable
 from dora_cache.audit import EVERY, Auditor
-from dora_cache.backends import Declining
 from dora_cache.backends.storage import storage_id
 from dora_cache.binding import Binding, next_token, with_children
 from dora_cache.calls import SPELLINGS, Call, spelled_as
-from dora_cache.cells import VARIANTS, Pending
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
-from dora_cache.dependencies import made_anew
-from dora_cache.derive import derive, timed
+from dora_cache.deriver import Deriver
 from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
-from dora_cache.explain import (
-    UNSETTLED,
-    why_made_anew,
-    why_read_once,
-    why_unsettled,
-    why_unstorable,
-    why_unused,
-)
 from dora_cache.facts import UncheckableError, make_shortcut, read
 from dora_cache.holdings import Holdings
-from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError, concerns
+from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError
 from dora_cache.mutex import exclusive
 from dora_cache.reasons import Reason
 from dora_cache.report import Declined
@@ -44,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 
     from dora_cache.backends import Backend, Entry, Value
-    from dora_cache.cells import Cell, Family
+    from dora_cache.cells import Cell
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
     from dora_cache.facts import Shortcut
@@ -55,8 +43,6 @@ __all__ = ["Engine", "NotCachedError", "bypassed_here", "warming_here"]
 bypassed_here: ContextVar[tuple[int, ...]] = ContextVar("dora_cache_bypassed", default=())
 warming_here: ContextVar[bool] = ContextVar("dora_cache_warming", default=False)
 _AUDITED = EVERY - 1
-_WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
-_LONGEST_REST = 128  # calls that go past before the next attempt
 _PATIENCE = 60.0  # seconds to wait for another thread, which may wait for a lock that this one has
 
 
@@ -119,8 +105,7 @@ class Engine(Uncopyable):
         self._backend: Backend = self.memory.backend
         # Then whatever is stored stays until it is discarded here, and shortcuts need not ask.
         self._keeps_everything = getattr(self._backend, "keeps_everything", False) is True
-        self._declining = self._backend if isinstance(self._backend, Declining) else None
-        self._pending: list[Pending] = []
+        self._deriver = Deriver(self.holdings, self.auditor)
         self._undo = ExitStack()
         _engines.add(self)
 
@@ -314,11 +299,12 @@ class Engine(Uncopyable):
                     cell.family.wasted = cell.family.rest = 0
                 else:
                     others = cell.pending if joins else ()
-                    pending = next((p for p in others if self._joins(p, call)), None)
+                    pending = next((p for p in others if self._deriver.joins(p, call)), None)
                     join = pending is not None
-                    declined = pending is None and offers and self._declines(call, cell)
+                    declined = pending is None and offers and self._deriver.declines(call, cell)
                     if pending is None and not declined:
-                        pending = self._begin(call, cell)
+                        pending = self._deriver.begin(call, cell)
+                        derivation.caches.add(self)
                 uses = cell.add(hit=entry is not None or join)
             if entry is not None and audited and (cell.due or uses % EVERY == 0):
                 cell.due = False
@@ -331,11 +317,11 @@ class Engine(Uncopyable):
                 self.mutex.catch_up()
             if declined:
                 with suppress(torch.OutOfMemoryError):
-                    return self._only_derive(call, cell)
+                    return self._deriver.only_derive(call, cell)
                 offers = False  # the long way makes room
             if pending is not None:
                 if not join:
-                    return self._derive(pending, call)
+                    return self._deriver.derive(pending, call)
                 joins = pending.done.wait(_PATIENCE) is not False
                 entry = pending.result() if joins else None
             if entry is not None:
@@ -372,7 +358,7 @@ class Engine(Uncopyable):
         ):
             return entry
         self.holdings.discard(cell)
-        self._waste(cell.family, call)
+        self._deriver.waste(cell.family, call)
         return None
 
     def _shorten(self, call: Call, cell: Cell, entry: Entry) -> None:
@@ -407,218 +393,6 @@ class Engine(Uncopyable):
         # One entry may be spelled in several ways, and all must be cleared with it.
         cell.shortcuts = [one for one in cell.shortcuts if one is not old] + [shortcut]
         binding.shortcuts[spelled] = shortcut
-
-    # Deriving
-
-    def _joins(self, pending: Pending, call: Call) -> bool:
-        """Whether a value being derived is the one that the call wants."""
-        return (
-            pending.facts.rows == call.reading.rows
-            and not pending.touched
-            and pending.born > call.binding.voided(call.adapter)
-            and pending.thread != threading.get_ident()  # a function that calls itself
-            and all(contents == call.contents for contents in pending.contents)
-        )
-
-    def _begin(self, call: Call, cell: Cell) -> Pending:
-        pending = Pending(cell, call.reading, call.contents, self.holdings.now())
-        call.derivation.caches.add(self)
-        cell.pending.append(pending)
-        self._pending.append(pending)
-        while len(cell.family) > VARIANTS:
-            oldest = next((one for one in cell.family if not one.pending), None)
-            if oldest is None:
-                break
-            self._tell_unused(oldest, call)
-            self.holdings.discard(oldest)
-            self.cells.retire(oldest)
-            self._waste(cell.family, call)
-        return pending
-
-    def _derive(self, pending: Pending, call: Call) -> Any:
-        """Derive a value, store it if it still holds, and hand it to those who wait."""
-        again = None
-        try:
-            value, entry = self._attempt(pending, call)
-            if entry is not None:
-                with suppress(Exception):  # then it cannot be told whether the value still holds
-                    again = call.again()
-            with self.mutex.held():
-                self._end(pending)
-                self._settle(pending, call, again)
-        except Exception as error:  # not an interrupt: that is this thread's own
-            pending.error = error
-            raise
-        finally:
-            try:
-                with self.mutex.lock:
-                    self._end(pending)
-            finally:
-                pending.done.set()
-        family = pending.cell.family
-        if again is not None and not self._advise(call, again) and family.unsettled == UNSETTLED:
-            self._tell_unsettled(call, again)
-        _refill(call)
-        return value
-
-    def _attempt(self, pending: Pending, call: Call) -> tuple[Any, Entry | None]:
-        self._begin_audit(pending, call)
-        value, entry = derive(
-            pending,
-            call.run,
-            call.reading,
-            self._relieve,
-            # What the device takes is asked for where something has to be chosen by it.
-            on_device=not self._keeps_everything,
-        )
-        pending.entry = entry
-        if entry is not None:
-            self._audit_value(pending, entry)
-        elif pending.unstored is Reason.UNSTORABLE:
-            self._tell_unstorable(pending, call, value)
-        return value, entry
-
-    def _end(self, pending: Pending) -> None:
-        """Have nobody join a derivation any more; the lock is held."""
-        for known in (pending.cell.pending, self._pending):
-            if pending in known:
-                known.remove(pending)
-
-    def _settle(self, pending: Pending, call: Call, again: Call | None) -> None:
-        """Store what a derivation came to, if it holds; the lock is held.
-
-        Args:
-            pending: the derivation.
-            call: as it was before.
-            again: as it is after it; None if that cannot be told.
-        """
-        cell, entry, family = pending.cell, pending.entry, pending.cell.family
-        if entry is None:
-            if pending.unstored is not None:
-                self.reasons[pending.unstored] += 1
-                self._waste(family, call)
-            return
-        cell.derive(entry.cost)
-        same = again is not None and again.equals(call)
-        family.unsettled = 0 if same else family.unsettled + 1
-        if (
-            again is None
-            or not same
-            or again.read_before(call) is not None
-            or pending.touched
-            or self.closed
-            or pending.born <= call.binding.voided(call.adapter)
-            or self.cells.get(cell.key) is not cell
-        ):
-            self.reasons[Reason.CHANGED] += 1
-            self._waste(family, call)
-            return
-        if again.contents is not None:
-            # Compared when the value is used, so that nothing has to wait for a device here.
-            pending.contents = (*pending.contents, again.contents)
-        self.holdings.store(cell, entry, pending)
-
-    @staticmethod
-    def _waste(family: Family, call: Call) -> None:
-        """Count a value that was never used; after many, have calls go past for a while.
-
-        Then two calls in a row try again: the first derives, the second could use it.
-        """
-        family.wasted += 1
-        if family.wasted >= _WASTED and family.wasted % 2 == 0 and call.spelled is not None:
-            family.rest = min(_LONGEST_REST, max(_WASTED, 2 * family.rest))
-            call.binding.resting[call.spelled] = family.rest
-
-    def _begin_audit(self, pending: Pending, call: Call) -> None:
-        if self.auditor is not None:
-            try:
-                pending.audit = self.auditor.begin(pending.cell.kind, call.reading.tensors)
-            except Exception as error:  # noqa: BLE001 - never an inference failure
-                self.failed("the audit", error)
-
-    def _audit_value(self, pending: Pending, entry: Entry) -> None:
-        if pending.audit is not None:
-            try:
-                pending.audit.add_value(entry.tensors)
-            except Exception as error:  # noqa: BLE001 - never an inference failure
-                self.failed("the audit", error)
-
-    def _declines(self, call: Call, cell: Cell) -> bool:
-        """Whether the backend would not keep the value of a call anyway.
-
-        After an event the value is offered once: its size and device may be others.
-        """
-        if (
-            self._declining is None
-            or cell.born <= call.binding.voided(call.adapter)
-            or self.memory.pins_hold(call.adapter)
-        ):
-            return False
-        try:
-            return self._declining.declines(call.key) is True
-        except Exception as error:  # noqa: BLE001 - whatever a third party's backend raises
-            self.mutex.failed("the backend's declines", error)
-            return False
-
-    def _only_derive(self, call: Call, cell: Cell) -> Any:
-        """Derive a value that would not be kept, in each thread that asks for it."""
-        value, cost = timed(call.run)
-        with self.mutex.lock:
-            self.counts["rejections"] += 1
-            self.reasons[Reason.DECLINED] += 1
-            cell.derive(cost)
-        _refill(call)
-        return value
-
-    def _relieve(self, devices: Collection[torch.device], everything: bool) -> None:  # noqa: FBT001
-        """Free memory on the devices that a value is derived on."""
-        with self.mutex.held():
-            names = ", ".join(sorted(map(str, devices))) or "the device"
-            text = (
-                f"deriving a value ran out of memory on {names}: entries were evicted to make room "
-                "for it, and values are derived again; a smaller cap leaves more room"
-            )
-            self.mutex.warn("out of memory", text)
-            self.holdings.evict(devices, everything=everything)
-
-    # What is said once
-
-    def _tell_unstorable(self, pending: Pending, call: Call, value: object) -> None:
-        """Count a result that can never be stored as a call past the cache, and say so once."""
-        with self.mutex.held():
-            pending.cell.add(hit=False, count=-1)
-            self.counts["bypasses"] += 1
-            text = why_unstorable(call.derivation, value)
-            self.mutex.warn(("result", call.derivation.number), text)
-
-    def _tell_unused(self, oldest: Cell, call: Call) -> None:
-        """Warn where values are void before their first use, time after time; the lock is held."""
-        before = oldest.family[-2]  # the last one is the call's own
-        if call.derivation.depends_on is None and not any(cell.hits for cell in oldest.family):
-            state = before.key[-1], () if before.facts is None else before.facts.rows
-            with suppress(Exception):
-                text = why_unused(call.derivation, call.binding.owner, state, call.state)
-                if text is not None:
-                    self.mutex.warn(("unused", text), text)
-
-    def _tell_unsettled(self, call: Call, again: Call) -> None:
-        """Warn that a value is never stored: what it depends on changes while it is derived."""
-        with suppress(Exception), self.mutex.held():
-            text = why_unsettled(call.derivation, call.binding.owner, call.state, again.state)
-            self.mutex.warn(("unsettled", text), text)
-
-    def _advise(self, call: Call, again: Call) -> bool:
-        """Say once what in depends_on keeps values from being stored; return whether it does."""
-        derivation, found = call.derivation, again.read_before(call)
-        if found is not None:
-            text = why_read_once(derivation, found)
-        elif not call.equals(again) and made_anew(call.dependencies, again.dependencies):
-            text = why_made_anew(derivation)
-        else:
-            return False
-        with self.mutex.held():
-            self.mutex.warn(("depends_on", derivation.number), text)
-        return True
 
     # Events
 
@@ -675,7 +449,7 @@ class Engine(Uncopyable):
             How many entries went.
         """
         touched = _storages_of(tensors)
-        self._touch_pending(touched)
+        self._deriver.touch(touched)
         self.buffers.void_derived(touched)
         self.buffers.refill_later(self.bindings.values())
         return sum(self.holdings.discard(cell) for cell in self.cells.on(touched))
@@ -688,20 +462,14 @@ class Engine(Uncopyable):
         and the note is looked at.
         """
         storages = _storages_of(tensors)
-        if self._pending:
-            self._touch_pending(storages)
+        if self._deriver.pending:
+            self._deriver.touch(storages)
         # A parameter that was made anew over the same memory may have all the facts of the old one.
         cells = self.cells.on(storages)
         for cell in cells:
             cell.void()
         if cells:
             self.mutex.later(partial(self.touched, tensors), now=True)
-
-    def _touch_pending(self, storages: set[int]) -> None:
-        """Have what is being derived from some memory not stored."""
-        for pending in list(self._pending):
-            if not storages.isdisjoint(pending.facts.storages):
-                pending.touched = True
 
     @exclusive
     def revalidate(self, binding: Binding) -> int:
@@ -726,9 +494,7 @@ class Engine(Uncopyable):
     @exclusive
     def invalidate_derivation(self, derivation: Derivation) -> int:
         """Drop every entry of one derivation; return how many went."""
-        for pending in self._pending:
-            if pending.cell.number == derivation.number:
-                pending.touched = True
+        self._deriver.touch_derivation(derivation.number)
         cells = [cell for cell in self.cells.held() if cell.number == derivation.number]
         return sum(self.holdings.discard(cell) for cell in cells)
 
@@ -766,9 +532,7 @@ class Engine(Uncopyable):
         gone = self.holdings.void(binding, adapter)
         members = list(with_children(binding))
         tokens = {member.token for member in members}
-        for pending in self._pending:
-            if pending.cell.owner in tokens and concerns(adapter, pending.cell.adapter):
-                pending.touched = True
+        self._deriver.touch_adapter(tokens, adapter)
         for member in members:
             self.buffers.drop(member.buffers.pop(adapter, None))
             self.cells.depart(member.token, adapter)
@@ -855,7 +619,7 @@ class Engine(Uncopyable):
         """Free every entry and give the model back as it was; a second call does nothing."""
         if self.closed:
             return
-        self.closed = True
+        self.closed = self._deriver.closed = True
         self._undo.close()
         for binding in list(self.bindings.values()):
             binding.undo.close()
@@ -946,13 +710,6 @@ def _joined(entry: Entry) -> Value:
     return entry.value
 
 
-def _refill(call: Call) -> None:
-    """Fill what compiled code reads, which what made this a miss may concern."""
-    buffer = call.binding.buffers.get(call.adapter)  # type: ignore[arg-type]
-    if buffer is not None:
-        buffer.fill()
-
-
 def _storages_of(tensors: Iterable[Tensor | torch.UntypedStorage]) -> set[int]:
     found = set()
     for one in tensors:
@@ -996,7 +753,7 @@ def _after_fork() -> None:
     """Forget what threads of the parent process were doing: in the child there are none."""
     for engine in list(_engines):
         engine.mutex.reset()
-        engine._pending.clear()
+        engine._deriver.pending.clear()
         for cell in engine.cells:
             cell.pending.clear()
 

@@ -17,7 +17,7 @@ from torch import nn
 from zoo import balanced
 
 import dora_cache
-from dora_cache import backends, cached, cells, derive, engine, mutex
+from dora_cache import backends, cached, cells, deriver, mutex
 
 NAMES = ("a", "b")
 BYTES = 8  # of one value
@@ -152,10 +152,10 @@ class DecoratorMachine(RuleBasedStateMachine):
         global _machine  # noqa: PLW0603 - a backend is made by its name and knows of no machine
         _machine = self
         self.schedule = Schedule()
-        self.real = mutex.threading, cells.threading, engine.threading, derive.time
-        mutex.threading = cells.threading = engine.threading = self.schedule.threading()
+        self.real = mutex.threading, cells.threading, deriver.threading, deriver.time
+        mutex.threading = cells.threading = deriver.threading = self.schedule.threading()
         # What the budget keeps goes by what values cost, and a run that is repeated must repeat.
-        derive.time = SimpleNamespace(perf_counter=itertools.count().__next__)
+        deriver.time = SimpleNamespace(perf_counter=itertools.count().__next__)
         self.owner = make_owner(self)
         self.form = form  # what depends_on returns
         self.aliases = aliases  # whether values are in memory that is used again
@@ -190,7 +190,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             self.failing = False
             self.all_go_on()
         finally:
-            mutex.threading, cells.threading, engine.threading, derive.time = self.real
+            mutex.threading, cells.threading, deriver.threading, deriver.time = self.real
             # Some task may have the lock and never go on; and what hears of all optimizers must go.
             self.cache._engine.mutex.lock = threading.RLock()
             self.cache.detach()

@@ -28,6 +28,7 @@ from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
 from dora_cache.cells import Cell, Pending
 from dora_cache.decorator import SLOT
+from dora_cache.deriver import Deriver
 from dora_cache.engine import Engine
 from dora_cache.holdings import Holdings
 from dora_cache.lifecycle import refills
@@ -423,12 +424,12 @@ def _(patch):
 
 @mutant("waiters take whatever is being derived", DecoratorMachine)
 def _(patch):
-    patch.setattr(Engine, "_joins", lambda self, pending, call: True)
+    patch.setattr(Deriver, "joins", lambda self, pending, call: True)
 
 
 @mutant("nobody waits", DecoratorMachine)
 def _(patch):
-    patch.setattr(Engine, "_joins", lambda self, pending, call: False)
+    patch.setattr(Deriver, "joins", lambda self, pending, call: False)
 
 
 @mutant("writes during a derivation are not noted", DecoratorMachine, rare=True)
@@ -440,7 +441,7 @@ def _(patch):
 
 @mutant("waiters hang when a derivation fails", DecoratorMachine, rare=True)
 def _(patch):
-    run = Engine._derive
+    run = Deriver.derive
 
     def hang(self, pending, *rest):
         done, pending.done = pending.done, SimpleNamespace(set=lambda: None, wait=pending.done.wait)
@@ -448,23 +449,23 @@ def _(patch):
         done.set()
         return result
 
-    patch.setattr(Engine, "_derive", hang)
+    patch.setattr(Deriver, "derive", hang)
 
 
 @mutant("a failed derivation is stored", DecoratorMachine)
 def _(patch):
-    run = Engine._derive
+    run = Deriver.derive
 
     def store(self, pending, *rest):
         try:
             return run(self, pending, *rest)
         except ArithmeticError:
-            with self.mutex.held():
+            with self._mutex.held():
                 entry = backends.Entry(torch.zeros(2), pending.facts)
-                self.holdings.store(pending.cell, entry, pending)
+                self._holdings.store(pending.cell, entry, pending)
             raise
 
-    patch.setattr(Engine, "_derive", store)
+    patch.setattr(Deriver, "derive", store)
 
 
 @mutant("invalidations that are not counted", DecoratorMachine)

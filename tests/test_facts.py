@@ -216,7 +216,7 @@ def test_an_interrupt_leaves_nothing_behind(place):
         thread.start()
         thread.join(20)
         assert found == [[1.0, 1.0]]
-        assert not cache._engine._pending
+        assert not cache._engine._deriver.pending
 
 
 @pytest.mark.timeout(30)

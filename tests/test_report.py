@@ -44,10 +44,10 @@ def test_rows_are_by_kind_and_adapter():
 
 def test_time_saved_is_hits_times_the_cost_of_deriving(monkeypatch):
     """Each hit saves what a derivation of the same key has taken on average."""
-    from dora_cache import derive
+    from dora_cache import deriver
 
     ticks = itertools.count()
-    monkeypatch.setattr(derive.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(deriver.time, "perf_counter", lambda: float(next(ticks)))
     owner = Owner()
     with dora_cache.attach(owner) as cache:
         for name, times in (("a", 5), ("b", 2)):
@@ -78,10 +78,10 @@ def test_the_working_set_is_what_has_been_seen_and_holds():
 
 def test_the_curve_keeps_what_saves_most_per_byte(monkeypatch):
     """At every cap listed, no other fixed set of the values seen would have saved more."""
-    from dora_cache import derive
+    from dora_cache import deriver
 
     ticks = itertools.count()
-    monkeypatch.setattr(derive.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(deriver.time, "perf_counter", lambda: float(next(ticks)))
     owner = Owner("abcd")
     with dora_cache.attach(owner) as cache:
         for name, times in (("a", 2), ("b", 9), ("c", 1), ("d", 4)):
