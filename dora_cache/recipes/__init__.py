@@ -8,19 +8,30 @@ To add an adapter kind, write a module with a ``RECIPE`` (most are a ``hooks.Lay
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_cache.errors import ConfigError, warn_once
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from dora_cache.engine import Engine
     from dora_cache.recipes.peft_layers import Recipe
 
-__all__ = ["ENTRY_POINT_GROUP", "RECIPES", "apply_recipes", "load_recipes", "register_recipe"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "LIBRARIES",
+    "RECIPES",
+    "Library",
+    "apply_recipes",
+    "load_recipes",
+    "register_recipe",
+]
 
 RECIPES = {
     "BOFT": "dora_cache.recipes.boft",
@@ -51,7 +62,35 @@ RECIPES = {
     "VB-LoRA": "dora_cache.recipes.vblora",
     "WaveFT": "dora_cache.recipes.waveft",
 }
-"""Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
+"""PEFT's adapter kinds by name, and the module that has the recipe."""
+
+
+class Library(NamedTuple):
+    """A library of adapter layers.
+
+    Attributes:
+        package: its name as it is imported. Nothing of it is loaded unless it has been.
+        recipes: adapter kinds by name, and the module that has the recipe; loaded when a model is
+            attached.
+        layers: the module that knows its layers: has ``layers_in(model)``, which returns those of a
+            model, other modules included, and ``follow_model(cache, model, apply, scan)``, called
+            once recipes are applied; see :mod:`dora_cache.recipes.peft_layers`.
+    """
+
+    package: str
+    recipes: Mapping[str, str]
+    layers: str
+
+
+LIBRARIES = (
+    Library("peft", RECIPES, "dora_cache.recipes.peft_layers"),
+    Library(
+        "lycoris",
+        {"LyCORIS": "dora_cache.recipes.lycoris_modules"},
+        "dora_cache.recipes.lycoris_modules",
+    ),
+)
+"""The libraries that there are recipes for."""
 
 ENTRY_POINT_GROUP = "dora_cache.recipes"
 """Installed packages offer recipes under it: a name, and ``package.module:RECIPE``."""
@@ -85,8 +124,9 @@ def load_recipes(cache: Engine | None = None) -> list[Recipe]:
     Of several by one name the first in this order counts.
 
     Args:
-        cache: declines what cannot be loaded, so that attaching goes on; without it, that is an
-            error.
+        cache: declines what cannot be loaded, so that attaching goes on, and needs no recipes for
+            libraries that have not been imported. Without it, what cannot be loaded is an error,
+            and the recipes for all libraries that are installed are returned.
     """
     found = dict(_registered)
     origins: dict[str, str] = {}
@@ -99,8 +139,11 @@ def load_recipes(cache: Engine | None = None) -> list[Recipe]:
                 "name, or write dora_cache.register_recipe(...) with what it names"
             )
         _load(found, entry.name, entry.load, cache)
-    for name, module in RECIPES.items():
-        _load(found, name, lambda module=module: importlib.import_module(module).RECIPE, cache)
+    for library in LIBRARIES:
+        loaded = library.package in sys.modules
+        if loaded or (cache is None and importlib.util.find_spec(library.package) is not None):
+            for name, where in library.recipes.items():
+                _load(found, name, lambda where=where: importlib.import_module(where).RECIPE, cache)
     return list(found.values())
 
 
@@ -130,22 +173,20 @@ def _check(recipe: Any) -> None:
 
 
 def apply_recipes(cache: Engine, model: nn.Module) -> int:
-    """Cache every PEFT layer in a model that there is a recipe for.
+    """Cache every adapter layer in a model that there is a recipe for.
 
     Adapters and layers that PEFT adds to the model later are cached as well. A recipe that was
-    written for other methods than this PEFT has is declined.
+    written for other methods than the installed library has is declined.
 
     Returns:
         How many layers are cached.
     """
-    if "peft" not in sys.modules:  # then the model has no PEFT layers, and PEFT is slow to import
+    libraries = [
+        importlib.import_module(one.layers) for one in LIBRARIES if one.package in sys.modules
+    ]
+    if not libraries:  # then the model has no such layers, and PEFT is slow to import
         return 0
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-
     from dora_cache.recipes.fingerprints import changed
-    from dora_cache.recipes.hotswap import follow_hotswap
-    from dora_cache.recipes.merging import follow_merges
-    from dora_cache.recipes.peft_layers import follow_layer, follow_tuner
 
     recipes = load_recipes(cache)
     sound: dict[str, bool] = {}
@@ -155,7 +196,8 @@ def apply_recipes(cache: Engine, model: nn.Module) -> int:
             other = changed(recipe.relies_on)
             sound[recipe.name] = not other
             if other:
-                reason = f"this PEFT has another {', '.join(other)} than the recipe was written for"
+                packages = " and ".join({path.partition(".")[0]: None for path in other})
+                reason = f"this {packages} has another {', '.join(other)} than it was written for"
                 cache.decline(recipe.name, "recipe", reason)
         return sound[recipe.name]
 
@@ -164,35 +206,11 @@ def apply_recipes(cache: Engine, model: nn.Module) -> int:
         return any([recipe.apply(cache, module) for recipe in fitting])  # noqa: C419 - all of them
 
     def scan() -> int:
-        return sum(apply(module) for module in list(model.modules()))
+        layers = {id(one): one for library in libraries for one in library.layers_in(model)}
+        return sum(apply(layer) for layer in layers.values())
 
     found = scan()
     if found:
-        # Merging writes into base weights past their version counters, and layers may share them.
-        other = _Other(apply)
-        for part in list(model.modules()):
-            if isinstance(part, BaseTunerLayer):
-                follow_layer(cache, part, other)
-        follow_hotswap(cache)
-        follow_merges(cache)
-        for part in list(model.modules()):
-            if isinstance(part, BaseTuner):
-                follow_tuner(cache, part, scan)
+        for library in libraries:
+            library.follow_model(cache, model, apply, scan)
     return found
-
-
-class _Other:
-    """Stands in for a recipe where a layer has nothing to cache, until an adapter is added."""
-
-    name = "other"
-    relies_on: dict[str, str] = {}  # noqa: RUF012
-
-    def __init__(self, apply: Any) -> None:
-        self._apply = apply
-
-    def applies(self, layer: nn.Module) -> bool:  # noqa: ARG002
-        return True
-
-    def apply(self, cache: Engine, layer: nn.Module) -> bool:  # noqa: ARG002
-        applied: bool = self._apply(layer)
-        return applied

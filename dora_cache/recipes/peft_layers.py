@@ -28,9 +28,12 @@ __all__ = [
     "base_layer",
     "derive_ahead",
     "follow_layer",
+    "follow_model",
+    "follow_module",
     "follow_part",
     "follow_tuner",
     "is_hooked",
+    "layers_in",
     "memoised",
     "weights_of",
     "why_uncached",
@@ -46,7 +49,7 @@ class Recipe(Protocol):
 
     @property
     def relies_on(self) -> Mapping[str, str]:
-        """The methods of PEFT's that it was written for, and their fingerprints."""
+        """The library's methods that it was written for, and their fingerprints."""
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is of the kind."""
@@ -120,7 +123,7 @@ def weights_of(base: nn.Module) -> Sequence[Any]:
     return found
 
 
-def derive_ahead(derive: Callable[[Any, str], object], layer: Any, adapter: str) -> None:
+def derive_ahead(derive: Callable[[Any, Any], object], layer: Any, adapter: str | None) -> None:
     """Derive a value of an adapter ahead of its first use.
 
     An adapter that is there in part only (adding or deleting it may have failed half-way) cannot be
@@ -206,6 +209,93 @@ def follow_part(
     # The layer's event is passed on; the part's own switches are followed as any module's.
     observer = Observer(moved=lambda _: cache.revalidate(binding))
     binding.undo.callback(observe(part, observer, overrides))
+
+
+def follow_module(
+    cache: Engine,
+    layer: nn.Module,
+    _: Recipe,
+    overrides: dict[str, Callable[..., Any]],
+    observed: Callable[[Binding], Observer] | None = None,
+) -> Binding:
+    """Bind a layer of another library than PEFT, and follow its mode, moves and loading.
+
+    A layer bound before is returned as it is.
+
+    Args:
+        cache: the cache.
+        layer: the layer.
+        overrides: methods that stand in for the layer's own.
+        observed: returns what to follow instead.
+    """
+    bound: Binding | None = layer.__dict__.get(SLOT)
+    if bound is not None and bound.cache is cache:
+        return bound
+    binding = cache.bind(layer)
+
+    def changed(_: nn.Module) -> None:
+        cache.revalidate(binding)
+
+    observer = (
+        observed(binding)
+        if observed is not None
+        else Observer(
+            mode_switched=lambda _: cache.event(binding),
+            moved=changed,
+            loaded=changed,
+        )
+    )
+    binding.undo.callback(observe(layer, observer, overrides))
+    return binding
+
+
+def layers_in(model: nn.Module) -> Iterable[nn.Module]:
+    """Return the modules of a model, where all PEFT layers are."""
+    return list(model.modules())
+
+
+def follow_model(
+    cache: Engine, model: nn.Module, apply: Callable[[nn.Module], bool], scan: Callable[[], object]
+) -> None:
+    """Follow what PEFT does to a model beyond the layers that recipes have bound.
+
+    Args:
+        cache: the cache.
+        model: the model.
+        apply: applies every recipe that fits to one layer.
+        scan: applies every recipe to the whole model.
+    """
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    from dora_cache.recipes.hotswap import follow_hotswap
+    from dora_cache.recipes.merging import follow_merges
+
+    # Merging writes into base weights past their version counters, and layers may share them.
+    other = _Other(apply)
+    for part in list(model.modules()):
+        if isinstance(part, BaseTunerLayer):
+            follow_layer(cache, part, other)
+    follow_hotswap(cache)
+    follow_merges(cache)
+    for part in list(model.modules()):
+        if isinstance(part, BaseTuner):
+            follow_tuner(cache, part, scan)
+
+
+class _Other:
+    """Stands in for a recipe where a layer has nothing to cache, until an adapter is added."""
+
+    name = "other"
+    relies_on: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, apply: Callable[[nn.Module], bool]) -> None:
+        self._apply = apply
+
+    def applies(self, layer: nn.Module) -> bool:  # noqa: ARG002
+        return True
+
+    def apply(self, cache: Engine, layer: nn.Module) -> bool:  # noqa: ARG002
+        return self._apply(layer)
 
 
 def follow_tuner(cache: Engine, tuner: BaseTuner, rescan: Callable[[], object]) -> None:
