@@ -1,4 +1,4 @@
-"""The shapes of hooks that most recipes are made of, for PEFT's layers and those of other libraries.
+"""The shapes of hooks that most recipes are made of, for PEFT's layers and other libraries'.
 
 *Memoise a method*: the library derives the value in a method of its own (``get_delta_weight``), and
 the recipe stores what that returns; see :func:`memo`.

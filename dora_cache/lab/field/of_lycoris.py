@@ -61,6 +61,7 @@ def network(model: nn.Module, algo: str = "loha", *, seed: int = 0, **settings: 
     )
     with torch.no_grad():
         for lora in made.loras:  # no part of the network before it is applied
+            lora.eval()
             for parameter in lora.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return made.eval()
@@ -72,7 +73,7 @@ def applied(algo: str = "loha", width: int = 32, **settings: Any) -> tuple[Net, 
     model = Net(width).eval()
     made = network(model, algo, **settings)
     made.apply_to()
-    return model, made.eval()
+    return model, made
 
 
 def _build(algo: str, settings: dict[str, Any], dora: bool, width: int) -> Built:  # noqa: FBT001
