@@ -24,6 +24,7 @@ from dora_cache.engine import Engine
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import (
     Observer,
+    follow_arrivals,
     follow_modes,
     follow_optimizers,
     follow_refills,
@@ -31,7 +32,7 @@ from dora_cache.lifecycle import (
     follow_writers,
     observe,
 )
-from dora_cache.recipes import RECIPES, apply_recipes
+from dora_cache.recipes import RECIPES, Recipes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def attach(
         raise ConfigError(msg)
     cache = Engine(config or CacheConfig(**settings), _devices(target))
     try:
-        if not _attach(cache, target):
+        if not _attach(cache, target, Recipes(cache)):
             raise NothingToCacheError(_nothing(target, cache))
         follow_modes(cache)
         follow_optimizers(cache)
@@ -97,7 +98,7 @@ def attach(
     return AdapterCache(cache)
 
 
-def _attach(cache: Engine, target: object) -> int:
+def _attach(cache: Engine, target: object, recipes: Recipes) -> int:
     derivation = derivation_of(target)
     if derivation is not None and not hasattr(target, "__self__"):
         names = [] if derivation.depends_on else weights_read_by(derivation.function)
@@ -115,12 +116,16 @@ def _attach(cache: Engine, target: object) -> int:
         components = _components(target)
         if not components:
             return _attach_owner(cache, target)
-        return sum(_attach_module(cache, part) for part in components.values())
-    return _attach_module(cache, target)
+        models = list(components.values())
+    else:
+        models = [target]
+    found = sum(_attach_module(cache, model, recipes) for model in models)
+    follow_arrivals(cache, models, lambda module: _attach_module(cache, module, recipes))
+    return found
 
 
-def _attach_module(cache: Engine, model: nn.Module) -> int:
-    found = apply_recipes(cache, model)
+def _attach_module(cache: Engine, model: nn.Module, recipes: Recipes) -> int:
+    found = recipes.apply(model)
     known: dict[type, bool] = {}
     for name, module in list(model.named_modules()):
         if not _is_taken(cache, module):  # else a recipe has it already

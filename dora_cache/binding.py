@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dora_cache.keys import ALL_ADAPTERS, concerns
+from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -70,11 +71,14 @@ class Binding:
     Attributes:
         cache: the cache.
         token: a number no other binding has; part of every key.
+        trains: whether the owner is known to be trained, for as long as its ``training`` is True.
         adapter: the adapter of all its values where the derivation names none.
         buffers: what compiled code reads of it, by adapter.
         children: bindings that this one's events are passed on to.
         reference: weak reference to the owner; None for a plain function, which has none.
         has_owner: whether there is one.
+        infers: tells why an owner whose ``training`` is True does more than inference, or returns
+            None; called with the owner and the binding. None: it always does.
         resting: calls that go past the cache for a while, as they are spelled, and for how long.
         spellings: frozen arguments and adapters of calls as they were spelled, to save time.
         shortcuts: short ways to stored values, by the calls' arguments as they were spelled.
@@ -91,11 +95,13 @@ class Binding:
         "cache",
         "children",
         "has_owner",
+        "infers",
         "reference",
         "resting",
         "shortcuts",
         "spellings",
         "token",
+        "trains",
         "undo",
         "warmers",
     )
@@ -106,6 +112,8 @@ class Binding:
         self.adapter = adapter
         self.buffers: dict[str, Buffer] = {}
         self.children: list[weakref.ref[Binding]] = []
+        self.infers: Callable[[Any, Binding], Reason | None] | None = None
+        self.trains = False
         self.resting: dict[Hashable, int] = {}
         self.spellings: dict[Hashable, tuple[Hashable, Adapters]] = {}
         self.shortcuts: dict[Hashable, Shortcut] = {}
@@ -143,14 +151,16 @@ class Binding:
         """Whether a call with these arguments is the owner's own, not that of a copy of it."""
         return self.reference is None or self.reference() is args[0]
 
-    def in_training(self, args: tuple[Any, ...]) -> bool:
-        """Whether the owner that a call with these arguments is of is in training mode."""
+    def why_training(self, owner: Any) -> Reason | None:
+        """Return why the owner does more than inference, or None."""
         if self.reference is None:
-            return False
+            return None
         try:
-            return bool(getattr(args[0], "training", False))
+            if not getattr(owner, "training", False):
+                return None
         except Exception:  # noqa: BLE001 - an object whose __getattr__ objects to the name
-            return False
+            return None
+        return Reason.TRAINING if self.infers is None else self.infers(owner, self)
 
     def voided(self, adapter: Adapters) -> int:
         """Return the time of the last event that voids values of ``adapter``."""

@@ -142,7 +142,8 @@ class AdapterCache:
         if isinstance(adapters, str):
             adapters = [adapters]
         wanted = None if adapters is None else list(dict.fromkeys(adapters))
-        known, jobs, training = self._engine.jobs(wanted)
+        with torch.no_grad():
+            known, jobs, training = self._engine.jobs(wanted)
         missing = [name for name in wanted or () if name not in known]
         if missing:
             raise AdapterNotFoundError(_unknown(missing[0], known))

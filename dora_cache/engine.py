@@ -95,6 +95,7 @@ class Engine(Uncopyable):
         reasons: how often calls went past the cache, or values were not kept, and why.
         declined: what could have been cached and is not.
         closed: whether the cache is detached.
+        arrivals: what is called with modules that come into the models; see ``lifecycle``.
     """
 
     INSTEAD = "it belongs to one model; copy the AdapterCache, which gives a detached one"
@@ -112,6 +113,7 @@ class Engine(Uncopyable):
         self.reasons = self.holdings.reasons
         self.declined: dict[Declined, None] = {}
         self.closed = False
+        self.arrivals: Any = None
         self.compares_contents = config.guard == "content"
         self.auditor = Auditor() if config.audit and not self.compares_contents else None
         self._backend: Backend = self.memory.backend
@@ -145,7 +147,11 @@ class Engine(Uncopyable):
                     owner = binding.reference
                     try:
                         if owner is None or (
-                            owner() is args[0] and not getattr(args[0], "training", False)
+                            owner() is args[0]
+                            and not (
+                                getattr(args[0], "training", False)
+                                and binding.why_training(args[0])
+                            )
                         ):
                             entry = self.recall(shortcut, derivation.depends_on(*args))  # type: ignore[arg-type, misc]
                             if entry is not None:
@@ -263,8 +269,9 @@ class Engine(Uncopyable):
             return Reason.BYPASS
         if not binding.owned_by(args):
             return Reason.COPY
-        if binding.in_training(args):
-            return Reason.TRAINING
+        reason = None if binding.reference is None else binding.why_training(args[0])
+        if reason is not None:
+            return reason
         if untraceable():
             return Reason.TRACED
         if self.mutex.is_owned:  # a __del__ that the garbage collector runs in there
@@ -880,7 +887,7 @@ class Engine(Uncopyable):
                     known.add(adapter)
                 if wanted is None or adapter is None or adapter in wanted:
                     jobs.append(job)
-                    training = training or getattr(owner, "training", False)
+                    training = training or binding.why_training(owner) is not None
         return known, jobs, training
 
     def seen(self) -> list[Cell]:

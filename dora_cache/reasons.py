@@ -32,8 +32,9 @@ class Reason(enum.Enum):
     COPY = "copied owner", "attach a cache to the copy"
     TRAINING = (
         "training mode",
-        "call model.eval() for inference, and eval() of a LycorisNetwork, which has its own mode",
+        "call model.eval() for inference; likewise of a LycorisNetwork, which has its own mode",
     )
+    DROPOUT = "dropout at work", "call model.eval() for inference"
     GRADIENTS = "gradients wanted", "run inference under torch.no_grad() or inference_mode()"
     TRACED = (
         "operations traced or transformed",

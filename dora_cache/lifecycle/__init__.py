@@ -1,5 +1,6 @@
 """Events that void stored values: mode switches, moves, adapter operations, steps, writers."""
 
+from dora_cache.lifecycle.arrivals import follow_arrivals
 from dora_cache.lifecycle.followers import Followers, wrap
 from dora_cache.lifecycle.modes import follow_modes
 from dora_cache.lifecycle.observe import Observer, observe, plain_class, reduce_as_plain
@@ -11,6 +12,7 @@ from dora_cache.lifecycle.writers import follow_writers
 __all__ = [
     "Followers",
     "Observer",
+    "follow_arrivals",
     "follow_modes",
     "follow_optimizers",
     "follow_refills",

@@ -28,7 +28,7 @@ __all__ = [
     "LIBRARIES",
     "RECIPES",
     "Library",
-    "apply_recipes",
+    "Recipes",
     "load_recipes",
     "register_recipe",
 ]
@@ -73,13 +73,18 @@ class Library(NamedTuple):
         recipes: adapter kinds by name, and the module that has the recipe; loaded when a model is
             attached.
         layers: the module that knows its layers: has ``layers_in(model)``, which returns those of a
-            model, other modules included, and ``follow_model(cache, model, apply, scan)``, called
-            once recipes are applied; see :mod:`dora_cache.recipes.peft_layers`.
+            model, other modules included, and ``follow_model(cache, model, apply)``, called once
+            recipes are applied; see :mod:`dora_cache.recipes.peft_layers`.
     """
 
     package: str
     recipes: Mapping[str, str]
     layers: str
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether anybody has imported it; else no model has its layers, and it may be slow."""
+        return sys.modules.get(self.package) is not None
 
 
 LIBRARIES = (
@@ -140,8 +145,8 @@ def load_recipes(cache: Engine | None = None) -> list[Recipe]:
             )
         _load(found, entry.name, entry.load, cache)
     for library in LIBRARIES:
-        loaded = library.package in sys.modules
-        if loaded or (cache is None and importlib.util.find_spec(library.package) is not None):
+        wanted = library.is_imported or cache is None
+        if wanted and importlib.util.find_spec(library.package) is not None:
             for name, where in library.recipes.items():
                 _load(found, name, lambda where=where: importlib.import_module(where).RECIPE, cache)
     return list(found.values())
@@ -172,45 +177,49 @@ def _check(recipe: Any) -> None:
             raise ConfigError(msg)
 
 
-def apply_recipes(cache: Engine, model: nn.Module) -> int:
-    """Cache every adapter layer in a model that there is a recipe for.
+class Recipes:
+    """The recipes of one cache, applied to what comes into its models.
 
-    Adapters and layers that PEFT adds to the model later are cached as well. A recipe that was
-    written for other methods than the installed library has is declined.
-
-    Returns:
-        How many layers are cached.
+    Args:
+        cache: the cache.
     """
-    libraries = [
-        importlib.import_module(one.layers) for one in LIBRARIES if one.package in sys.modules
-    ]
-    if not libraries:  # then the model has no such layers, and PEFT is slow to import
-        return 0
-    from dora_cache.recipes.fingerprints import changed
 
-    recipes = load_recipes(cache)
-    sound: dict[str, bool] = {}
+    def __init__(self, cache: Engine) -> None:
+        self._cache = cache
+        self._recipes: list[Recipe] = []
+        self._libraries: list[Any] = []  # that the recipes are for
+        self._sound: dict[str, bool] = {}
 
-    def is_sound(recipe: Recipe) -> bool:
-        if recipe.name not in sound:  # looked at when a layer needs it: reading sources takes time
+    def apply(self, model: nn.Module) -> int:
+        """Cache every adapter layer in a model that there is a recipe for.
+
+        A recipe that was written for other methods than the installed library has is declined.
+
+        Returns:
+            How many layers are cached.
+        """
+        there = [importlib.import_module(one.layers) for one in LIBRARIES if one.is_imported]
+        if len(there) > len(self._libraries):
+            self._recipes, self._libraries = load_recipes(self._cache), there
+        layers = {id(one): one for library in there for one in library.layers_in(model)}
+        found = sum(self._apply(layer) for layer in layers.values())
+        for library in there:
+            library.follow_model(self._cache, model, self._apply)
+        return found
+
+    def _apply(self, module: nn.Module) -> bool:
+        fitting = [one for one in self._recipes if one.applies(module) and self._is_sound(one)]
+        return any([recipe.apply(self._cache, module) for recipe in fitting])  # noqa: C419 - all
+
+    def _is_sound(self, recipe: Recipe) -> bool:
+        from dora_cache.recipes.fingerprints import changed
+
+        sound = self._sound.get(recipe.name)
+        if sound is None:  # looked at when a layer needs it: reading sources takes time
             other = changed(recipe.relies_on)
-            sound[recipe.name] = not other
+            sound = self._sound[recipe.name] = not other
             if other:
                 packages = " and ".join({path.partition(".")[0]: None for path in other})
                 reason = f"this {packages} has another {', '.join(other)} than it was written for"
-                cache.decline(recipe.name, "recipe", reason)
-        return sound[recipe.name]
-
-    def apply(module: nn.Module) -> bool:
-        fitting = [recipe for recipe in recipes if recipe.applies(module) and is_sound(recipe)]
-        return any([recipe.apply(cache, module) for recipe in fitting])  # noqa: C419 - all of them
-
-    def scan() -> int:
-        layers = {id(one): one for library in libraries for one in library.layers_in(model)}
-        return sum(apply(layer) for layer in layers.values())
-
-    found = scan()
-    if found:
-        for library in libraries:
-            library.follow_model(cache, model, apply, scan)
-    return found
+                self._cache.decline(recipe.name, "recipe", reason)
+        return sound

@@ -18,7 +18,7 @@ from dora_cache.decorator import cached
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
+from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _usual(layer: Any, adapters: Sequence[str]) -> bool:
     """Whether there are adapters, and none of them drops blocks or has a hook where it might."""
     dropouts = layer._modules["boft_dropout"]._modules
     return bool(adapters) and not any(
-        dropouts[adapter].training or is_hooked(dropouts[adapter]) for adapter in adapters
+        drops(dropouts[adapter]) or is_hooked(dropouts[adapter]) for adapter in adapters
     )
 
 

@@ -151,7 +151,7 @@ class Buffer(Uncopyable):
         binding, owner = self._binding(), self.owner
         if not self.wanted or binding is None or owner is None:
             return False
-        if getattr(owner, "training", False) or getattr(owner, "merged_adapters", None):
+        if (binding.trains and owner.training) or getattr(owner, "merged_adapters", None):
             return False
         cache = binding.cache
         with self._filling:

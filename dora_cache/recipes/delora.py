@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import DeloraConfig
 from peft.tuners.delora.layer import DeloraLinear
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, is_hooked
+from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,7 @@ def _scales(layer: Any, adapter: str, dtype: torch.dtype) -> bool:
     modules = layer._modules
     norms = modules["delora_w_norm"]._buffers[adapter].dtype
     dropout = modules["delora_dropout"]._modules[adapter]
-    if (type(dropout) is not nn.Identity and dropout.training) or is_hooked(dropout):
+    if drops(dropout) or is_hooked(dropout):
         return False
     expected = parameter(layer, "delora_A", adapter).dtype
     return dtype == norms == expected or torch.promote_types(dtype, norms) == expected

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import FrodConfig
 from peft.tuners.frod.layer import Linear
-from torch import nn
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, is_hooked
+from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +149,7 @@ def _plain(layer: Any, adapters: Any, x: Tensor) -> bool:
         dropout = dropouts[adapter]
         if layer.runtime_offload_base_weight.get(adapter):
             return False
-        if (dropout.training and type(dropout) is not nn.Identity) or is_hooked(dropout):
+        if drops(dropout) or is_hooked(dropout):
             return False
     return True
 

@@ -18,7 +18,7 @@ from dora_cache.decorator import cached
 from dora_cache.recipes.bases import dense_base, foldable, when_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d, embedding
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
+from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,8 +87,7 @@ def _dropped(layer: Any, adapter: str, x: Tensor) -> Tensor:
 def _folds(layer: Any, adapter: str, x: Tensor | None = None) -> bool:
     a, b = parameter(layer, "hira_A", adapter), parameter(layer, "hira_B", adapter)
     dropout = layer._modules["hira_dropout"]._modules[adapter]
-    inert = type(dropout) is nn.Identity or not dropout.training
-    return inert and not is_hooked(dropout) and foldable(layer, x, a, b)
+    return not drops(dropout) and not is_hooked(dropout) and foldable(layer, x, a, b)
 
 
 def _warm_linear(layer: Any, adapter: str) -> object:

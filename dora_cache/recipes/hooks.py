@@ -28,7 +28,12 @@ from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
-from dora_cache.recipes.peft_layers import derive_ahead, follow_layer, why_uncached
+from dora_cache.recipes.peft_layers import (
+    derive_ahead,
+    follow_layer,
+    wants_gradients,
+    why_uncached,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -117,9 +122,9 @@ def guard(
 ) -> Hook:
     """Return a hook that puts a forward of one's own in front of the library's.
 
-    It runs in the usual case: one input and no other arguments, in eval mode, adapters enabled and
-    not merged, no gradients wanted by any parameter of the layer, no tracing, no hooks on all
-    modules, no ``bypass()``.
+    It runs in the usual case: one input and no other arguments, no training or dropout, adapters
+    enabled and not merged, no gradients wanted by any parameter of the layer, no tracing, no hooks
+    on all modules, no ``bypass()``.
     The library's own forward runs otherwise.
 
     Args:
@@ -161,17 +166,6 @@ def guard(
 
     guarded.__name__ = "forward"  # by which methods that are bound to it are pickled
     return Hook("forward", guarded, warm)
-
-
-def wants_gradients(layer: nn.Module) -> bool:
-    """Whether gradients would flow to a parameter of the layer."""
-    if not torch.is_grad_enabled():
-        return False
-    for module in layer.modules():  # parameters() takes three times as long
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad:
-                return True
-    return False
 
 
 def active_in(layer: Any, attribute: str) -> Sequence[str]:

@@ -29,7 +29,7 @@ from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
 from dora_cache.recipes.hooks import UnusualError, active_in, own_parameter
-from dora_cache.recipes.peft_layers import follow_layer, is_hooked
+from dora_cache.recipes.peft_layers import follow_layer, is_hooked, why_uncached
 from dora_cache.recipes.substitutes import (
     Plan,
     gate_for,
@@ -163,7 +163,7 @@ def _moving(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run PEFT's own forward, and see whether it has left the weights settled."""
     result = plain_class(type(layer)).forward(layer, query, *args, **kwargs)  # type: ignore[attr-defined]
     binding = layer.__dict__.get(SLOT)
-    if not (layer.training or binding is None or binding.cache.bypassing):
+    if not (binding is None or why_uncached(layer, binding)):
         with suppress(UnusualError):
             _plan(layer, kwargs)
     return result

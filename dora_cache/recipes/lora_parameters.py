@@ -21,8 +21,8 @@ from dora_cache.decorator import SLOT, cached, derivations_of
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
-from dora_cache.recipes.hooks import active_in, own_parameter, wants_gradients
-from dora_cache.recipes.peft_layers import base_layer, follow_layer
+from dora_cache.recipes.hooks import active_in, own_parameter
+from dora_cache.recipes.peft_layers import base_layer, follow_layer, wants_gradients
 from dora_cache.recipes.substitutes import (
     Plan,
     gate_for,

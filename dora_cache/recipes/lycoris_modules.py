@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,10 +34,16 @@ from lycoris.modules.tlora import TLoraModule, get_timestep_mask
 from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
-from dora_cache.lifecycle import Observer, plain_class
+from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, guard, memo, own_parameter
-from dora_cache.recipes.peft_layers import follow_module, is_hooked, weights_of
+from dora_cache.recipes.peft_layers import (
+    drops,
+    follow_module,
+    is_hooked,
+    weights_of,
+    why_training,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,7 +118,7 @@ def _depends_on(layer: Any, *_: object, **__: object) -> Iterator[object]:
     for name in kind.parts:
         part = modules.get(name)
         if isinstance(part, nn.Dropout):
-            if part.training or is_hooked(part):
+            if drops(part) or is_hooked(part):
                 msg = f"{name!r} of {type(layer).__name__} is in training mode or has hooks"
                 raise UnusualError(msg)
         elif part is not None and type(part) is not nn.Identity:
@@ -255,31 +262,36 @@ def _place_plain(reference: weakref.ref[Any]) -> None:
 def _follow(
     cache: Engine, layer: Any, recipe: Recipe, overrides: dict[str, Callable[..., Any]]
 ) -> Binding:
-    def observed(binding: Binding) -> Observer:
-        def own_written(layer: Any, *_: object, **__: object) -> None:
-            # Loading writes to the scalar through .data, T-LoRA's regularization to its weights.
-            cache.touched([*layer.parameters(), *layer.buffers()])
+    def own_written(layer: Any, *_: object, **__: object) -> None:
+        # Loading writes to the scalar through .data, T-LoRA's regularization to its weights.
+        cache.touched([*layer.parameters(), *layer.buffers()])
 
-        def base_written(layer: Any) -> None:
-            base = layer.org_module[0]
-            cache.touched([*base.parameters(), *base.buffers()])
+    def base_written(layer: Any) -> None:
+        base = layer.org_module[0]
+        cache.touched([*base.parameters(), *base.buffers()])
 
-        def placed(layer: Any, *_: object, **__: object) -> None:
-            _place(layer, type(layer))
+    def placed(layer: Any, *_: object, **__: object) -> None:
+        _place(layer, type(layer))
 
-        return Observer(
-            mode_switched=lambda _: cache.event(binding),
-            moved=lambda _: cache.revalidate(binding),
-            loaded=own_written,
-            assigned={"org_weight": base_written},
-            # Merging is followed for all modules there are: WRITERS in lifecycle/writers.py.
-            calls={"apply_max_norm": own_written, "apply_to": placed, "restore": placed},
-        )
-
-    binding = follow_module(cache, layer, recipe, overrides, observed)
-    _place(layer, type(layer))
-    binding.undo.callback(_place_plain, weakref.ref(layer))
+    binding = follow_module(
+        cache,
+        layer,
+        recipe,
+        overrides,
+        loaded=own_written,
+        assigned={"org_weight": base_written},
+        # Merging is followed for all modules there are: WRITERS in lifecycle/writers.py.
+        calls={"apply_max_norm": own_written, "apply_to": placed, "restore": placed},
+    )
+    if binding.infers is None:
+        binding.infers = partial(why_training, drops_out=_drops_out)  # networks begin in training
+        binding.undo.callback(_place_plain, weakref.ref(layer))
+        _place(layer, type(layer))
     return binding
+
+
+def _drops_out(layer: Any) -> bool:
+    return bool(layer.rank_dropout or layer.module_dropout)
 
 
 def follow_model(*_: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -18,7 +19,7 @@ from dora_cache.reasons import Reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     from dora_cache.binding import Binding, Warmers
     from dora_cache.engine import Engine
@@ -27,15 +28,17 @@ __all__ = [
     "Recipe",
     "base_layer",
     "derive_ahead",
+    "drops",
     "follow_layer",
     "follow_model",
     "follow_module",
     "follow_part",
-    "follow_tuner",
     "is_hooked",
     "layers_in",
     "memoised",
+    "wants_gradients",
     "weights_of",
+    "why_training",
     "why_uncached",
 ]
 
@@ -97,12 +100,70 @@ def why_uncached(layer: nn.Module, binding: Binding) -> Reason | None:
     In training mode, within ``bypass()``, under tracing, and with hooks on all modules.
     """
     if layer.__dict__["training"]:
-        return Reason.TRAINING
+        reason = binding.why_training(layer)
+        if reason is not None:
+            return reason
     if binding.cache.bypassing:
         return Reason.BYPASS
     if untraceable():
         return Reason.TRACED
     return Reason.HOOKED if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
+
+
+def why_training(
+    layer: Any, binding: Binding, drops_out: Callable[[Any], bool] | None = None
+) -> Reason | None:
+    """Return why a layer whose ``training`` is True does more than inference, or None.
+
+    Transformers and Diffusers put layers into models in eval mode, and leave ``training`` True in
+    the layers. So what counts is a switch to training mode since the layer was attached, a forward
+    that wants gradients, and dropout.
+
+    Args:
+        layer: the layer.
+        binding: its binding.
+        drops_out: whether dropout is at work in it; by default as in PEFT's layers.
+    """
+    if binding.trains:
+        return Reason.TRAINING
+    if wants_gradients(layer):
+        binding.trains = True
+        return Reason.GRADIENTS
+    return Reason.DROPOUT if (drops_out or _drops_out)(layer) else None
+
+
+def _drops_out(layer: Any) -> bool:
+    """Whether an active adapter's dropout is at work in a layer whose ``training`` is True."""
+    state = layer.__dict__
+    active = state.get("_active_adapter", ())
+    if isinstance(active, str):
+        active = (active,)
+    for name, parts in state["_modules"].items():
+        if name.endswith("_dropout"):
+            for adapter in active:
+                part = parts._modules.get(adapter)
+                if part is not None and drops(part):
+                    return True
+    return any(state.get(name, {}).get(adapter) for name in _DROPOUT_RATES for adapter in active)
+
+
+_DROPOUT_RATES = "rank_dropout", "module_dropout"
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether a dropout module is in training mode; without dropout, PEFT has an Identity."""
+    return dropout.training and type(dropout) is not nn.Identity
+
+
+def wants_gradients(layer: nn.Module) -> bool:
+    """Whether gradients would flow to a parameter of the layer."""
+    if not torch.is_grad_enabled():
+        return False
+    for module in layer.modules():  # parameters() takes three times as long
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return True
+    return False
 
 
 def weights_of(base: nn.Module) -> Sequence[Any]:
@@ -165,7 +226,8 @@ def follow_layer(
     def deleted(_: BaseTunerLayer, adapter_name: str) -> None:
         cache.adapter_deleted(binding, adapter_name)
 
-    def switched(_: BaseTunerLayer) -> None:
+    def switched(layer: BaseTunerLayer) -> None:
+        binding.trains = layer.training
         # Of every adapter: training may write to others than those that it trains.
         cache.event(binding)
 
@@ -188,6 +250,7 @@ def follow_layer(
             "delete_adapter": deleted,
         },
     )
+    binding.infers = why_training
     binding.undo.callback(observe(layer, observer, overrides))
     return binding
 
@@ -205,6 +268,7 @@ def follow_part(
         return
     binding = cache.bind(part, adapter=adapter)
     binding.warmers = warmers
+    binding.infers = lambda *_: parent.why_training(parent.owner)
     parent.adopt(binding)
     # The layer's event is passed on; the part's own switches are followed as any module's.
     observer = Observer(moved=lambda _: cache.revalidate(binding))
@@ -216,7 +280,7 @@ def follow_module(
     layer: nn.Module,
     _: Recipe,
     overrides: dict[str, Callable[..., Any]],
-    observed: Callable[[Binding], Observer] | None = None,
+    **events: Any,
 ) -> Binding:
     """Bind a layer of another library than PEFT, and follow its mode, moves and loading.
 
@@ -226,24 +290,22 @@ def follow_module(
         cache: the cache.
         layer: the layer.
         overrides: methods that stand in for the layer's own.
-        observed: returns what to follow instead.
+        **events: what else to follow; see :class:`dora_cache.lifecycle.Observer`.
     """
     bound: Binding | None = layer.__dict__.get(SLOT)
     if bound is not None and bound.cache is cache:
         return bound
     binding = cache.bind(layer)
 
+    def switched(layer: nn.Module) -> None:
+        binding.trains = layer.training
+        cache.event(binding)
+
     def changed(_: nn.Module) -> None:
         cache.revalidate(binding)
 
-    observer = (
-        observed(binding)
-        if observed is not None
-        else Observer(
-            mode_switched=lambda _: cache.event(binding),
-            moved=changed,
-            loaded=changed,
-        )
+    observer = Observer(
+        **{"mode_switched": switched, "moved": changed, "loaded": changed, **events}
     )
     binding.undo.callback(observe(layer, observer, overrides))
     return binding
@@ -254,32 +316,26 @@ def layers_in(model: nn.Module) -> Iterable[nn.Module]:
     return list(model.modules())
 
 
-def follow_model(
-    cache: Engine, model: nn.Module, apply: Callable[[nn.Module], bool], scan: Callable[[], object]
-) -> None:
+def follow_model(cache: Engine, model: nn.Module, apply: Callable[[nn.Module], bool]) -> None:
     """Follow what PEFT does to a model beyond the layers that recipes have bound.
 
     Args:
         cache: the cache.
         model: the model.
         apply: applies every recipe that fits to one layer.
-        scan: applies every recipe to the whole model.
     """
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     from dora_cache.recipes.hotswap import follow_hotswap
     from dora_cache.recipes.merging import follow_merges
 
+    follow_hotswap(cache)
+    follow_merges(cache)
     # Merging writes into base weights past their version counters, and layers may share them.
     other = _Other(apply)
     for part in list(model.modules()):
         if isinstance(part, BaseTunerLayer):
             follow_layer(cache, part, other)
-    follow_hotswap(cache)
-    follow_merges(cache)
-    for part in list(model.modules()):
-        if isinstance(part, BaseTuner):
-            follow_tuner(cache, part, scan)
 
 
 class _Other:
@@ -296,18 +352,6 @@ class _Other:
 
     def apply(self, cache: Engine, layer: nn.Module) -> bool:  # noqa: ARG002
         return self._apply(layer)
-
-
-def follow_tuner(cache: Engine, tuner: BaseTuner, rescan: Callable[[], object]) -> None:
-    """Call ``rescan`` whenever a tuner has put adapters into the model.
-
-    A no-op if the cache follows it already, as part of another model.
-    """
-    bound = tuner.__dict__.get(SLOT)
-    if bound is not None and bound.cache is cache:
-        return
-    observer = Observer(calls={"inject_adapter": lambda *_, **__: rescan()})
-    cache.bind(tuner).undo.callback(observe(tuner, observer))
 
 
 def memoised(

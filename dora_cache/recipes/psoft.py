@@ -17,7 +17,7 @@ from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter
-from dora_cache.recipes.peft_layers import is_hooked
+from dora_cache.recipes.peft_layers import drops, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ def _usual(layer: Any) -> Sequence[str]:
     for adapter in adapters:
         rotation = modules["psoft_R"]._modules[adapter]
         if (
-            modules["psoft_dropout"]._modules[adapter].training
+            drops(modules["psoft_dropout"]._modules[adapter])
             or plain_class(type(rotation)) is not OrthLayer
             or is_hooked(rotation)
         ):

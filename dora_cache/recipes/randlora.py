@@ -22,7 +22,7 @@ from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, is_hooked
+from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,7 +133,7 @@ def _dense(layer: Any, x: Tensor) -> Tensor:
 
 
 def _drops(dropout: nn.Module) -> bool:
-    return dropout.training or is_hooked(dropout)
+    return drops(dropout) or is_hooked(dropout)
 
 
 _folded = fold(

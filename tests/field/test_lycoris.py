@@ -337,7 +337,7 @@ def test_networks_are_restored_in_any_order(first):
 
 def test_only_what_a_network_adapts_is_followed():
     """A layer is left as it is, but for the method that it calls."""
-    model, made = applied("loha")
+    model, _ = applied("loha")
     classes = [type(part) for part in model.modules()]
     with dora_cache.attach(model):
         assert [type(part) for part in model.modules()] == classes
@@ -353,7 +353,7 @@ def test_copies_start_cold(how, whole):
         run(model)
         if whole:
             copied = how(model)
-            loras = [one for one in lycoris_modules.layers_in(copied)]
+            loras = list(lycoris_modules.layers_in(copied))
         else:
             other, loras = how((model, made))
             copied, loras = other, loras.loras
@@ -420,6 +420,21 @@ def test_in_training_mode_its_own_forward_runs():
         assert torch.equal(run(model), expected)
 
 
+@pytest.mark.parametrize("dropout", ["rank_dropout", "module_dropout", None])
+def test_a_network_that_is_never_put_into_a_mode_is_cached_without_dropout(dropout):
+    """Networks begin in training mode, and many people leave them there."""
+    model, made = applied("loha", **({} if dropout is None else {dropout: 0.5}))
+    made.train()
+    with dora_cache.attach(made) as cache:
+        run(model)
+        output = run(model)
+        if dropout is None:
+            assert cache.stats().hits == len(made.loras)
+            assert torch.equal(output, uncached(cache, model))
+        else:
+            assert reasons(cache) == {Reason.DROPOUT.value: 2 * len(made.loras)}
+
+
 def test_gradients_are_those_of_its_own_forward():
     """Those of the modules' parameters, and of the layer's weight."""
     model, made = applied("diag-oft", rescaled=True)
@@ -474,12 +489,14 @@ def test_a_pruned_factor_is_left_to_lycoris():
 )
 def test_kinds_that_derive_nothing_that_lasts_are_declined(algo, why):
     """The report says so."""
-    model, made = applied(algo)
+    _, made = applied(algo)
     made.loras.append(LohaModule("other", nn.Linear(4, 4)))
     with pytest.warns(dora_cache.CacheWarning, match=why):
         cache = dora_cache.attach(made)
     with cache:
-        assert [one.where.rpartition('.')[2] for one in cache.declined] == [type(made.loras[0]).__name__]
+        assert [one.where.rpartition(".")[2] for one in cache.declined] == [
+            type(made.loras[0]).__name__
+        ]
         assert why in str(cache.report())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
@@ -51,6 +52,47 @@ def _peft_model(dora: bool, width: int) -> Built:  # noqa: FBT001
     return running(get_peft_model(llama(width), config(dora)).eval())
 
 
+def _generate(dora: bool, width: int) -> Built:  # noqa: FBT001
+    model = get_peft_model(llama(width), config(dora)).eval()
+    prompt = torch.arange(1, 6)[None]
+
+    def run() -> Any:
+        return model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    return Built(model, run)
+
+
+def _load_adapter(dora: bool, width: int) -> Built:  # noqa: FBT001
+    model = llama(width)
+    with tempfile.TemporaryDirectory() as folder:
+        get_peft_model(llama(width), config(dora)).save_pretrained(folder)
+        model.load_adapter(folder, "a")
+    return running(model)
+
+
+def _encoder(dora: bool, width: int) -> Built:  # noqa: FBT001
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    settings = BertConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    targets = ["query", "key", "value", "dense"]
+    model = get_peft_model(BertModel(settings), config(dora, target_modules=targets)).eval()
+    ids = torch.arange(1, 9)[None]
+    return Built(model, lambda: model(ids).last_hidden_state)
+
+
 def _add_adapter(dora: bool, width: int) -> Built:  # noqa: FBT001
     model = llama(width)
     model.add_adapter(config(dora), "a")
@@ -59,5 +101,8 @@ def _add_adapter(dora: bool, width: int) -> Built:  # noqa: FBT001
 
 SETUPS = [
     SetUp("get_peft_model", "transformers", _peft_model),
+    SetUp("generate()", "transformers", _generate),
+    SetUp("an encoder (BERT)", "transformers", _encoder),
     SetUp("add_adapter", "transformers", _add_adapter),
+    SetUp("load_adapter", "transformers", _load_adapter),
 ]

@@ -74,9 +74,9 @@ class _Dora:
             for adapter, variant in layer.lora_variant.items()
             if isinstance(variant, CachedVariant) or kind_of(type(variant))
         }
-        if not known:
-            return False
         usual = type(layer).forward is Linear.forward
+        if not (known or usual):
+            return False
         forward = forward_fast if cache.config.numerics == "fast" else forward_exact
         binding = follow_layer(cache, layer, self, {"forward": forward} if usual else None)
         if binding.warmers is None:
@@ -87,7 +87,7 @@ class _Dora:
                 plain: Any = type(variant)
                 stand_in = cached_variant(plain, cache.config.numerics)
                 layer.lora_variant[adapter] = stand_in(variant, binding, adapter)
-        return True
+        return bool(known)
 
 
 RECIPE = _Dora()

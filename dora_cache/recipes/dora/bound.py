@@ -27,6 +27,7 @@ from dora_cache.facts import Shortcut
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
 from dora_cache.recipes.dora.values import FAST, STORED
+from dora_cache.recipes.peft_layers import why_training
 
 if TYPE_CHECKING:
     from dora_cache.recipes.dora.kernels import FewRows, Launch
@@ -100,7 +101,7 @@ class Bound(Uncopyable):
         if (
             binding is None  # detached
             or self._layer() is not layer  # a copy that shares the variant
-            or state["training"]
+            or (state["training"] and why_training(layer, binding))
             or state["_disable_adapters"]
             or state["merged_adapters"]
             or not state.get("cast_input_dtype_enabled")

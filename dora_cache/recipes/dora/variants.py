@@ -33,6 +33,7 @@ from dora_cache.recipes.dora.values import (
     same,
     wants_gradient,
 )
+from dora_cache.recipes.peft_layers import drops, why_training
 
 if TYPE_CHECKING:
     from dora_cache.binding import Binding
@@ -152,9 +153,11 @@ def cached_variant(plain: Any, numerics: str) -> Any:
 
 def stands_aside(layer: Any, adapter: str) -> bool:
     """Whether compiled code has to run PEFT's own: see :func:`why_unusual`."""
-    if layer.training:
-        return True
     modules = layer._modules
+    if layer.training:
+        dropout = modules["lora_dropout"]._modules.get(adapter)
+        if layer.__dict__[SLOT].trains or (dropout is not None and drops(dropout)):
+            return True
     for name in _PARTS:
         part = modules[name]._modules.get(adapter)
         if part is not None and (part._forward_hooks or part._forward_pre_hooks):
@@ -171,7 +174,9 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
     by itself, or with one of another class.
     """
     if layer.training:
-        return Reason.TRAINING
+        reason = why_training(layer, layer.__dict__[SLOT])
+        if reason is not None:
+            return reason
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return Reason.HOOKED
     if functorch_stack() is not None:
