@@ -199,6 +199,35 @@ def test_loading_merging_and_regularizing_are_noticed(algo):
             assert torch.equal(run(model), uncached(cache, model))
 
 
+@pytest.mark.parametrize("algo", ["locon", "loha", "lokr", "glora"])
+def test_loading_sets_the_scalar_past_its_version(algo):
+    """Even if nothing else is loaded."""
+    model, made = applied(algo, use_scalar=True)
+    with dora_cache.attach(made) as cache:
+        before = run(model)
+        made.load_state_dict({}, strict=False)
+        output = run(model)
+        assert not torch.equal(output, before)
+        assert torch.equal(output, uncached(cache, model))
+
+
+def test_regularizing_writes_past_a_version():
+    """T-LoRA scales its singular values through .data."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16)
+    lora = TLoraModule("layer", layer, lora_dim=4).eval()
+    lora.apply_to()
+    x = torch.randn(3, 16)
+    with dora_cache.attach(lora) as cache, torch.no_grad():
+        lora.q_layer.weight.add_(1)
+        before = layer(x)
+        lora.apply_max_norm(0.1)
+        output = layer(x)
+        assert not torch.equal(output, before)
+        with cache.bypass():
+            assert torch.equal(output, layer(x))
+
+
 def test_a_merge_of_another_network_is_noticed():
     """One that is not attached writes to the weights that the attached one's values go by."""
     model, made = applied("loha", dora_wd=True)
@@ -372,6 +401,66 @@ def test_copies_start_cold(how, whole):
         assert torch.equal(run(model), expected)
 
 
+def test_compiled_models_run_its_own_forward():
+    """As with all kinds but DoRA."""
+    model, made = applied("loha", dora_wd=True)
+    expected = run(model)
+    with dora_cache.attach(made) as cache:
+        run(model)
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(model.sample()), expected)
+            made.loras[0].hada_w1_a.mul_(2)
+            output = compiled(model.sample())
+        assert not torch.equal(output, expected)
+        assert torch.equal(output, uncached(cache, model))
+
+
+@pytest.mark.parametrize("first", ["attached", "hooked"])
+def test_layers_with_hooks_of_accelerate_are_cached(first):
+    """These have a forward of their own, which calls the module's."""
+    accelerate = pytest.importorskip("accelerate")
+    model, made = applied("loha")
+    expected = run(model)
+
+    def hook():
+        for lora in made.loras:
+            accelerate.hooks.add_hook_to_module(lora.org_module[0], accelerate.hooks.ModelHook())
+
+    if first == "hooked":
+        hook()
+    with dora_cache.attach(model) as cache:
+        if first == "attached":
+            hook()
+        assert torch.equal(run(model), expected)
+        assert torch.equal(run(model), expected)
+        assert cache.stats().hits == len(made.loras)
+    for lora in made.loras:
+        assert lora.org_module[0]._old_forward.__func__ is LohaModule.forward
+    assert torch.equal(run(model), expected)
+
+
+def test_adapters_of_both_libraries_in_one_model():
+    """PEFT's on a layer, and LyCORIS' on the layers inside, those of PEFT's adapter included."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, use_dora=True, target_modules=["up"], init_lora_weights=False)
+    model = get_peft_model(Net(32), config).eval()
+    made = network(model, "loha", dora_wd=True)
+    made.apply_to()
+    net = model.base_model.model
+    with dora_cache.attach(model) as cache, torch.no_grad():
+        for act in (lambda: None, net.up.base_layer.weight.neg_, lambda: made.merge_to(0.5)):
+            act()
+            output = run(net)
+            assert torch.equal(output, uncached(cache, net))
+        before = cache.stats()
+        assert torch.equal(run(net), output)
+        assert cache.stats().hits >= before.hits + len(made.loras)
+        assert cache.stats().misses == before.misses
+
+
 def test_hooks_of_the_layer_run_once():
     """The module takes the place of the layer's forward, not of its hooks."""
     model, made = applied("loha")
@@ -450,6 +539,22 @@ def test_gradients_are_those_of_its_own_forward():
             )
         assert reasons(cache)[Reason.GRADIENTS.value] == len(made.loras)
     assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+@kinds
+def test_gradients_of_the_layers_flow_past_frozen_modules(algo):
+    """Some kinds derive from the layer's weight itself, others from it as a constant."""
+    model, made = applied(algo, **KINDS[algo])
+    made.requires_grad_(False)
+    grads = []
+    with dora_cache.attach(made) as cache:
+        run(model), run(model)
+        for bypass in (True, False):
+            model.zero_grad()
+            with cache.bypass() if bypass else torch.enable_grad():
+                model(model.sample()).square().sum().backward()
+            grads.append({name: one.grad.clone() for name, one in model.named_parameters()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
