@@ -270,9 +270,6 @@ def _follow(
         base = layer.org_module[0]
         cache.touched([*base.parameters(), *base.buffers()])
 
-    def placed(layer: Any, *_: object, **__: object) -> None:
-        _place(layer, type(layer))
-
     binding = follow_module(
         cache,
         layer,
@@ -281,7 +278,7 @@ def _follow(
         loaded=own_written,
         assigned={"org_weight": base_written},
         # Merging is followed for all modules there are: WRITERS in lifecycle/writers.py.
-        calls={"apply_max_norm": own_written, "apply_to": placed, "restore": placed},
+        calls={"apply_max_norm": own_written},
     )
     if binding.infers is None:
         binding.infers = partial(why_training, drops_out=_drops_out)  # networks begin in training

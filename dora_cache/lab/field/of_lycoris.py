@@ -28,6 +28,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(4, width // 4, 3, padding=1)
         self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.norm.bias)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width, bias=False)
         self.width = width
