@@ -53,7 +53,8 @@ def attach(
 
     Args:
         target: any ``nn.Module`` that contains PEFT layers, or modules or other objects with
-            ``@cached`` methods; a Diffusers pipeline, or another object whose ``components`` hold
+            ``@cached`` methods; a ``LycorisNetwork``, or a model that one is applied to, which
+            covers all that are; a Diffusers pipeline, or another object whose ``components`` hold
             such modules by name; an object with ``@cached`` methods, or a ``@cached`` function.
         config: the settings; by default those of the environment.
         **settings: single settings instead of ``config``, e.g. ``backend="lru"``,
@@ -263,7 +264,8 @@ def _nothing(target: object, cache: Engine) -> str:
     where = f" in its components {', '.join(components)}" if components else ""
     return (
         f"{name} has nothing to cache{where}: it needs PEFT layers of a kind that "
-        f"recomputes ({', '.join(RECIPES)}; plain LoRA derives nothing) or methods marked "
+        f"recomputes ({', '.join(RECIPES)}; plain LoRA derives nothing), LyCORIS modules (of a "
+        "LycorisNetwork, or of a model that one is applied to) or methods marked "
         "@dora_cache.cached"
     )
 

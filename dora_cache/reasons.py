@@ -30,7 +30,10 @@ class Reason(enum.Enum):
     BYPASS = "bypass()", "leave the block of cache.bypass()"
     DETACHED = "cache detached", "attach again with dora_cache.attach(model)"
     COPY = "copied owner", "attach a cache to the copy"
-    TRAINING = "training mode", "call model.eval() for inference"
+    TRAINING = (
+        "training mode",
+        "call model.eval() for inference; likewise of a LycorisNetwork, which has its own mode",
+    )
     DROPOUT = "dropout at work", "call model.eval() for inference"
     GRADIENTS = "gradients wanted", "run inference under torch.no_grad() or inference_mode()"
     TRACED = (
@@ -43,7 +46,11 @@ class Reason(enum.Enum):
     )
     UNUSUAL_PART = (
         "unknown class of a part",
-        "use PEFT's own classes for the adapter's parts; a recipe knows no others",
+        "use the library's own classes for the adapter's parts; a recipe knows no others",
+    )
+    FACTORED = (
+        "factors applied one by one",
+        "nothing, if they are small; in LyCORIS, bypass_mode=False derives a weight that is kept",
     )
     REFILLED = (
         "storage that is refilled",

@@ -33,8 +33,10 @@ class Followers(Uncopyable):
         self._undo: ExitStack | None = None
 
     def add(self, cache: Engine) -> None:
-        """Have a cache follow until it detaches."""
+        """Have a cache follow until it detaches; one that follows already is left as it is."""
         with self._lock:
+            if cache in self._caches:
+                return
             self._caches.add(cache)
             if self._undo is None:
                 self._undo = ExitStack()

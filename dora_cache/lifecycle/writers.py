@@ -57,6 +57,10 @@ def _average(callback: Any, _: object, current: Any) -> tuple[nn.Module, nn.Modu
     return callback._average_model, current
 
 
+def _merged(adapter: Any, *_: object, **__: object) -> tuple[nn.Module, nn.Module]:
+    return adapter.org_module[0], adapter
+
+
 _COPIES = ("copy_params_from_model_to_ema", "copy_params_from_ema_to_model")
 _LIGHTNING = ("on_train_end", "on_validation_epoch_start", "on_validation_epoch_end")
 
@@ -104,6 +108,12 @@ WRITERS = (
             "after_test_epoch",
         ),
         lambda self, *_, **__: [self.src_model, self.ema_model],
+    ),
+    Writer(  # of any network that is applied to the model, attached or not
+        "lycoris.modules.base",
+        "LycorisBaseModule",
+        ("merge_to", "onfly_merge", "onfly_restore"),
+        _merged,
     ),
 )
 """The methods that are followed; of static ones, ``written`` takes no ``self``."""

@@ -8,19 +8,30 @@ To add an adapter kind, write a module with a ``RECIPE`` (most are a ``hooks.Lay
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_cache.errors import ConfigError, warn_once
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from dora_cache.engine import Engine
     from dora_cache.recipes.peft_layers import Recipe
 
-__all__ = ["ENTRY_POINT_GROUP", "RECIPES", "Recipes", "load_recipes", "register_recipe"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "LIBRARIES",
+    "RECIPES",
+    "Library",
+    "Recipes",
+    "load_recipes",
+    "register_recipe",
+]
 
 RECIPES = {
     "BOFT": "dora_cache.recipes.boft",
@@ -51,7 +62,40 @@ RECIPES = {
     "VB-LoRA": "dora_cache.recipes.vblora",
     "WaveFT": "dora_cache.recipes.waveft",
 }
-"""Adapter kinds by name, and the module that has the recipe; loaded when a model is attached."""
+"""PEFT's adapter kinds by name, and the module that has the recipe."""
+
+
+class Library(NamedTuple):
+    """A library of adapter layers.
+
+    Attributes:
+        package: its name as it is imported. Nothing of it is loaded unless it has been.
+        recipes: adapter kinds by name, and the module that has the recipe; loaded when a model is
+            attached.
+        layers: the module that knows its layers: has ``layers_in(model)``, which returns those of a
+            model, other modules included, and ``follow_model(cache, model, apply)``, called once
+            recipes are applied; see :mod:`dora_cache.recipes.peft_layers`.
+    """
+
+    package: str
+    recipes: Mapping[str, str]
+    layers: str
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether anybody has imported it; else no model has its layers, and it may be slow."""
+        return sys.modules.get(self.package) is not None
+
+
+LIBRARIES = (
+    Library("peft", RECIPES, "dora_cache.recipes.peft_layers"),
+    Library(
+        "lycoris",
+        {"LyCORIS": "dora_cache.recipes.lycoris_modules"},
+        "dora_cache.recipes.lycoris_modules",
+    ),
+)
+"""The libraries that there are recipes for."""
 
 ENTRY_POINT_GROUP = "dora_cache.recipes"
 """Installed packages offer recipes under it: a name, and ``package.module:RECIPE``."""
@@ -85,8 +129,9 @@ def load_recipes(cache: Engine | None = None) -> list[Recipe]:
     Of several by one name the first in this order counts.
 
     Args:
-        cache: declines what cannot be loaded, so that attaching goes on; without it, that is an
-            error.
+        cache: declines what cannot be loaded, so that attaching goes on, and needs no recipes for
+            libraries that have not been imported. Without it, what cannot be loaded is an error,
+            and the recipes for all libraries that are installed are returned.
     """
     found = dict(_registered)
     origins: dict[str, str] = {}
@@ -99,8 +144,11 @@ def load_recipes(cache: Engine | None = None) -> list[Recipe]:
                 "name, or write dora_cache.register_recipe(...) with what it names"
             )
         _load(found, entry.name, entry.load, cache)
-    for name, module in RECIPES.items():
-        _load(found, name, lambda module=module: importlib.import_module(module).RECIPE, cache)
+    for library in LIBRARIES:
+        wanted = library.is_imported or cache is None
+        if wanted and importlib.util.find_spec(library.package) is not None:
+            for name, where in library.recipes.items():
+                _load(found, name, lambda where=where: importlib.import_module(where).RECIPE, cache)
     return list(found.values())
 
 
@@ -133,39 +181,28 @@ class Recipes:
     """The recipes of one cache, applied to what comes into its models; it holds no cache."""
 
     def __init__(self) -> None:
-        self._recipes: list[Recipe] | None = None
+        self._recipes: list[Recipe] = []
+        self._libraries: list[Any] = []  # that the recipes are for
         self._sound: dict[str, bool] = {}
 
     def apply(self, cache: Engine, model: nn.Module) -> int:
-        """Cache every PEFT layer in a model that there is a recipe for.
+        """Cache every adapter layer in a model that there is a recipe for.
 
-        A recipe that was written for other methods than this PEFT has is declined.
+        A recipe that was written for other methods than the installed library has is declined.
 
         Returns:
             How many layers are cached.
         """
-        if "peft" not in sys.modules:  # then the model has none, and PEFT is slow to import
-            return 0
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        from dora_cache.recipes.peft_layers import follow_layer
-
-        found = sum(self._apply(cache, module) for module in list(model.modules()))
-        # Merging writes into base weights past their version counters, and layers may share them.
-        other = _Other(self._apply)
-        for part in list(model.modules()):
-            if isinstance(part, BaseTunerLayer):
-                follow_layer(cache, part, other)
+        there = [importlib.import_module(one.layers) for one in LIBRARIES if one.is_imported]
+        if len(there) > len(self._libraries):
+            self._recipes, self._libraries = load_recipes(cache), there
+        layers = {id(one): one for library in there for one in library.layers_in(model)}
+        found = sum(self._apply(cache, layer) for layer in layers.values())
+        for library in there:
+            library.follow_model(cache, model, self._apply)
         return found
 
     def _apply(self, cache: Engine, module: nn.Module) -> bool:
-        if self._recipes is None:
-            from dora_cache.recipes.hotswap import follow_hotswap
-            from dora_cache.recipes.merging import follow_merges
-
-            self._recipes = load_recipes(cache)
-            follow_hotswap(cache)
-            follow_merges(cache)
         fitting = [
             one for one in self._recipes if one.applies(module) and self._is_sound(cache, one)
         ]
@@ -179,23 +216,7 @@ class Recipes:
             other = changed(recipe.relies_on)
             sound = self._sound[recipe.name] = not other
             if other:
-                reason = f"this PEFT has another {', '.join(other)} than the recipe was written for"
+                packages = " and ".join({path.partition(".")[0]: None for path in other})
+                reason = f"this {packages} has another {', '.join(other)} than it was written for"
                 cache.decline(recipe.name, "recipe", reason)
         return sound
-
-
-class _Other:
-    """Stands in for a recipe where a layer has nothing to cache, until an adapter is added."""
-
-    name = "other"
-    relies_on: dict[str, str] = {}  # noqa: RUF012
-
-    def __init__(self, apply: Any) -> None:
-        self._apply = apply
-
-    def applies(self, layer: nn.Module) -> bool:  # noqa: ARG002
-        return True
-
-    def apply(self, cache: Engine, layer: nn.Module) -> bool:
-        applied: bool = self._apply(cache, layer)
-        return applied

@@ -1,11 +1,11 @@
-"""The shapes of hooks that most recipes are made of.
+"""The shapes of hooks that most recipes are made of, for PEFT's layers and other libraries'.
 
-*Memoise a method*: PEFT derives the value in a method of its own (``get_delta_weight``), and the
-recipe stores what that returns; see :func:`memo`.
+*Memoise a method*: the library derives the value in a method of its own (``get_delta_weight``), and
+the recipe stores what that returns; see :func:`memo`.
 
-*Guard a forward*: PEFT derives the value in the middle of ``forward``, or its value is larger than
-needed. The recipe has a forward of its own for the usual case, and leaves every other one to
-PEFT's; see :func:`guard`.
+*Guard a forward*: the library derives the value in the middle of ``forward``, or its value is
+larger than needed. The recipe has a forward of its own for the usual case, and leaves every other
+one to the library's; see :func:`guard`.
 
 (The third shape, replacing a LoRA variant, has one user: ``dora``.)
 """
@@ -38,8 +38,10 @@ from dora_cache.recipes.peft_layers import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from dora_cache.binding import Binding
     from dora_cache.engine import Engine
     from dora_cache.recipes.examples import Example
+    from dora_cache.recipes.peft_layers import Recipe
 
 __all__ = [
     "Hook",
@@ -55,10 +57,10 @@ __all__ = [
 
 
 class UnusualError(UncheckableError):
-    """A layer is not as a recipe knows it; PEFT's own code runs, and nothing is stored."""
+    """A layer is not as a recipe knows it; its library's own code runs, and nothing is stored."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text, Reason.UNUSUAL_PART)
+    def __init__(self, text: str, reason: Reason = Reason.UNUSUAL_PART) -> None:
+        super().__init__(text, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,14 @@ class Hook:
     Attributes:
         method: its name.
         function: what stands in for it.
-        warm: called with a layer and an adapter's name; derives what the first forward with that
-            adapter alone would, by the very same call. None: nothing can be derived ahead.
+        warm: called with a layer and an adapter's name, None if the layer's adapter has none;
+            derives what the first forward with that adapter alone would, by the very same call.
+            None: nothing can be derived ahead.
     """
 
     method: str
     function: Callable[..., Any]
-    warm: Callable[[Any, str], object] | None = None
+    warm: Callable[[Any, Any], object] | None = None
 
 
 def memo(
@@ -86,7 +89,7 @@ def memo(
     depends_on: Callable[..., Iterable[object]],
     warm: Callable[[Any, str], object] | None = None,
 ) -> Hook:
-    """Return a hook that stores what a method of PEFT's returns.
+    """Return a hook that stores what a method of the library's returns.
 
     Args:
         owner: a class that has the method.
@@ -95,8 +98,8 @@ def memo(
         adapter: the parameter of the method that carries the adapter's name; None if no parameter
             does.
         depends_on: called with the same arguments as the method; see :func:`dora_cache.cached`.
-        warm: see :class:`Hook`. It must call the method exactly as PEFT's forward does; by default
-            with the adapter's name alone.
+        warm: see :class:`Hook`. It must call the method exactly as the layer's forward does; by
+            default with the adapter's name alone.
     """
 
     @functools.wraps(getattr(owner, method))
@@ -115,19 +118,23 @@ def guard(
     *,
     warm: Callable[[Any, str], object] | None = None,
     keyword: str | None = None,
+    idle: Callable[[Any], bool] | None = None,
 ) -> Hook:
-    """Return a hook that puts a forward of one's own in front of PEFT's.
+    """Return a hook that puts a forward of one's own in front of the library's.
 
     It runs in the usual case: one input and no other arguments, no training or dropout, adapters
     enabled and not merged, no gradients wanted by any parameter of the layer, no tracing, no hooks
     on all modules, no ``bypass()``.
-    PEFT's own forward runs otherwise.
+    The library's own forward runs otherwise.
 
     Args:
-        forward: called with the layer and its input; returns the layer's output, or None for PEFT's
-            forward to run (before it has called the base layer, whose hooks must run once).
+        forward: called with the layer and its input; returns the layer's output, or None for the
+            library's forward to run (before it has called the base layer, whose hooks must run
+            once).
         warm: see :class:`Hook`.
         keyword: a keyword argument that may come with the input, and is passed on.
+        idle: called with the layer; whether its own forward derives nothing at present. By default
+            whether PEFT has disabled or merged the layer's adapters.
     """
     allowed = {keyword}
 
@@ -143,7 +150,11 @@ def guard(
                     reason = Reason.GRADIENTS
                 if reason is not None:
                     binding.cache.passed_by(reason)
-                elif not (self._disable_adapters or self.merged_adapters):  # some have the class's
+                elif not (
+                    (self._disable_adapters or self.merged_adapters)  # some have the class's
+                    if idle is None
+                    else idle(self)
+                ):
                     try:
                         result = forward(self, x, **kwargs)
                     except UnusualError as error:
@@ -153,6 +164,7 @@ def guard(
                         return result
         return plain_class(type(self)).forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
+    guarded.__name__ = "forward"  # by which methods that are bound to it are pickled
     return Hook("forward", guarded, warm)
 
 
@@ -238,18 +250,21 @@ def own_parameter(module: nn.Module, name: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class LayerRecipe:
-    """How one kind of PEFT layer is cached: most recipes are one of these.
+    """How one kind of adapter layer is cached: most recipes are one of these.
 
     Attributes:
         name: what the adapter is called in the field.
         hooks: for each class of layers, what stands in for its methods. A layer goes by the first
             class in the list that it is an instance of.
-        adapters: the layer's attribute that has a part or parameter for each adapter.
-        relies_on: the methods of PEFT's that the recipe was written for: see ``fingerprints.py``.
+        adapters: the layer's attribute that has a part or parameter for each adapter; None if each
+            layer is of one adapter, which has no name.
+        relies_on: the library's methods that the recipe was written for: see ``fingerprints.py``.
         fast: likewise ``hooks``, under ``numerics="fast"``; where a class is not here, ``hooks``
             holds.
         examples: models that the recipe is for.
         declines: called with a layer; returns why it cannot be cached, or nothing.
+        follow: binds a layer and follows what happens to it; by default as PEFT's layers are. See
+            :func:`dora_cache.recipes.peft_layers.follow_layer`.
 
     Raises:
         ConfigError: there are no hooks, or one is of a method that its class does not have, or
@@ -259,17 +274,19 @@ class LayerRecipe:
 
     name: str
     hooks: Mapping[type, Sequence[Hook]]
-    adapters: str
+    adapters: str | None
     relies_on: Mapping[str, str]
     fast: Mapping[type, Sequence[Hook]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     declines: Callable[[Any], str | None] = lambda _: None
+    follow: Callable[[Engine, Any, Recipe, dict[str, Callable[..., Any]]], Binding] = follow_layer
 
     def __post_init__(self) -> None:
         """Check what would go unnoticed: a recipe that caches nothing raises nothing either."""
-        if not isinstance(self.adapters, str) or not self.adapters.isidentifier():
+        named = self.adapters
+        if named is not None and not (isinstance(named, str) and named.isidentifier()):
             msg = (
-                f"LayerRecipe {self.name!r} has adapters={self.adapters!r}: give the name of the "
+                f"LayerRecipe {self.name!r} has adapters={named!r}: give the name of the "
                 'layer\'s attribute that has a part for each adapter, as adapters="lora_A"'
             )
             raise ConfigError(msg)
@@ -289,7 +306,7 @@ class LayerRecipe:
         return isinstance(layer, tuple(self.hooks))
 
     def apply(self, cache: Engine, layer: Any) -> bool:
-        """Put the hooks in place, unless the layer's class has other methods than PEFT's."""
+        """Put the hooks in place, unless the layer's class has other methods than the known one."""
         plain = plain_class(type(layer))
         known = next(one for one in self.hooks if isinstance(layer, one))
         hooks = self.hooks[known]
@@ -299,12 +316,16 @@ class LayerRecipe:
         reason = self.declines(layer)
         for method in {hook.method: None for hook in hooks} | self._methods(known):
             if getattr(plain, method, None) is not getattr(known, method):
-                reason = f"its {method}() is not that of PEFT's {known.__qualname__}"
+                library = {"peft": "PEFT"}.get(
+                    package := known.__module__.partition(".")[0], package
+                )
+                reason = f"its {method}() is not that of {library}'s {known.__qualname__}"
         if reason:
             cache.decline(self.name, where, reason)
             return False
-        self._check_adapters(layer)
-        binding = follow_layer(cache, layer, self, {hook.method: hook.function for hook in hooks})
+        if self.adapters is not None:
+            self._check_adapters(layer, self.adapters)
+        binding = self.follow(cache, layer, self, {hook.method: hook.function for hook in hooks})
         binding.warmers = partial(_warmers, self.adapters, hooks)
         return bool(_names(layer, self.adapters))
 
@@ -314,18 +335,16 @@ class LayerRecipe:
         paths = [path.rpartition(".") for path in self.relies_on]
         return {method: None for where, _, method in paths if where in classes}
 
-    def _check_adapters(self, layer: Any) -> None:
-        if hasattr(getattr(layer, self.adapters, None), "keys"):
+    def _check_adapters(self, layer: Any, attribute: str) -> None:
+        if hasattr(getattr(layer, attribute, None), "keys"):
             return
         known = [*layer.adapter_layer_names, *layer.other_param_names]
-        close = [one for one in known if one.lower() == self.adapters.lower()]
-        close += difflib.get_close_matches(self.adapters, known, n=1)
+        close = [one for one in known if one.lower() == attribute.lower()]
+        close += difflib.get_close_matches(attribute, known, n=1)
         hint = f"did you mean {close[0]!r}? It has" if close else "it has"
-        state = (
-            "has no such attribute" if not hasattr(layer, self.adapters) else "has no keys there"
-        )
+        state = "has no such attribute" if not hasattr(layer, attribute) else "has no keys there"
         msg = (
-            f"LayerRecipe {self.name!r} has adapters={self.adapters!r}, but a "
+            f"LayerRecipe {self.name!r} has adapters={attribute!r}, but a "
             f"{plain_class(type(layer)).__qualname__} {state}: {hint} {', '.join(known)}"
         )
         raise ConfigError(msg)
@@ -334,7 +353,7 @@ class LayerRecipe:
 def _check_hooks(name: str, where: str, hooks: Any) -> None:
     example = f"{where}={{Layer: [memo(Layer, ...)]}}"
     if not isinstance(hooks, Mapping) or not hooks:
-        msg = f"LayerRecipe {name!r} has no {where}: give {example}, with a class of PEFT's layers"
+        msg = f"LayerRecipe {name!r} has no {where}: give {example}, with a class of layers"
         raise ConfigError(msg)
     for kind, some in hooks.items():
         if not isinstance(kind, type):
@@ -360,13 +379,13 @@ def _check_hooks(name: str, where: str, hooks: Any) -> None:
                 raise ConfigError(msg)
 
 
-def _names(layer: Any, attribute: str) -> list[str]:
-    return list(getattr(layer, attribute).keys())
+def _names(layer: Any, attribute: str | None) -> list[str | None]:
+    return [None] if attribute is None else list(getattr(layer, attribute).keys())
 
 
 def _warmers(
-    attribute: str, hooks: Sequence[Hook], layer: Any, _: object
-) -> Iterator[tuple[str, Callable[[], object]]]:
+    attribute: str | None, hooks: Sequence[Hook], layer: Any, _: object
+) -> Iterator[tuple[str | None, Callable[[], object]]]:
     for adapter in _names(layer, attribute):
         for hook in hooks:
             if hook.warm is not None:

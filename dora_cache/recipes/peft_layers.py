@@ -30,8 +30,11 @@ __all__ = [
     "derive_ahead",
     "drops",
     "follow_layer",
+    "follow_model",
+    "follow_module",
     "follow_part",
     "is_hooked",
+    "layers_in",
     "memoised",
     "wants_gradients",
     "weights_of",
@@ -49,7 +52,7 @@ class Recipe(Protocol):
 
     @property
     def relies_on(self) -> Mapping[str, str]:
-        """The methods of PEFT's that it was written for, and their fingerprints."""
+        """The library's methods that it was written for, and their fingerprints."""
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is of the kind."""
@@ -107,19 +110,26 @@ def why_uncached(layer: nn.Module, binding: Binding) -> Reason | None:
     return Reason.HOOKED if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
 
 
-def why_training(layer: Any, binding: Binding) -> Reason | None:
+def why_training(
+    layer: Any, binding: Binding, drops_out: Callable[[Any], bool] | None = None
+) -> Reason | None:
     """Return why a layer whose ``training`` is True does more than inference, or None.
 
     Transformers and Diffusers put layers into models in eval mode, and leave ``training`` True in
     the layers. So what counts is a switch to training mode since the layer was attached, a forward
     that wants gradients, and dropout.
+
+    Args:
+        layer: the layer.
+        binding: its binding.
+        drops_out: whether dropout is at work in it; by default as in PEFT's layers.
     """
     if binding.trains:
         return Reason.TRAINING
     if wants_gradients(layer):
         binding.trains = True
         return Reason.GRADIENTS
-    return Reason.DROPOUT if _drops_out(layer) else None
+    return Reason.DROPOUT if (drops_out or _drops_out)(layer) else None
 
 
 def _drops_out(layer: Any) -> bool:
@@ -174,7 +184,7 @@ def weights_of(base: nn.Module) -> Sequence[Any]:
     return found
 
 
-def derive_ahead(derive: Callable[[Any, str], object], layer: Any, adapter: str) -> None:
+def derive_ahead(derive: Callable[[Any, Any], object], layer: Any, adapter: str | None) -> None:
     """Derive a value of an adapter ahead of its first use.
 
     An adapter that is there in part only (adding or deleting it may have failed half-way) cannot be
@@ -263,6 +273,87 @@ def follow_part(
     # The layer's event is passed on; the part's own switches are followed as any module's.
     observer = Observer(moved=lambda _: cache.revalidate(binding))
     binding.undo.callback(observe(part, observer, overrides))
+
+
+def follow_module(
+    cache: Engine,
+    layer: nn.Module,
+    _: Recipe,
+    overrides: dict[str, Callable[..., Any]],
+    **events: Any,
+) -> Binding:
+    """Bind a layer of another library than PEFT, and follow its mode, moves and loading.
+
+    A layer bound before is returned as it is.
+
+    Args:
+        cache: the cache.
+        layer: the layer.
+        overrides: methods that stand in for the layer's own.
+        **events: what else to follow; see :class:`dora_cache.lifecycle.Observer`.
+    """
+    bound: Binding | None = layer.__dict__.get(SLOT)
+    if bound is not None and bound.cache is cache:
+        return bound
+    binding = cache.bind(layer)
+
+    def switched(layer: nn.Module) -> None:
+        binding.trains = layer.training
+        cache.event(binding)
+
+    def changed(_: nn.Module) -> None:
+        cache.revalidate(binding)
+
+    observer = Observer(
+        **{"mode_switched": switched, "moved": changed, "loaded": changed, **events}
+    )
+    binding.undo.callback(observe(layer, observer, overrides))
+    return binding
+
+
+def layers_in(model: nn.Module) -> Iterable[nn.Module]:
+    """Return the modules of a model, where all PEFT layers are."""
+    return list(model.modules())
+
+
+def follow_model(
+    cache: Engine, model: nn.Module, apply: Callable[[Engine, nn.Module], bool]
+) -> None:
+    """Follow what PEFT does to a model beyond the layers that recipes have bound.
+
+    Args:
+        cache: the cache.
+        model: the model.
+        apply: applies every recipe that fits to one layer.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from dora_cache.recipes.hotswap import follow_hotswap
+    from dora_cache.recipes.merging import follow_merges
+
+    follow_hotswap(cache)
+    follow_merges(cache)
+    # Merging writes into base weights past their version counters, and layers may share them.
+    other = _Other(apply)
+    for part in list(model.modules()):
+        if isinstance(part, BaseTunerLayer):
+            follow_layer(cache, part, other)
+
+
+class _Other:
+    """Stands in for a recipe where a layer has nothing to cache, until an adapter is added."""
+
+    name = "other"
+    relies_on: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, apply: Callable[[Engine, nn.Module], bool]) -> None:
+        self._apply = apply
+
+    def applies(self, layer: nn.Module) -> bool:  # noqa: ARG002
+        return True
+
+    def apply(self, cache: Engine, layer: nn.Module) -> bool:
+        return self._apply(cache, layer)
 
 
 def memoised(
