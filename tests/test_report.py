@@ -8,12 +8,13 @@ import warnings
 
 import pytest
 import torch
+from peft import LoHaConfig
 from test_capped import SIZE, Owner
 from zoo import activate, dora_model, run, sample
 
 import dora_cache
 from dora_cache import cells
-from dora_cache.lab.field.of_transformers import config, llama
+from dora_cache.lab.field.of_transformers import llama
 from dora_cache.reasons import Reason
 from dora_cache.report import Declined
 
@@ -189,6 +190,12 @@ def test_what_is_declined_is_shown_with_the_layers_in_a_line():
     assert len(report.declined) == 32
 
 
+def loha():
+    model = llama(16)
+    model.add_adapter(LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]), "a")
+    return model.eval()
+
+
 def forward_of(model):
     ids = torch.arange(5)[None]
     return lambda: model(ids)
@@ -196,9 +203,7 @@ def forward_of(model):
 
 def test_a_reason_has_the_layers_that_it_applies_to():
     """Each layer has its count, by its name in the model, and the text has them in a line."""
-    model = llama(16)
-    model.add_adapter(config(True, target_modules=["q_proj", "v_proj"]), "a")  # noqa: FBT003
-    model.eval()
+    model = loha()
     model.requires_grad_(False)  # noqa: FBT003
     forward = forward_of(model)
     with dora_cache.attach(model) as cache:
@@ -212,9 +217,7 @@ def test_a_reason_has_the_layers_that_it_applies_to():
         first, second = cache.report().reasons
         text = str(cache.report())
         assert (first.reason, first.count) == (Reason.GRADIENTS, 4)
-        assert first.layers == {
-            f"model.layers.1.self_attn.{part}_proj": 2 for part in ("q", "v")
-        }
+        assert first.layers == {f"model.layers.1.self_attn.{part}_proj": 2 for part in ("q", "v")}
         assert f"    in {first.where}\n" in text
         assert (second.reason, second.count, set(second.layers.values())) == (Reason.BYPASS, 4, {1})
         assert second.where == "model.layers.{0,1}.self_attn.{q,v}_proj"
@@ -223,14 +226,13 @@ def test_a_reason_has_the_layers_that_it_applies_to():
 
 def test_values_that_find_no_room_have_their_layers_too():
     """So have those that the backend did not keep."""
-    model = llama(16)
-    model.add_adapter(config(True, target_modules=["q_proj"]), "a")  # noqa: FBT003
-    model.eval()
+    model = loha()
     with dora_cache.attach(model, backend="lru", max_bytes=8) as cache, torch.no_grad():
         forward_of(model)()
         (row,) = cache.report().reasons
     assert row.reason is Reason.CAP
-    assert row.layers == {f"model.layers.{index}.self_attn.q_proj": 1 for index in (0, 1)}
+    assert row.where == "model.layers.{0,1}.self_attn.{q,v}_proj"
+    assert set(row.layers.values()) == {1}
 
 
 def test_a_layer_that_is_gone_leaves_its_count():
@@ -291,9 +293,7 @@ def test_a_cache_without_a_hit_says_why_once():
 
 def test_a_layer_that_passes_by_by_itself_says_so_too():
     """The warning does not wait for a call that asks the cache."""
-    model = llama(16)
-    model.add_adapter(config(True), "a")  # noqa: FBT003
-    model.eval()
+    model = loha()
     with dora_cache.attach(model):
         (text,) = warnings_of(forward_of(model), 100)
     assert Reason.GRADIENTS.advice in text
