@@ -355,9 +355,7 @@ class Engine(Uncopyable):
                 cell.add(hit=not declined, count=-1)
             # Each thread derives its own.
             if pending is not None and pending.unstored is Reason.UNSTORABLE:
-                return self._go_past(
-                    Reason.UNSTORABLE, derivation, binding, call.args, call.kwargs
-                )
+                return self._go_past(Reason.UNSTORABLE, derivation, binding, call.args, call.kwargs)
 
     def _valid(self, cell: Cell, call: Call) -> Entry | None:
         """Return the entry of a call if it may be used; drop it if not."""

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from dora_cache.reasons import Reason
     from dora_cache.stats import CacheStats
 
-__all__ = ["CacheReport", "CurvePoint", "Declined", "ReasonRow", "ReportRow", "Seen", "rows_of", "seen_of"]
+__all__ = [
+    "CacheReport",
+    "CurvePoint",
+    "Declined",
+    "ReasonRow",
+    "ReportRow",
+    "Seen",
+    "rows_of",
+    "seen_of",
+]
 
 _REASONS = 20  # of what is declined, shown with the table
 _COLUMNS = (

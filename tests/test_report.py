@@ -204,12 +204,12 @@ def forward_of(model):
 def test_a_reason_has_the_layers_that_it_applies_to():
     """Each layer has its count, by its name in the model, and the text has them in a line."""
     model = loha()
-    model.requires_grad_(False)  # noqa: FBT003
+    model.requires_grad_(False)
     forward = forward_of(model)
     with dora_cache.attach(model) as cache:
         forward()
         assert cache.report().reasons == ()
-        model.model.layers[1].requires_grad_(True)  # noqa: FBT003
+        model.model.layers[1].requires_grad_(True)
         forward()
         forward()
         with cache.bypass():
