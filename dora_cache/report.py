@@ -253,7 +253,7 @@ class CacheReport:
         return "\n".join(lines)
 
     def _declined(self) -> list[str]:
-        """Return a line for each kind, adapter and reason, with the layers' names in little room."""
+        """Return a line for each kind, adapter and reason, with the layers' names."""
         places: defaultdict[tuple[str, str | None, str], list[str]] = defaultdict(list)
         for one in self.declined:
             places[one.kind, one.adapter, one.reason].append(one.where)

