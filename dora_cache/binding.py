@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from dora_cache.facts import Shortcut
     from dora_cache.keys import Adapters
-    from dora_cache.reasons import Reason
 
 __all__ = ["Binding", "Buffer", "Warmers", "next_token", "with_children"]
 

@@ -86,7 +86,7 @@ class Holdings(Uncopyable):
         if not (
             reason is Reason.BYPASS
             or reason is Reason.DETACHED
-            or (reason is Reason.TRAINING and torch.is_grad_enabled())
+            or ((reason in {Reason.TRAINING, Reason.DROPOUT}) and torch.is_grad_enabled())
         ):
             self._fruitless[reason] += 1
             self._calls_left -= 1

@@ -98,10 +98,10 @@ class Diagnosis:
     def _speed(self) -> list[str]:
         lines = ["A forward, in ms (quartiles):"]
         for way, times in self.times.items():
-            lines.append(f"  {way:<12}{_spread(Spread.quartiles(1e3 * one for one in times))}")
-        text = f"dora-cache is {_spread(self.ratio(UNCACHED, CACHED))} times as fast as PEFT alone"
+            lines.append(f"  {way:<12}{Spread.quartiles(1e3 * one for one in times)}")
+        text = f"dora-cache is {self.ratio(UNCACHED, CACHED)} times as fast as PEFT alone"
         if self.no_lora is None:
-            text += f", and takes {_spread(self.ratio(CACHED, LORA))} times as long as plain LoRA"
+            text += f", and takes {self.ratio(CACHED, LORA)} times as long as plain LoRA"
         else:
             lines.append(f"  {LORA:<12}not measured: {self.no_lora}")
         return [*lines, f"{text}."]
@@ -251,7 +251,3 @@ def _listed(title: str, layers: Mapping[str, Sequence[str]]) -> list[str]:
     if not layers:
         return []
     return [title, *(f"  {kind} in {shorten(names)}" for kind, names in layers.items())]
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.3g} ({spread.low:.3g} to {spread.high:.3g})"

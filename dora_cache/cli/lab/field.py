@@ -1,4 +1,4 @@
-"""``dora-cache lab field``: in which set-ups of other libraries caching works, and what it gains."""
+"""``dora-cache lab field``: in which set-ups caching works, and what it gains."""
 
 import json
 from pathlib import Path

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from dora_cache.attachment import attach
-from dora_cache.lab.bench import Spread
+from dora_cache.lab.bench import Spread, figure
 from dora_cache.lab.field.setup import setups, try_out
 from dora_cache.lab.turns import take_turns
 from dora_cache.reasons import Reason
@@ -33,6 +34,7 @@ __all__ = [
     "as_json",
     "as_markdown",
     "as_table",
+    "markdown_line",
     "measure",
     "measure_all",
     "page",
@@ -222,8 +224,13 @@ def as_table(rows: Sequence[Row]) -> Table:
     for title in (*_TITLES[3:], *(f"{way}, ms" for way in WAYS)):
         table.add_column(title, justify="right")
     for row in rows:
-        name, library, cached, *figures = _cells(row)
-        table.add_row(name, library, cached, *figures)
+        name, library, cached, *ratios = _cells(row)
+        times = [
+            figure(row.ms[way].median) if way in row.ms else row.absent.get(way, "-")
+            for way in WAYS
+        ]
+        colour = "red" if not row.agrees else "green" if row.cached == verdict(()) else "none"
+        table.add_row(name, library, Text(cached, colour), *ratios, *times)
     return table
 
 
@@ -231,12 +238,20 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """Return the same table for the documentation, and the reasons' advice."""
     heads = (*_TITLES, *(f"{way}, ms" for way in WAYS), "test")
     lines = [_line(heads), _line("---" for _ in heads)]
-    lines += [_line((*_cells(row), f"`{row.test}`")) for row in rows]
+    lines += [markdown_line(row) for row in rows]
     reasons = dict.fromkeys(reason for row in rows for reason in row.reasons)
     if reasons:
         lines += ["", "What to do where it is not cached:", ""]
         lines += [f"- {reason}: {Reason[_named(reason)].advice}" for reason in reasons]
     return "\n".join(lines) + "\n"
+
+
+def markdown_line(row: Row) -> str:
+    """Return the row's line of that table; what is other than listed stands out."""
+    name, library, cached, *ratios = _cells(row)
+    cached = cached if row.agrees else f"**{cached}**"
+    times = [str(row.ms.get(way) or row.absent.get(way, "-")) for way in WAYS]
+    return _line((name, library, cached, *ratios, *times, f"`{row.test}`"))
 
 
 def _named(value: str) -> str:
@@ -248,21 +263,10 @@ def _line(cells: Any) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    cached = row.cached if row.agrees else f"**{row.cached}**"
-    if row.note:
-        cached += f" ({row.note})"
-    ratios = [_spread(row.ratios.get(" / ".join(pair))) for pair in _RATIOS]
-    return [
-        row.name,
-        f"{row.library} {row.version}".strip(),
-        cached,
-        *(ratio or "-" for ratio in ratios),
-        *(_spread(row.ms.get(way)) or row.absent.get(way, "-") for way in WAYS),
-    ]
-
-
-def _spread(spread: Spread | None) -> str:
-    return f"{spread.median:.3g} ({spread.low:.3g}–{spread.high:.3g})" if spread else ""
+    """Name, library, whether it is cached, and the ratios."""
+    cached = f"{row.cached} ({row.note})" if row.note else row.cached
+    ratios = (row.ratios.get(" / ".join(pair), "-") for pair in _RATIOS)
+    return [row.name, f"{row.library} {row.version}".strip(), cached, *map(str, ratios)]
 
 
 def summary(rows: Sequence[Row]) -> str:
