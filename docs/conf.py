@@ -35,7 +35,7 @@ version = release = dora_cache.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # The tables are parts of pages.
-exclude_patterns = ["_build", "coverage-table.md", "freshness-table.md"]
+exclude_patterns = ["_build", "coverage-table.md", "freshness-table.md", "where-it-works-table.md"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "description"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,7 @@ def attach(
         )
         raise ConfigError(msg)
     cache = Engine(config or CacheConfig(**settings), _devices(target))
+    cache.parts = {name: weakref.ref(part) for name, part in _parts(target).items()}
     try:
         if not _attach(cache, target, Recipes()):
             raise NothingToCacheError(_nothing(target, cache))
@@ -219,11 +221,16 @@ def _devices(target: object) -> list[torch.device]:
 
     Weights on no device at all (meta tensors) count if there are no others: they are offloaded.
     """
-    models = [target] if isinstance(target, nn.Module) else _components(target).values()
+    models = _parts(target).values()
     found = dict.fromkeys(
         tensor.device for model in models for tensor in (*model.parameters(), *model.buffers())
     )
     return [device for device in found if device.type != "meta"] or list(found)
+
+
+def _parts(target: object) -> dict[str, nn.Module]:
+    """Return the models that are attached, by what the names of their modules begin with."""
+    return {"": target} if isinstance(target, nn.Module) else _components(target)
 
 
 def _components(target: object) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,6 +80,7 @@ class Binding:
         has_owner: whether there is one.
         infers: tells why an owner whose ``training`` is True does more than inference, or returns
             None; called with the owner and the binding. None: it always does.
+        reasons: how often its calls went past the cache, or its values were not kept, and why.
         resting: calls that go past the cache for a while, as they are spelled, and for how long.
         spellings: frozen arguments and adapters of calls as they were spelled, to save time.
         shortcuts: short ways to stored values, by the calls' arguments as they were spelled.
@@ -96,6 +98,7 @@ class Binding:
         "children",
         "has_owner",
         "infers",
+        "reasons",
         "reference",
         "resting",
         "shortcuts",
@@ -114,6 +117,7 @@ class Binding:
         self.children: list[weakref.ref[Binding]] = []
         self.infers: Callable[[Any, Binding], Reason | None] | None = None
         self.trains = False
+        self.reasons: Counter[Reason] = Counter()
         self.resting: dict[Hashable, int] = {}
         self.spellings: dict[Hashable, tuple[Hashable, Adapters]] = {}
         self.shortcuts: dict[Hashable, Shortcut] = {}
@@ -161,6 +165,10 @@ class Binding:
         except Exception:  # noqa: BLE001 - an object whose __getattr__ objects to the name
             return None
         return Reason.TRAINING if self.infers is None else self.infers(owner, self)
+
+    def passed_by(self, reason: Reason) -> None:
+        """Count a call of the owner's that went past the cache without asking it."""
+        self.cache.passed_by(reason, self)
 
     def voided(self, adapter: Adapters) -> int:
         """Return the time of the last event that voids values of ``adapter``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
@@ -13,7 +14,7 @@ from dora_cache.engine import Engine, NotCachedError, bypassed_here, warming_her
 from dora_cache.errors import AdapterNotFoundError, DetachedError
 from dora_cache.keys import concerns
 from dora_cache.progress import counted
-from dora_cache.report import CacheReport, rows_of, seen_of
+from dora_cache.report import CacheReport, ReasonRow, rows_of, seen_of
 from dora_cache.stats import CacheStats
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from dora_cache.binding import Binding
+    from dora_cache.reasons import Reason
     from dora_cache.report import Declined
 
 __all__ = ["AdapterCache"]
@@ -235,6 +238,7 @@ class AdapterCache:
         """Say what is held, by kind and adapter, and what it has saved."""
         engine = self._engine
         stats = self.stats()
+        layers = engine.layers()
         with engine.mutex.held():
             memory = engine.memory
             adapters = {cell.adapter for cell in engine.cells}
@@ -248,7 +252,10 @@ class AdapterCache:
                 caps=engine.mutex.attempt("nbytes", memory.caps, ()),
                 pins=self.pins,
                 declined=tuple(engine.declined),
-                reasons=tuple(engine.reasons.most_common()),
+                reasons=tuple(
+                    ReasonRow(reason, count, _counted(reason, layers))
+                    for reason, count in engine.reasons.most_common()
+                ),
                 uncounted=0 if engine.auditor is None else engine.auditor.found,
                 seen=seen,
             )
@@ -299,6 +306,15 @@ def _detached_copy(config: CacheConfig) -> AdapterCache:
     copy = AdapterCache(engine)
     copy._is_copy = True
     return copy
+
+
+def _counted(reason: Reason, layers: Iterable[tuple[str, Binding]]) -> dict[str, int]:
+    """Return how often a reason applied in each layer in which it did."""
+    found: Counter[str] = Counter()
+    for name, binding in layers:
+        if reason in binding.reasons:
+            found[name] += binding.reasons[reason]
+    return dict(found)
 
 
 def _unknown(adapter: str, known: Iterable[str]) -> str:

@@ -150,7 +150,7 @@ class Deriver(Uncopyable):
         cell, entry, family = pending.cell, pending.entry, pending.cell.family
         if entry is None:
             if pending.unstored is not None:
-                self._holdings.reasons[pending.unstored] += 1
+                self._holdings.note(pending.unstored, call.binding)
                 self.waste(family, call)
             return
         cell.derive(entry.cost)
@@ -165,7 +165,7 @@ class Deriver(Uncopyable):
             or pending.born <= call.binding.voided(call.adapter)
             or self._cells.get(cell.key) is not cell
         ):
-            self._holdings.reasons[Reason.CHANGED] += 1
+            self._holdings.note(Reason.CHANGED, call.binding)
             self.waste(family, call)
             return
         if again.contents is not None:
@@ -220,7 +220,7 @@ class Deriver(Uncopyable):
         value, cost = timed(call.run)
         with self._mutex.lock:
             self._holdings.counts["rejections"] += 1
-            self._holdings.reasons[Reason.DECLINED] += 1
+            self._holdings.note(Reason.DECLINED, call.binding)
             cell.derive(cost)
         _refill(call)
         return value

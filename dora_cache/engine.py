@@ -25,11 +25,14 @@ from dora_cache.facts import UncheckableError, make_shortcut, read
 from dora_cache.holdings import Holdings
 from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError
 from dora_cache.mutex import exclusive
+from dora_cache.naming import names_of_owners
 from dora_cache.reasons import Reason
 from dora_cache.report import Declined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+
+    from torch import nn
 
     from dora_cache.backends import Backend, Entry, Value
     from dora_cache.cells import Cell
@@ -76,6 +79,7 @@ class Engine(Uncopyable):
         memory: the backend, the caps and the pins.
         bindings: of the owners, by token.
         mutex: the lock.
+        parts: the models that are attached, held weakly, by what their modules' names begin with.
         buffers: what compiled code reads.
         counts: events by name, as in ``CacheStats``.
         reasons: how often calls went past the cache, or values were not kept, and why.
@@ -98,6 +102,7 @@ class Engine(Uncopyable):
         self.mutex = self.holdings.mutex
         self.reasons = self.holdings.reasons
         self.declined: dict[Declined, None] = {}
+        self.parts: dict[str, weakref.ref[nn.Module]] = {}
         self.closed = False
         self.arrivals: Any = None
         self.compares_contents = config.guard == "content"
@@ -147,17 +152,17 @@ class Engine(Uncopyable):
         if reason is None and spelled in binding.resting and self._rests(binding, spelled):
             reason = Reason.NEVER_REUSED
         if reason is not None:
-            return self._go_past(reason, derivation, args, kwargs)
+            return self._go_past(reason, derivation, binding, args, kwargs)
         try:
             call = Call(
                 derivation, binding, args, kwargs, spelled, compares_contents=self.compares_contents
             )
         except UncheckableError as error:
-            return self._go_past(error.reason, derivation, args, kwargs)
+            return self._go_past(error.reason, derivation, binding, args, kwargs)
         except UnkeyableError:
-            return self._go_past(Reason.UNKEYABLE, derivation, args, kwargs)
+            return self._go_past(Reason.UNKEYABLE, derivation, binding, args, kwargs)
         except Exception as error:  # noqa: BLE001 - a broken depends_on must not break inference
-            result = self._go_past(Reason.DEPENDS_ON_FAILED, derivation, args, kwargs)
+            result = self._go_past(Reason.DEPENDS_ON_FAILED, derivation, binding, args, kwargs)
             self.failed(f"depends_on of {derivation.name!r}", error)
             return result
         return self._answer(call)
@@ -274,14 +279,20 @@ class Engine(Uncopyable):
         return False
 
     def _go_past(
-        self, reason: Reason, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        reason: Reason,
+        derivation: Derivation,
+        binding: Binding,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         # A depends_on that fails may do so as the function does, which says more.
         if warming_here.get() and reason is not Reason.DEPENDS_ON_FAILED:
             raise NotCachedError(derivation.name, reason)
         with self.mutex.lock:
             self.counts["bypasses"] += 1
-            self.reasons[reason] += 1
+            self.holdings.note(reason, binding)
+        self.mutex.catch_up()
         return derivation.function(*args, **kwargs)
 
     def _answer(self, call: Call) -> Any:
@@ -330,7 +341,7 @@ class Engine(Uncopyable):
                 cell.add(hit=not declined, count=-1)
             # Each thread derives its own.
             if pending is not None and pending.unstored is Reason.UNSTORABLE:
-                return self._go_past(Reason.UNSTORABLE, derivation, call.args, call.kwargs)
+                return self._go_past(Reason.UNSTORABLE, derivation, binding, call.args, call.kwargs)
 
     def _valid(self, cell: Cell, call: Call) -> Entry | None:
         """Return the entry of a call if it may be used; drop it if not."""
@@ -539,11 +550,16 @@ class Engine(Uncopyable):
             member.forget(adapter)
         return gone
 
-    def passed_by(self, reason: Reason) -> None:
-        """Count a call that went past the cache without asking it."""
+    def passed_by(self, reason: Reason, binding: Binding) -> None:
+        """Count a call that went past the cache without asking it.
+
+        Args:
+            reason: why.
+            binding: of the layer whose call it is.
+        """
         with self.mutex.held():
             self.counts["bypasses"] += 1
-            self.reasons[reason] += 1
+            self.holdings.note(reason, binding)
 
     def decline(self, kind: str, where: str, reason: str, *, adapter: str | None = None) -> None:
         """Note that something is not cached, and warn, once per kind and reason.
@@ -658,6 +674,18 @@ class Engine(Uncopyable):
                     jobs.append(job)
                     training = training or binding.why_training(owner) is not None
         return known, jobs, training
+
+    def layers(self) -> list[tuple[str, Binding]]:
+        """Return the owners that have a name in the models, as they are at present."""
+        parts = {name: part for name, weak in self.parts.items() if (part := weak()) is not None}
+        names: dict[int, str] = {}
+        with suppress(RuntimeError):  # another thread changes the model just now
+            names = names_of_owners(parts)
+        return [
+            (name, binding)
+            for binding in list(self.bindings.values())
+            if (name := names.get(id(binding.owner)))
+        ]
 
     def seen(self) -> list[Cell]:
         """Return the cells of the values that no event has voided, held or not."""

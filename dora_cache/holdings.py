@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Holdings"]
 
 _TIDY = 64  # values stored between two times that all cells are looked at, at least
+_FRUITLESS = 32  # calls for each owner without one hit, after which a warning says why
 
 
 class Holdings(Uncopyable):
@@ -61,11 +62,50 @@ class Holdings(Uncopyable):
         self.reasons: Counter[Reason] = Counter()
         self._backend: Backend = self.memory.backend
         self._clock = itertools.count(1)
+        self._fruitless: Counter[Reason] = Counter()
+        self._calls_left = _FRUITLESS  # until it is looked whether any call has hit
         self._tidy_at = _TIDY  # how many values will have been stored then
 
     def now(self) -> int:
         """Return a time of the cache's clock, later than all before."""
         return next(self._clock)
+
+    def note(self, reason: Reason, binding: Binding | None) -> None:
+        """Count a call that went past the cache, or a value that is not kept; the lock is held.
+
+        After many of them without a hit, warn once. Those that the caller asks for do not count
+        towards that: ``bypass()``, a detached cache, and training with gradients.
+
+        Args:
+            reason: why.
+            binding: whose call or value it is; None if its owner is gone.
+        """
+        self.reasons[reason] += 1
+        if binding is not None:
+            binding.reasons[reason] += 1
+        if not (
+            reason is Reason.BYPASS
+            or reason is Reason.DETACHED
+            or ((reason in {Reason.TRAINING, Reason.DROPOUT}) and torch.is_grad_enabled())
+        ):
+            self._fruitless[reason] += 1
+            self._calls_left -= 1
+            if self._calls_left == 0:
+                self._tell_fruitless()
+
+    def _tell_fruitless(self) -> None:
+        count = self._fruitless.total()
+        self._calls_left = max(0, _FRUITLESS * len(self.bindings) - count)
+        # Compiled code reads its buffers past any lookup.
+        if self._calls_left or self.memory.reserved or self.cells.count()[0]:
+            return
+        reason, times = self._fruitless.most_common(1)[0]
+        text = (
+            f"no call has been answered from the cache so far. Of {count:,} calls that went past "
+            f"it, or whose values were not kept, {times:,} have the reason {reason.value!r}. What "
+            f"to do: {reason.advice}. cache.report() names the layers"
+        )
+        self.mutex.warn("fruitless", text)
 
     def store(self, cell: Cell, entry: Entry, pending: Pending) -> None:
         """Give what a computation came to to the backend, and take note of it."""
@@ -75,11 +115,11 @@ class Holdings(Uncopyable):
         kept = self.mutex.attempt("put", lambda: self._put(cell, entry), None)
         if kept is None:  # the backend failed and may hold it or not
             self.mutex.attempt("delete", lambda: self._backend.delete(cell.key), None)
-            self.reasons[Reason.BACKEND_FAILED] += 1
+            self.note(Reason.BACKEND_FAILED, self.bindings.get(cell.owner))
             return
         if not kept:
             self.counts["rejections"] += 1
-            self.reasons[Reason.CAP] += 1
+            self.note(Reason.CAP, self.bindings.get(cell.owner))
             return
         self.counts["stores"] += 1
         self.cells.hold(cell, pending.facts)

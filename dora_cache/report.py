@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dora_cache.cells import Totals
 from dora_cache.extras import require
+from dora_cache.naming import shorten
 from dora_cache.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from os import PathLike
 
     from dora_cache.cells import Cell, Cells
@@ -19,7 +20,16 @@ if TYPE_CHECKING:
     from dora_cache.reasons import Reason
     from dora_cache.stats import CacheStats
 
-__all__ = ["CacheReport", "CurvePoint", "Declined", "ReportRow", "Seen", "rows_of", "seen_of"]
+__all__ = [
+    "CacheReport",
+    "CurvePoint",
+    "Declined",
+    "ReasonRow",
+    "ReportRow",
+    "Seen",
+    "rows_of",
+    "seen_of",
+]
 
 _REASONS = 20  # of what is declined, shown with the table
 _COLUMNS = (
@@ -43,6 +53,27 @@ class Declined(NamedTuple):
     adapter: str | None
     where: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonRow:
+    """One reason for which calls went past the cache, or values were not kept.
+
+    Attributes:
+        reason: the reason; ``reason.value`` names it, ``reason.advice`` says what to do.
+        count: how often it applied.
+        layers: how often in each layer, by the module's full name in the attached model. Layers
+            that are no longer in it are left out, and so are functions, which are in no module.
+    """
+
+    reason: Reason
+    count: int
+    layers: Mapping[str, int]
+
+    @property
+    def where(self) -> str:
+        """The layers' names in a line, as ``model.layers.{0..31}.self_attn.{q,v}_proj``."""
+        return shorten(self.layers)
 
 
 class Seen(NamedTuple):
@@ -117,7 +148,7 @@ class CacheReport:
         caps: for each device that has a cap of its own, its name, the bytes held, and the cap.
         pins: names of the pinned adapters.
         declined: what could have been cached and is not, and why.
-        reasons: why calls went past the cache or values were not kept, each with its count, the
+        reasons: why calls went past the cache or values were not kept, with counts and layers, the
             most frequent first.
         uncounted: how often the audit has found contents that had changed without being counted.
         seen: what the curve is computed from.
@@ -131,7 +162,7 @@ class CacheReport:
     caps: tuple[tuple[str, int, int | None], ...]
     pins: tuple[str, ...]
     declined: tuple[Declined, ...]
-    reasons: tuple[tuple[Reason, int], ...]
+    reasons: tuple[ReasonRow, ...]
     uncounted: int
     seen: tuple[Seen, ...] = field(repr=False)
 
@@ -209,19 +240,27 @@ class CacheReport:
         lines = [*self._table(), "", *self._summary()]
         if self.reasons:
             lines.append("Calls past the cache, and values not kept:")
-            lines += [
-                f"  {count:,} x {reason.value}: {reason.advice}" for reason, count in self.reasons
-            ]
+            for row in self.reasons:
+                lines.append(f"  {row.count:,} x {row.reason.value}: {row.reason.advice}")
+                if row.layers:
+                    lines.append(f"    in {row.where}")
         if self.declined:
             lines.append("Not cached:")
-            lines += [
-                f"  {one.kind}{f' {one.adapter!r}' if one.adapter else ''}, {one.where}: "
-                f"{one.reason}"
-                for one in self.declined[:_REASONS]
-            ]
-            if len(self.declined) > _REASONS:
-                lines.append(f"  and {len(self.declined) - _REASONS} more")
+            shown = self._declined()
+            lines += shown[:_REASONS]
+            if len(shown) > _REASONS:
+                lines.append(f"  and {len(shown) - _REASONS} more")
         return "\n".join(lines)
+
+    def _declined(self) -> list[str]:
+        """Return a line for each kind, adapter and reason, with the layers' names."""
+        places: defaultdict[tuple[str, str | None, str], list[str]] = defaultdict(list)
+        for one in self.declined:
+            places[one.kind, one.adapter, one.reason].append(one.where)
+        return [
+            f"  {kind}{f' {adapter!r}' if adapter else ''}, {shorten(where)}: {reason}"
+            for (kind, adapter, reason), where in places.items()
+        ]
 
     def _table(self) -> list[str]:
         table = [_COLUMNS]

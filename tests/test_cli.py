@@ -32,6 +32,8 @@ WAYS = {
     "dora-cache:cpu",
     "dora-cache:dict-fast",
 }
+COMMANDS = ("demo", "generate", "doctor", "bench", "plan", "freshness", "backends", "lab")
+MEASUREMENTS = ("coverage", "field", "caps", "traffic", "simulate", "audit")
 SHAPE = ("bench", "--shape", "tiny", "--tokens", 3, "--rounds", 1)
 
 
@@ -119,8 +121,8 @@ def assert_one_line(result, *parts):
 def test_help_names_every_command(run):
     """The help lists every command, and that of the group `lab` every measurement."""
     for group, commands in (
-        ((), ("demo", "bench", "plan", "generate", "freshness", "backends", "lab")),
-        (("lab",), ("coverage", "caps", "traffic", "simulate", "audit")),
+        ((), COMMANDS),
+        (("lab",), MEASUREMENTS),
     ):
         result = run(*group, "--help")
         assert result.exit_code == 0
@@ -131,7 +133,7 @@ def test_help_names_every_command(run):
 
 def test_measurements_are_under_lab_alone(run):
     """A measurement is no command of the top level."""
-    for command in ("coverage", "caps", "traffic", "simulate", "audit"):
+    for command in MEASUREMENTS:
         result = run(command)
         assert result.exit_code == 2
         assert f"No such command '{command}'" in result.stderr
@@ -369,6 +371,39 @@ def test_an_adapter_with_nothing_to_cache_is_an_error(run, folder, tmp_path):
     adapter = ("--adapter", f"plain={tmp_path}")
     result = run("generate", folder / "model", *adapter, "--prompt", PROMPT)
     assert_one_line(result, "nothing to cache")
+
+
+def doctor(folder, *more, adapters=("a", "b")):
+    chosen = [part for name in adapters for part in ("--adapter", f"{name}={folder / name}")]
+    return ("doctor", folder / "model", *chosen, "--seconds", 0, *more)
+
+
+def test_doctor_finds_a_model_healthy(run, folder):
+    """It says what is cached, that outputs are PEFT's, and how fast all ways are."""
+    result = run(*doctor(folder))
+    assert result.exit_code == 0, result.output
+    layers = "model.layers.{0,1}.self_attn.{q,k,v,o}_proj"
+    for part in (f"DoRA scale in {layers}", "28 of 28", "PEFT's to the bit", "as plain LoRA"):
+        assert part in result.stdout
+
+
+def test_doctor_finds_what_is_not_cached(run, folder, tmp_path):
+    """A cap that is too small ends in exit code 1, and what would do is said."""
+    config = tmp_path / "cache.toml"
+    config.write_text('backend = "lru"\nmax_bytes = "1KiB"\n')
+    result = run(*doctor(folder, "--config", config, adapters=("a",)))
+    assert result.exit_code == 1, result.output
+    assert "14 of 14 lookups derived a value again" in result.stdout
+    assert "a cap of 1.75 KiB would hold all values" in result.stdout
+    result = run(*doctor(folder, "--backend", "null", adapters=("a",)))
+    assert result.exit_code == 1, result.output
+
+
+def test_doctor_names_its_mistakes(run, folder):
+    """They cost one line, as with every command."""
+    assert_one_line(run(*doctor(folder, adapters=())), "--adapter name=PATH")
+    assert_one_line(run(*doctor(folder, adapters=("alien",))), "does not fit this model")
+    assert_one_line(run(*doctor(folder, "--backend", "lru")), "--max-bytes 256MiB")
 
 
 def check_output(out, ways):

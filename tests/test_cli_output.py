@@ -17,6 +17,7 @@ from dora_cache.cli import demo as demo_command
 from dora_cache.cli.app import app
 from dora_cache.cli.output import check_file
 from dora_cache.lab import bench, caps, coverage, simulator, traffic
+from dora_cache.lab.field import measuring
 from dora_cache.lab.freshness import report
 
 PROGRAM = [sys.executable, "-m", "dora_cache"]
@@ -152,6 +153,7 @@ def nothing_is_measured(monkeypatch):
     for module, names in {
         report: ["rows"],
         coverage: ["measure_coverage", "count_examples"],
+        measuring: ["measure_all"],
         traffic: ["make_model"],
         caps: ["measure_caps", "random_adapter"],
         simulator: ["simulate"],
@@ -167,6 +169,7 @@ FILES = {
     "bench": (["--shape", "tiny"], ["bench.json", "bench.png"]),
     "lab caps": (["--shape", "tiny"], ["caps.json", "caps.png"]),
     "lab coverage": ([], ["coverage.json"]),
+    "lab field": ([], ["field.json"]),
     "demo": ([], ["demo.json", "demo.png"]),
     "lab simulate": ([], ["simulate.json", "simulate.png"]),
     "lab traffic": ([], ["traffic.json"]),
@@ -198,11 +201,11 @@ def test_a_folder_is_tried_before_the_work(command, tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_is_measured")
-@pytest.mark.parametrize("command", ["freshness", "lab coverage"])
+@pytest.mark.parametrize("command", ["freshness", "lab coverage", "lab field"])
 def test_a_markdown_file_is_tried_before_the_work(command, tmp_path):
     """A missing folder is found at once."""
     path = tmp_path / "missing" / "table.md"
-    more = ["--out", tmp_path] if command == "lab coverage" else []
+    more = [] if command == "freshness" else ["--out", tmp_path]
     assert_told([*command.split(), *more, "--markdown", path], path, "give another --markdown")
 
 

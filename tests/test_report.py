@@ -1,16 +1,21 @@
 """cache.report(): what is held and what it has saved."""
 
+import gc
 import itertools
 import sys
+import types
 import warnings
 
 import pytest
 import torch
+from peft import LoHaConfig
 from test_capped import SIZE, Owner
 from zoo import activate, dora_model, run, sample
 
 import dora_cache
 from dora_cache import cells
+from dora_cache.lab.field.of_transformers import llama
+from dora_cache.reasons import Reason
 from dora_cache.report import Declined
 
 
@@ -172,6 +177,150 @@ def test_what_is_declined_is_listed_once_and_told_once_per_reason():
     ]
     declined.clear()
     assert len(cache.declined) == 4
+
+
+@pytest.mark.filterwarnings("ignore::dora_cache.CacheWarning")
+def test_what_is_declined_is_shown_with_the_layers_in_a_line():
+    """Layers of one kind, adapter and reason share a line, however many there are."""
+    with dora_cache.attach(Owner()) as cache:
+        for index in range(32):
+            where = f"base_model.model.h.{index}.q"
+            cache._engine.decline("OFT", where, "so", adapter="a")
+        report = cache.report()
+    assert str(report).splitlines()[-2:] == ["Not cached:", "  OFT 'a', h.{0..31}.q: so"]
+    assert len(report.declined) == 32
+
+
+def loha():
+    model = llama(16)
+    model.add_adapter(LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]), "a")
+    return model.eval()
+
+
+def forward_of(model):
+    ids = torch.arange(5)[None]
+    return lambda: model(ids)
+
+
+def test_a_reason_has_the_layers_that_it_applies_to():
+    """Each layer has its count, by its name in the model, and the text has them in a line."""
+    model = loha()
+    model.requires_grad_(False)
+    forward = forward_of(model)
+    with dora_cache.attach(model) as cache:
+        forward()
+        assert cache.report().reasons == ()
+        model.model.layers[1].requires_grad_(True)
+        forward()
+        forward()
+        with cache.bypass():
+            forward()
+        first, second = cache.report().reasons
+        text = str(cache.report())
+        assert (first.reason, first.count) == (Reason.GRADIENTS, 4)
+        assert first.layers == {f"model.layers.1.self_attn.{part}_proj": 2 for part in ("q", "v")}
+        assert f"    in {first.where}\n" in text
+        assert (second.reason, second.count, set(second.layers.values())) == (Reason.BYPASS, 4, {1})
+        assert second.where == "model.layers.{0,1}.self_attn.{q,v}_proj"
+        assert all(model.get_submodule(name) for name in second.layers)
+
+
+def test_values_that_find_no_room_have_their_layers_too():
+    """So have those that the backend did not keep."""
+    model = loha()
+    with dora_cache.attach(model, backend="lru", max_bytes=8) as cache, torch.no_grad():
+        forward_of(model)()
+        (row,) = cache.report().reasons
+    assert row.reason is Reason.CAP
+    assert row.where == "model.layers.{0,1}.self_attn.{q,v}_proj"
+    assert set(row.layers.values()) == {1}
+
+
+def test_a_layer_that_is_gone_leaves_its_count():
+    """What it was called is known no more, nor is anything else kept of it."""
+    model = torch.nn.ModuleDict({"kept": Part(), "gone": Part()})
+    with dora_cache.attach(model) as cache, cache.bypass():
+        model["kept"].value()
+        model["gone"].value()
+        (row,) = cache.report().reasons
+        assert (row.count, row.layers) == (2, {"kept": 1, "gone": 1})
+        del model["gone"]
+        gc.collect()
+        (row,) = cache.report().reasons
+        assert (row.count, row.layers) == (2, {"kept": 1})
+
+
+def test_parts_of_a_pipeline_are_named():
+    """Names begin with the component's."""
+    pipeline = types.SimpleNamespace(components={"unet": torch.nn.Sequential(Part())})
+    with dora_cache.attach(pipeline) as cache, cache.bypass():
+        pipeline.components["unet"][0].value()
+        (row,) = cache.report().reasons
+    assert row.layers == {"unet.0": 1}
+
+
+class Part(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        self.eval()
+
+    @dora_cache.cached("value")
+    def value(self):
+        return 2 * self.weight
+
+
+def warnings_of(action, times):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(times):
+            action()
+    return [str(one.message) for one in caught]
+
+
+@torch.no_grad()
+def test_a_cache_without_a_hit_says_why_once():
+    """After many calls it names the most frequent reason, and what to do."""
+    model = torch.nn.Sequential(Part(), Part())
+    model[0].train()
+    with dora_cache.attach(model) as cache:
+        assert warnings_of(model[0].value, 10) == []
+        (text,) = warnings_of(model[0].value, 1000)
+        with cache.bypass():
+            assert warnings_of(model[1].value, 1000) == []
+    assert Reason.TRAINING.value in text
+    assert Reason.TRAINING.advice in text
+
+
+def test_a_layer_that_passes_by_by_itself_says_so_too():
+    """The warning does not wait for a call that asks the cache."""
+    model = loha()
+    with dora_cache.attach(model):
+        (text,) = warnings_of(forward_of(model), 100)
+    assert Reason.GRADIENTS.advice in text
+
+
+@torch.no_grad()
+def test_a_cache_with_hits_says_nothing():
+    """A single hit is enough, however many calls go past."""
+    model = torch.nn.Sequential(Part(), Part())
+    with dora_cache.attach(model):
+        model[0].value()
+        model[0].value()
+        model[1].train()
+        assert warnings_of(model[1].value, 1000) == []
+
+
+def test_what_callers_ask_for_is_no_reason_to_warn():
+    """Neither a block of ``bypass()`` nor training with gradients is a mistake."""
+    part = Part()
+    with dora_cache.attach(part) as cache:
+        with cache.bypass():
+            assert warnings_of(part.value, 1000) == []
+        part.train()
+        assert warnings_of(part.value, 1000) == []
+        with torch.no_grad():
+            assert len(warnings_of(part.value, 1000)) == 1
 
 
 def test_declining_from_many_threads():

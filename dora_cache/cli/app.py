@@ -8,6 +8,7 @@ from dora_cache import __version__
 from dora_cache.cli.backends import backends
 from dora_cache.cli.bench import bench
 from dora_cache.cli.demo import demo
+from dora_cache.cli.doctor import doctor
 from dora_cache.cli.freshness import freshness
 from dora_cache.cli.generate import generate
 from dora_cache.cli.lab import lab
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, bench, plan, generate, freshness, backends):
+for command in (demo, generate, doctor, bench, plan, freshness, backends):
     app.command()(command)
 app.add_typer(lab, name="lab", help="Measure the cache itself, and simulate eviction policies.")
 

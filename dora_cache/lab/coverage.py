@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from dora_cache.attachment import attach
+from dora_cache.lab.turns import take_turns
 from dora_cache.recipes import load_recipes
 from dora_cache.recipes.examples import make_model
 from dora_cache.units import format_bytes
@@ -62,8 +62,6 @@ NOTHING_TO_CACHE = {
     "XLORA": ("X-LoRA", "its scalings come from a classifier of the input"),
 }
 """Kinds by PEFT's names for them: what they are called, and why they need no cache."""
-
-_LEAST_SECONDS = 0.002  # of one piece that is timed, so that the clock's steps do not matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +174,7 @@ def _measure(
             for length in tokens:
                 _, x = make_model(example, inputs, outputs, dtype=dtype, layers=1, tokens=length)
                 ways = {"": plain, **models}
-                times = _take_turns(
+                times = take_turns(
                     {way: _forward(model, x) for way, model in ways.items()}, rounds, seconds
                 )
                 found.uncached_us[length] = 1e6 * statistics.median(times[""])
@@ -214,33 +212,6 @@ def _base_bytes(model: Any) -> int:
             base = module.get_base_layer()
             return sum(p.numel() * p.element_size() for p in base.parameters(recurse=False))
     return 0
-
-
-def _take_turns(
-    ways: dict[str, Callable[[], object]], rounds: int, seconds: float
-) -> dict[str, list[float]]:
-    """Time all ways in turn; return seconds per call, round by round."""
-    repeats = {}
-    for way, run in ways.items():
-        run()
-        run()
-        began = time.perf_counter()
-        run()
-        repeats[way] = max(1, int(_LEAST_SECONDS / max(1e-7, time.perf_counter() - began)))
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    end = time.perf_counter() + seconds
-    names = list(ways)
-    for index in range(rounds):
-        first = index % len(names)
-        for way in names[first:] + names[:first]:
-            run, count = ways[way], repeats[way]
-            began = time.perf_counter()
-            for _ in range(count):
-                run()
-            times[way].append((time.perf_counter() - began) / count)
-        if index >= 2 and time.perf_counter() > end:  # noqa: PLR2004 - three rounds at least
-            break
-    return times
 
 
 def _speed(uncached: list[float], cached: list[float]) -> Speed:

@@ -149,7 +149,7 @@ def guard(
                 if reason is None and wants_gradients(self):
                     reason = Reason.GRADIENTS
                 if reason is not None:
-                    binding.cache.passed_by(reason)
+                    binding.passed_by(reason)
                 elif not (
                     (self._disable_adapters or self.merged_adapters)  # some have the class's
                     if idle is None
@@ -158,7 +158,7 @@ def guard(
                     try:
                         result = forward(self, x, **kwargs)
                     except UnusualError as error:
-                        binding.cache.passed_by(error.reason)
+                        binding.passed_by(error.reason)
                         result = None
                     if result is not None:
                         return result

@@ -142,7 +142,7 @@ def _plan(layer: Any, kwargs: dict[str, Any]) -> Plan | None:
     if adapter is None:
         return None
     if _wants_gradients(layer, adapter):
-        layer.__dict__[SLOT].cache.passed_by(Reason.GRADIENTS)
+        layer.__dict__[SLOT].passed_by(Reason.GRADIENTS)
         return None
     merged = _merged(layer, adapter)
     if merged is None:

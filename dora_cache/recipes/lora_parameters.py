@@ -74,7 +74,7 @@ def _plan(outermost: Any, kwargs: dict[str, Any]) -> Plan | None:
     if "adapter_names" in kwargs:
         return None
     if wants_gradients(outermost):
-        outermost.__dict__[SLOT].cache.passed_by(Reason.GRADIENTS)
+        outermost.__dict__[SLOT].passed_by(Reason.GRADIENTS)
         return None
     base = base_layer(outermost)
     state = base.__dict__

@@ -80,7 +80,7 @@ def _forward(self: Any, x: Any) -> Any:
             if reason is None and torch.is_grad_enabled() and self.weight.requires_grad:
                 reason = Reason.GRADIENTS
             if reason is not None:
-                binding.cache.passed_by(reason)
+                binding.passed_by(reason)
             else:
                 result = _rotated(self, x)
                 if result is not None:

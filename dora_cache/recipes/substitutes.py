@@ -238,7 +238,7 @@ def substituting(
             try:
                 found = plan(self, kwargs) if passage.entered else None
             except UnusualError as error:
-                self.__dict__[SLOT].cache.passed_by(error.reason)
+                self.__dict__[SLOT].passed_by(error.reason)
                 found = None
             if found is not None:
                 passage.use(found)
@@ -258,7 +258,7 @@ def stands_aside(layer: Any) -> bool:
     reason = why_uncached(layer, binding)
     if reason is None:
         return False
-    binding.cache.passed_by(reason)
+    binding.passed_by(reason)
     return True
 
 

@@ -17,6 +17,7 @@ from dora_cache.lab.bench.measure import (
     Spread,
     compare,
     decode,
+    figure,
     logits,
     working_set,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "decode",
     "dora_caching_bytes",
     "draw",
+    "figure",
     "legend",
     "logits",
     "measure_compiled",

@@ -32,6 +32,7 @@ __all__ = [
     "Spread",
     "compare",
     "decode",
+    "figure",
     "keep_freed_memory",
     "logits",
     "synchronize",
@@ -81,6 +82,15 @@ class Spread:
             return cls.of(ordered)
         low, median, high = statistics.quantiles(ordered, n=4, method="inclusive")
         return cls(median, low, high)
+
+    def __str__(self) -> str:
+        """Return the middle, and the others in parentheses, with three digits or more."""
+        return f"{figure(self.median)} ({figure(self.low)}\N{EN DASH}{figure(self.high)})"
+
+
+def figure(value: float) -> str:
+    """Return a number with three digits, or as many as it has before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"  # noqa: PLR2004
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ def cached_variant(plain: Any, numerics: str) -> Any:
             reason = Reason.BYPASS if bypassing else why_unusual(module, active_adapter)
         if reason is not None or binding is None:
             if reason is not None:
-                binding.cache.passed_by(reason)
+                binding.passed_by(reason)
             return plain.forward(
                 module, active_adapter=active_adapter, x=x, result=result, **kwargs
             )
