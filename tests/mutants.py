@@ -17,7 +17,7 @@ from dora_cache import (
     cache,
     calls,
     dependencies,
-    derive,
+    deriver,
     engine,
     facts,
     memory,
@@ -34,7 +34,7 @@ from dora_cache.holdings import Holdings
 from dora_cache.lifecycle import refills
 from dora_cache.reasons import Reason
 from dora_cache.recipes import dora, hotswap, merging, peft_layers
-from dora_cache.recipes.dora import linear, outputs, values, variants
+from dora_cache.recipes.dora import bound, linear, outputs, values, variants
 from dora_cache.recipes.dora.bound import Bound
 
 SCALE = values.stored_scale.__dora_cache_derivation__
@@ -268,7 +268,8 @@ def _(patch):
 @mutant("used in training mode", ModelMachine)
 def _(patch):
     in_dora(patch, "why_unusual", lambda layer, adapter: None)
-    patch.setattr(Binding, "in_training", lambda self, args: False)
+    patch.setattr(Binding, "why_training", lambda self, owner: None)
+    patch.setattr(bound, "why_training", lambda layer, binding: None)
 
 
 @mutant("the magnitude's gradient forgotten", ModelMachine)
@@ -322,8 +323,8 @@ def _(patch):
 def _(patch):
     fake = SimpleNamespace(**vars(torch))
     fake.inference_mode = lambda mode: contextlib.nullcontext()
-    patch.setattr(derive, "torch", fake)
-    patch.setattr(derive, "storable", lambda value, storages: value)
+    patch.setattr(deriver, "torch", fake)
+    patch.setattr(deriver, "storable", lambda value, storages: value)
     patch.setattr(
         backends.Entry, "__post_init__", lambda self: object.__setattr__(self, "marks", ())
     )
@@ -504,7 +505,7 @@ def _(patch):
     for module in (storage, lru, backends.protocol):
         if hasattr(module, "storage_bytes"):
             patch.setattr(module, "storage_bytes", by_elements)
-    patch.setattr(derive, "storable", lambda value, storages: value)
+    patch.setattr(deriver, "storable", lambda value, storages: value)
 
 
 @mutant("a smaller cap that evicts nothing", DecoratorMachine)
