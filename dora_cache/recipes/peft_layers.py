@@ -5,18 +5,19 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.ambient import untraceable
 from dora_cache.decorator import SLOT, cached
-from dora_cache.facts import UncheckableError
+from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
@@ -103,21 +104,51 @@ def why_uncached(layer: nn.Module, binding: Binding) -> Reason | None:
 
 
 def weights_of(base: nn.Module) -> Sequence[Any]:
-    """Return what determines a base layer's weight: itself, or what it is dequantized from."""
-    weight = base._parameters.get("weight")
-    if type(weight) is nn.Parameter:
+    """Return what determines a base layer's weight: itself, or what it is dequantized from.
+
+    Read at every hit, so straight from the dictionaries.
+    """
+    state = base.__dict__
+    parameters = state["_parameters"]
+    weight = parameters.get("weight")
+    kind = type(weight)
+    if "W_q" in parameters:  # HQQ
+        return [parameters["W_q"], *_fields(state["meta"])]
+    if kind is nn.Parameter:
         return (weight,)
-    found: list[Any] = [*base.parameters(), *base.buffers()]
-    weight = vars(base).get("weight", weight)
+    if isinstance(weight, Tensor) and not is_plain(kind):  # torchao, quanto: it names its parts
+        return (weight,)
+    if kind.__name__ in _OF_BITSANDBYTES:
+        found = [weight, *_fields(weight.__dict__)]
+        if "state" in state:  # of 8 bit, which takes the scales over from the weight
+            found.append(state["state"].SCB)
+        return found
+    found = [*base.parameters(), *base.buffers()]
+    weight = state.get("weight", weight)
     if isinstance(weight, Tensor):
-        found.append(weight)
+        found += (weight, *_fields(getattr(weight, "__dict__", {})))
     if "parametrizations" in base._modules:  # computed from these by code that may have a state
         found.extend(own_state(base))
-    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
-    for owner in (weight, state, getattr(state, "state2", None)):
-        attributes = vars(owner).values() if hasattr(owner, "__dict__") else ()
-        found.extend(value for value in attributes if isinstance(value, Tensor))
+    found += _fields({"": state.get("quant_state")})
     return found
+
+
+_OF_BITSANDBYTES = frozenset({"Params4bit", "Int8Params"})
+_SCALARS = frozenset(
+    {type(None), str, int, float, bool, torch.Size, torch.dtype, torch.Tensor, nn.Parameter}
+)
+
+
+def _fields(attributes: Mapping[str, Any]) -> Iterator[object]:
+    """Yield the tensors and scalars among attributes, those of quantization states included."""
+    for value in attributes.values():
+        kind = type(value)
+        if kind in _SCALARS or isinstance(value, Tensor):
+            yield value
+        elif kind is dict:
+            yield from _fields(value)
+        elif kind.__name__ == "QuantState":
+            yield from _fields(value.__dict__)
 
 
 def derive_ahead(derive: Callable[[Any, str], object], layer: Any, adapter: str) -> None:
