@@ -58,7 +58,7 @@ class Reason(enum.Enum):
     )
     UNVERSIONED = (
         "weights without version counter",
-        "load the weights outside torch.inference_mode()",
+        "load or clone the weights outside torch.inference_mode()",
     )
     UNKEYABLE = (
         "argument that cannot be a key",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -17,7 +16,7 @@ from dora_cache.lifecycle import Observer, observe
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
@@ -113,42 +112,36 @@ def weights_of(base: nn.Module) -> Sequence[Any]:
     weight = parameters.get("weight")
     kind = type(weight)
     if "W_q" in parameters:  # HQQ
-        return [parameters["W_q"], *_fields(state["meta"])]
+        found = [parameters["W_q"]]
+        for value in state["meta"].values():
+            found += value.values() if type(value) is dict else (value,)
+        return found
     if kind is nn.Parameter:
         return (weight,)
     if isinstance(weight, Tensor) and not is_plain(kind):  # torchao, quanto: it names its parts
         return (weight,)
-    if kind.__name__ in _OF_BITSANDBYTES:
-        found = [weight, *_fields(weight.__dict__)]
-        if "state" in state:  # of 8 bit, which takes the scales over from the weight
-            found.append(state["state"].SCB)
-        return found
+    if kind.__name__ == "Params4bit":
+        return [weight, *_fields(weight.quant_state)]
+    if kind.__name__ == "Int8Params":  # the module takes the scales over in its first forward
+        return [weight, weight.SCB if state["state"].SCB is None else state["state"].SCB]
     found = [*base.parameters(), *base.buffers()]
     weight = state.get("weight", weight)
     if isinstance(weight, Tensor):
-        found += (weight, *_fields(getattr(weight, "__dict__", {})))
+        found.append(weight)
     if "parametrizations" in base._modules:  # computed from these by code that may have a state
         found.extend(own_state(base))
-    found += _fields({"": state.get("quant_state")})
     return found
 
 
-_OF_BITSANDBYTES = frozenset({"Params4bit", "Int8Params"})
-_SCALARS = frozenset(
-    {type(None), str, int, float, bool, torch.Size, torch.dtype, torch.Tensor, nn.Parameter}
-)
-
-
-def _fields(attributes: Mapping[str, Any]) -> Iterator[object]:
-    """Yield the tensors and scalars among attributes, those of quantization states included."""
-    for value in attributes.values():
-        kind = type(value)
-        if kind in _SCALARS or isinstance(value, Tensor):
-            yield value
-        elif kind is dict:
-            yield from _fields(value)
-        elif kind.__name__ == "QuantState":
-            yield from _fields(value.__dict__)
+def _fields(state: Any) -> list[object]:
+    """Return the fields of a quantization state of bitsandbytes, and of the one of its scales."""
+    if state is None:  # not quantized yet
+        return [None]
+    fields = state.__dict__
+    inner = fields.get("state2")
+    if inner is None:
+        return list(fields.values())
+    return [value for value in fields.values() if value is not inner] + _fields(inner)
 
 
 def derive_ahead(derive: Callable[[Any, str], object], layer: Any, adapter: str) -> None:

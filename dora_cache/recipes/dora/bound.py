@@ -84,7 +84,7 @@ class Bound(Uncopyable):
         shortcut: likewise. It is cleared when the value is dropped, and then nothing holds it.
     """
 
-    __slots__ = ("_adapter", "_fast", "_layer", "_sum", "shortcut")
+    __slots__ = ("_adapter", "_fast", "_layer", "_operands", "_sum", "shortcut")
 
     def __init__(self, layer: Any, adapter: str, shortcut: Shortcut, *, fast: bool) -> None:
         self.shortcut = shortcut
@@ -92,6 +92,7 @@ class Bound(Uncopyable):
         self._adapter = adapter
         self._fast = fast
         self._sum: _Exact | _Fast | None = None
+        self._operands: tuple[Any, Any] | None = None
 
     def run(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return the layer's output; None unless everything is as it was.
@@ -233,11 +234,21 @@ class Bound(Uncopyable):
         entry = cache.recall(self.shortcut, (*parts, bias) if self._fast else parts)
         if entry is None:  # the rest of the long way
             total: Tensor = variant.forward(layer, active_adapter=adapter, x=x, result=result)
+            return total if total.dtype is dtype else total.to(dtype)
+        value, shape = entry.value, result.shape
+        if x.dim() == result.dim() == 3 and x.is_contiguous() and result.is_contiguous():  # noqa: PLR2004
+            x, result = x.view(-1, x.shape[2]), result.view(-1, shape[2])
+        delta = functional.linear(functional.linear(x, a), b)
+        if self._fast:
+            total = add_fast(result, delta, value, scaling)
         else:
-            delta = functional.linear(functional.linear(x, a), b)
-            add = add_fast if self._fast else add_exact
-            total = add(result, delta, entry.value, bias, scaling)
-        return total if total.dtype is dtype else total.to(dtype)
+            if self._operands is None:
+                self._operands = _operands(scaling, b, value)
+            one, factor = self._operands
+            total = add_exact(result, delta, value, bias, scaling, one=one, factor=factor)
+        if total.dtype is not dtype:
+            total = total.to(dtype)
+        return total if total.dim() == len(shape) else total.view(shape)
 
 
 class _Exact:

@@ -121,13 +121,27 @@ def add_exact(
     scaling: Any,
     *,
     owned: bool = True,
+    one: Any = 1,
+    factor: Any = None,
 ) -> Tensor:
-    """Return a linear layer's output by :func:`exact_sum`, or by a kernel where there is one."""
+    """Return a linear layer's output by :func:`exact_sum`, or by a kernel where there is one.
+
+    Args:
+        result: as there, as are ``delta``, ``scale``, ``bias``, ``owned`` and ``one``.
+        delta: likewise.
+        scale: likewise.
+        bias: likewise.
+        scaling: a number.
+        owned: likewise.
+        one: likewise.
+        factor: the scaling as an operand; None for the number.
+    """
     if _fusible(result, delta, scaling):
         fused = kernels.combine(result, delta, scale, bias, scaling)
         if fused is not None:
             return fused
-    return exact_sum(result, bias, delta, scale, scaling, owned=owned)
+    scaling = scaling if factor is None else factor
+    return exact_sum(result, bias, delta, scale, scaling, owned=owned, one=one)
 
 
 _MAKES_NEW = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d})
@@ -178,7 +192,7 @@ def _combine(
         value = fast_scale(layer, adapter)
         scaling = layer.scaling[adapter]
         if adapter in layer.lora_A and not is_conv(layer):
-            return add_fast(result, delta, value, None, scaling, owned=owned)
+            return add_fast(result, delta, value, scaling, owned=owned)
         scale, *shift = value
     else:
         scale, *shift, scaling = buffers
@@ -189,7 +203,6 @@ def add_fast(
     result: Tensor,
     delta: Tensor,
     value: Buffers,
-    _: Tensor | None,
     scaling: Any,
     *,
     owned: bool = True,
