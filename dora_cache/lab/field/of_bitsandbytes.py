@@ -74,9 +74,7 @@ def _by_transformers(**settings: Any) -> Callable[[bool, int], Built]:
     def build(dora: bool, width: int) -> Built:  # noqa: FBT001
         from transformers import BitsAndBytesConfig
 
-        return adapted(
-            loaded(width, quantization_config=BitsAndBytesConfig(**settings)), dora
-        )
+        return adapted(loaded(width, quantization_config=BitsAndBytesConfig(**settings)), dora)
 
     return build
 
@@ -110,6 +108,6 @@ SETUPS = [
         "8 bit",
         "bitsandbytes",
         _first_of(_by_transformers(load_in_8bit=True)),
-        note="on a CPU, PEFT itself fails from the second forward on: dequantizing loses the scales",
+        note="on a CPU, PEFT fails from the second forward on: it loses the scales",
     ),
 ]

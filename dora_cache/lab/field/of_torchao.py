@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SETUPS", "quantized"]
 
+_INT4: Any = getattr(torch, "int4")  # noqa: B009 - the stubs lack it
+
 
 def quantized(width: int, settings: Any) -> Any:
     """Return a small model whose projections are quantized, as transformers loads it."""
@@ -52,14 +54,12 @@ SETUPS = [
     _setup("int8 weights and activations", lambda of: of.Int8DynamicActivationInt8WeightConfig()),
     _setup(
         "4-bit weights (intx)",
-        lambda of: of.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=of.PerGroup(32)
-        ),
+        lambda of: of.IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=of.PerGroup(32)),
     ),
     _setup(
         "4-bit weights, int8 activations",
         lambda of: of.Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=of.PerGroup(32)
+            weight_dtype=_INT4, weight_granularity=of.PerGroup(32)
         ),
     ),
     _setup("fp8 weights", lambda of: of.Float8WeightOnlyConfig()),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import get_peft_model
 
 from dora_cache.lab.field.of_transformers import config, llama, running
-from dora_cache.lab.field.setup import Built
+
+if TYPE_CHECKING:
+    from dora_cache.lab.field.setup import Built
 
 __all__ = ["adapted", "loaded", "no_cuda"]
 

@@ -127,9 +127,7 @@ class Bound(Uncopyable):
             first = modules["lora_A"]._modules[adapter]
             last = modules["lora_B"]._modules[adapter]
             magnitude = modules["lora_magnitude_vector"]._modules[adapter]
-            if not (
-                type(first) is type(last) is nn.Linear and type(magnitude) is DoraLinearLayer
-            ):
+            if not (type(first) is type(last) is nn.Linear and type(magnitude) is DoraLinearLayer):
                 return None
             of_base = base._parameters
             plain = type(base) is nn.Linear and type(of_base["weight"]) is nn.Parameter
