@@ -123,7 +123,8 @@ def weights_of(base: nn.Module) -> Sequence[Any]:
     if kind.__name__ == "Params4bit":
         return [weight, *_fields(weight.quant_state)]
     if kind.__name__ == "Int8Params":  # the module takes the scales over in its first forward
-        return [weight, weight.SCB if state["state"].SCB is None else state["state"].SCB]
+        scales = getattr(state.get("state"), "SCB", None)
+        return [weight, weight.SCB if scales is None else scales]
     found = [*base.parameters(), *base.buffers()]
     weight = state.get("weight", weight)
     if isinstance(weight, Tensor):

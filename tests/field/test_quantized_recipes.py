@@ -11,6 +11,7 @@ from peft import (
     HiraConfig,
     HRAConfig,
     LoHaConfig,
+    LoraConfig,
     MissConfig,
     OFTConfig,
     RandLoraConfig,
@@ -161,3 +162,19 @@ def test_what_peft_refuses(name):
     """PEFT raises an error for DoRA on these."""
     [source] = [source for _, other, source in classes() if other == name]
     assert "does not support DoRA yet" in source
+
+
+def test_gguf_layers():
+    """PEFT's DoRA fails on the packed weights of Diffusers' GGUF layers, where its LoRA runs."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+    packed = gguf.quants.quantize(torch.randn(64, 64).numpy(), kind)
+    layer = GGUFLinear(64, 64, compute_dtype=torch.float32)
+    layer.weight = GGUFParameter(torch.from_numpy(packed), quant_type=kind)
+    layer.requires_grad_(requires_grad=False)
+    net = torch.nn.Sequential(layer)
+    get_peft_model(net, LoraConfig(target_modules=["0"]))(torch.randn(2, 64))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        get_peft_model(torch.nn.Sequential(layer), LoraConfig(use_dora=True, target_modules=["0"]))

@@ -234,7 +234,13 @@ class Bound(Uncopyable):
             total: Tensor = variant.forward(layer, active_adapter=adapter, x=x, result=result)
             return total if total.dtype is dtype else total.to(dtype)
         value, shape = entry.value, result.shape
-        if x.dim() == result.dim() == 3 and x.is_contiguous() and result.is_contiguous():  # noqa: PLR2004
+        flat = (
+            x.dim() == result.dim() == 3  # noqa: PLR2004
+            and x.is_contiguous()
+            and result.is_contiguous()
+            and x.numel() > 0
+        )
+        if flat:  # as for plain ones
             x, result = x.view(-1, x.shape[2]), result.view(-1, shape[2])
         delta = functional.linear(functional.linear(x, a), b)
         if self._fast:
@@ -246,7 +252,7 @@ class Bound(Uncopyable):
             total = add_exact(result, delta, value, bias, scaling, one=one, factor=factor)
         if total.dtype is not dtype:
             total = total.to(dtype)
-        return total if total.dim() == len(shape) else total.view(shape)
+        return total.view(shape) if flat else total
 
 
 class _Exact:
