@@ -8,7 +8,7 @@ too much: then calls go past the cache, and no output is wrong.
 from __future__ import annotations
 
 import functools
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
 __all__ = [
     "any_autocast",
@@ -42,6 +43,7 @@ __all__ = [
     "storage_uses",
     "tensor_guards",
     "untraceable",
+    "without_functions",
 ]
 
 _C: Any = torch._C
@@ -173,6 +175,11 @@ def _forward() -> Any:
 
 forward: Any = _forward()
 """Its ``_current_level`` is negative outside forward-mode differentiation."""
+
+without_functions: Callable[[], AbstractContextManager[object]] = getattr(
+    _C, "DisableTorchFunctionSubclass", nullcontext
+)
+"""A block in which tensors' classes do not follow what is done with them."""
 
 is_capturing: Callable[[], bool] = getattr(
     _C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing

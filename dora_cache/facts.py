@@ -6,6 +6,7 @@ facts in one generated expression, for calls in the common state.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import struct
 import sys
@@ -193,7 +194,7 @@ class Reading:
             raise UncheckableError(str(error), Reason.UNVERSIONED) from None
         if item.requires_grad:
             self.requires_grad = True
-        return type(item), Tensor, self.add(inner), _freeze(context, Reason.SUBCLASS)
+        return type(item), Tensor, self.add(inner), _frozen(context)
 
     def _add_tensor(self, item: Tensor) -> None:
         try:
@@ -254,14 +255,49 @@ def read(dependencies: Iterable[object]) -> Reading:
     return found
 
 
-def _freeze(item: object, reason: Reason = Reason.UNSIGNABLE) -> Hashable:
+def _freeze(item: object) -> Hashable:
     inside: list[object] = []
     with suppress(TypeError):
         frozen = freeze(item, inside)
         if not inside and not isinstance(item, nn.Module):
             return frozen
     msg = f"a dependency is a {type(item).__name__}: yield tensors and plain scalars"
-    raise UncheckableError(msg, reason)
+    raise UncheckableError(msg)
+
+
+def _frozen(context: object) -> Hashable:
+    """Return what a tensor is beside those that it wraps, in a form that equals only its like.
+
+    Raises:
+        UncheckableError: it is none of the things that libraries put there.
+    """
+    kind = type(context)
+    if kind in _LEAVES:
+        return kind, context
+    if kind is list or kind is tuple:
+        return kind, tuple([_frozen(item) for item in context])  # type: ignore[attr-defined]
+    if kind is dict:
+        return tuple([(name, _frozen(item)) for name, item in context.items()])  # type: ignore[attr-defined]
+    if dataclasses.is_dataclass(kind) and hasattr(context, "__dict__"):
+        return kind, _frozen(vars(context))
+    try:
+        return freeze(context, _Nothing())
+    except (TypeError, UnkeyableError):
+        msg = f"a tensor that wraps others has a {kind.__name__} beside them"
+        raise UncheckableError(msg, Reason.SUBCLASS) from None
+
+
+class _Nothing(list[object]):
+    """Refuses what is put into it."""
+
+    def append(self, _: object) -> None:
+        raise TypeError
+
+    def extend(self, _: Iterable[object]) -> None:
+        raise TypeError
+
+
+_LEAVES = frozenset({type(None), str, int, bool, torch.dtype, torch.device, torch.Size})
 
 
 class Facts(Uncopyable):
@@ -295,7 +331,7 @@ class Facts(Uncopyable):
         return any(held.expired() for held in self._held)  # type: ignore[no-untyped-call]
 
 
-_SCALARS = frozenset({str, int, bool, torch.Size})
+_SCALARS = frozenset({str, int, bool, torch.Size, torch.dtype})
 
 
 class Shortcut(Uncopyable):
@@ -305,6 +341,8 @@ class Shortcut(Uncopyable):
         check: called with the dependencies, the entry and the shortcut; whether everything is as it
             was. Raises if the dependencies are of other kinds.
         clear: lead nowhere from now on.
+        contexts: what the tensors that wrap others, or have attributes of their own, are beside
+            these; in order.
         count: counts a hit; atomic, since it is one call into C.
         default_dtype: PyTorch's.
         entry: the entry itself if it is fixed: the backend never drops one of its own accord, and
@@ -328,6 +366,7 @@ class Shortcut(Uncopyable):
 
     __slots__ = (
         "check",
+        "contexts",
         "count",
         "default_dtype",
         "device",
@@ -346,6 +385,7 @@ class Shortcut(Uncopyable):
     )
 
     check: Callable[[Sequence[object], Entry, Shortcut], bool]
+    contexts: tuple[object, ...]
     count: Callable[[], int]
     entry: Entry | None
     device: str
@@ -387,30 +427,12 @@ def make_shortcut(
     """
     if not ambient.is_quiet():
         return None
-    pattern = ""
-    facts: list[float] = []
-    others: list[object] = []
-    tensors: list[Tensor] = []
-    for item in dependencies:
-        kind = type(item)
-        if kind is nn.Parameter or kind is Tensor:
-            assert isinstance(item, Tensor)  # noqa: S101 - for the type checker
-            if any(item is other for other in tensors):  # the guards take no tensor twice
-                pattern += "r"
-            else:
-                pattern += "t"
-                tensors.append(item)
-            facts += (id(item), item._version, ambient.storage_of(item), item.data_ptr())
-        elif item is None:
-            pattern += "n"
-        elif kind is float:
-            pattern += "f"
-            facts.append(item)  # type: ignore[arg-type]
-        elif kind in _SCALARS:
-            pattern += "s"
-            others += (kind, item)
-        else:
-            return None
+    noted = _Noted()
+    try:
+        pattern = tuple([noted.add(item) for item in dependencies])
+    except (UncheckableError, _TooLongError):
+        return None
+    tensors = noted.tensors
     parts = entry.tensors
     if not tensors or len({id(part) for part in (*tensors, *parts)}) < len(tensors) + len(parts):
         return None
@@ -426,10 +448,11 @@ def make_shortcut(
     shortcut.default_dtype = torch.get_default_dtype()
     shortcut.entry = entry if fixed else None
     if fixed:
-        facts += entry.marks
+        noted.facts += entry.marks
     shortcut.check = _checker(pattern, form, 0 if single else len(parts), fixed=fixed)
-    shortcut.facts = _packer(pattern, len(parts) if fixed else 0)(*facts)
-    shortcut.others = _shared(tuple(others))
+    shortcut.facts = _packer(pattern, len(parts) if fixed else 0)(*noted.facts)
+    shortcut.others = _shared(tuple(noted.others))
+    shortcut.contexts = tuple(noted.contexts)
     shortcut.guards = guards
     shortcut.place = ambient.place()
     shortcut.device = sys.intern(shortcut.place[0].type)
@@ -443,55 +466,154 @@ def _shared(others: tuple[object, ...]) -> tuple[object, ...]:
     return others
 
 
+_Kind = str | tuple[tuple[str, "_Kind"], ...]
+"""How a dependency is checked: a letter, or names and kinds of the tensors that it wraps."""
+
+
+class _TooLongError(Exception):
+    """A dependency cannot be checked in short."""
+
+
+class _Noted:
+    """The facts of dependencies, in the order in which :func:`_checker` has them."""
+
+    def __init__(self) -> None:
+        self.facts: list[float] = []
+        self.others: list[object] = []
+        self.contexts: list[object] = []
+        self.tensors: list[Tensor] = []
+
+    def add(self, item: Any) -> _Kind:
+        """Note one dependency; return its kind."""
+        kind = type(item)
+        if isinstance(item, Tensor):
+            if kind in _EXACT or is_plain(kind):
+                return self._add_tensor(item)
+            return self._add_wrapper(item)
+        if item is None:
+            return "n"
+        if kind is float:
+            self.facts.append(item)
+            return "f"
+        if kind not in _SCALARS:
+            raise _TooLongError
+        self.others += (kind, item)
+        return "s"
+
+    def _add_tensor(self, item: Tensor) -> _Kind:
+        self.facts += (id(item), item._version, ambient.storage_of(item), item.data_ptr())
+        if any(item is other for other in self.tensors):  # the guards take no tensor twice
+            return "r"
+        self.tensors.append(item)
+        if type(item) in _EXACT:
+            return "t"
+        types = _types(item)
+        if any(issubclass(one, Tensor) for one in types):
+            raise _TooLongError
+        self.contexts.append(types)
+        return "a"
+
+    def _add_wrapper(self, item: Any) -> _Kind:
+        if any(item is other for other in self.tensors):
+            raise _TooLongError
+        inner, _ = _inner(item)
+        flat = item.__tensor_flatten__()
+        names = flat[0]
+        if not all(type(name) is str and name.isidentifier() for name in names):
+            raise _TooLongError
+        self.facts += (id(item), item._version)
+        self.tensors.append(item)
+        self.contexts.append(_frozen(flat))
+        return tuple([(name, self.add(one)) for name, one in zip(names, inner, strict=True)])
+
+
+def _types(item: object) -> tuple[type, ...]:
+    """Return the types of a tensor's own attributes; a tensor may come among them."""
+    return tuple(map(type, vars(item).values()))
+
+
 @functools.cache
-def _packer(pattern: str, parts: int) -> Callable[..., bytes]:
+def _packer(pattern: tuple[_Kind, ...], parts: int) -> Callable[..., bytes]:
     """Return what packs the facts of certain kinds and of a value; see :func:`_checker`."""
-    kinds = {"t": "4q", "r": "4q", "f": "d"}
-    form = "".join(kinds.get(kind, "") for kind in pattern)
-    return struct.Struct(f"={form}{2 * parts}q").pack
+    return struct.Struct(f"={''.join(map(_packed, pattern))}{2 * parts}q").pack
+
+
+def _packed(kind: _Kind) -> str:
+    if isinstance(kind, tuple):
+        return "2q" + "".join(_packed(part) for _, part in kind)
+    return {"t": "4q", "r": "4q", "a": "4q", "f": "d"}.get(kind, "")
+
+
+class _Terms:
+    """What a check is written from, gathered from the dependencies in their order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.wrapped: list[str] = []
+        self.facts: list[str] = []
+        self.others: list[str] = []
+        self.first: list[str] = []
+        self.contexts: list[str] = []
+        self.tensors: list[str] = []
+
+    def add(self, name: str, kind: _Kind) -> None:
+        """Write out what is to be looked at of one dependency, which the check calls ``name``."""
+        if isinstance(kind, tuple):
+            self.facts.append(f"id({name}), {name}._version")
+            self.tensors.append(name)
+            self.contexts.append(f"frozen({name}.__tensor_flatten__())")
+            for index, (attribute, part) in enumerate(kind):
+                inner = f"{name}_{index}"
+                self.wrapped.append(f"{inner} = {name}.{attribute}")
+                self.add(inner, part)
+        elif kind in "tra":
+            self.facts.append(f"id({name}), {name}._version, storage_of({name}), {name}.data_ptr()")
+            if kind != "r":
+                self.tensors.append(name)
+            if kind == "a":
+                self.contexts.append(f"types({name})")
+        elif kind == "n":
+            self.first.append(f"{name} is None")
+        elif kind == "f":
+            self.facts.append(name)
+            self.first.append(f"type({name}) is float")
+        else:
+            self.others.append(f"type({name}), {name}")
 
 
 @functools.cache
 def _checker(
-    pattern: str, form: str, parts: int, *, fixed: bool
+    pattern: tuple[_Kind, ...], form: str, parts: int, *, fixed: bool
 ) -> Callable[[Sequence[object], Entry, Shortcut], bool]:
     """Write the check out for dependencies and values of certain kinds, as one expression.
 
     It runs at every hit, where each call of a function would cost a twentieth of the whole.
 
     Args:
-        pattern: a letter for each dependency: tensor, tensor once more (r), None, float, or another
-            scalar.
+        pattern: the kind of each dependency: a letter for a tensor, a tensor once more (r), one
+            with attributes (a), None, a float, or another scalar; names and kinds for a wrapper.
         form: see :func:`make_shortcut`.
         parts: how many tensors the value has; 0 for one that is no tuple.
         fixed: see :func:`make_shortcut`.
     """
     names = [f"d{index}" for index in range(len(pattern))]
     values = [f"v{index}" for index in range(parts or 1)]
-    facts, others, nones, tensors = [], [], [], []
+    found = _Terms()
     for name, kind in zip(names, pattern, strict=True):
-        if kind in "tr":
-            facts.append(f"id({name}), {name}._version, storage_of({name}), {name}.data_ptr()")
-            if kind == "t":
-                tensors.append(name)
-        elif kind == "n":
-            nones.append(f"{name} is None")
-        elif kind == "f":
-            facts.append(name)
-            nones.append(f"type({name}) is float")
-        else:
-            others.append(f"type({name}), {name}")
-    if others:
-        nones.append(f"({', '.join(others)},) == shortcut.others")
+        found.add(name, kind)
+    first, facts, tensors = found.first, found.facts, found.tensors
+    if found.others:
+        first.append(f"({', '.join(found.others)},) == shortcut.others")
     marks = [f"{name}._version, {name}.data_ptr()" for name in values]
     if fixed:
         facts += marks
     terms = [
-        *nones,
+        *first,
         f"pack({', '.join(facts)}) == shortcut.facts",
         *([] if fixed else [f"({', '.join(marks)}) == entry.marks"]),
         f"shortcut.guards({', '.join(tensors + values)})",
         *(f"{name}.grad is None" for name in values),
+        *([f"({', '.join(found.contexts)},) == shortcut.contexts"] if found.contexts else ()),
         "not function_modes()",
         "not any_autocast()",
         "forward._current_level < 0",
@@ -505,14 +627,19 @@ def _checker(
         if torch.cuda.device_count() > 1:
             terms.append("current_device() == shortcut.place[1]")
     given = "*dependencies, *dependencies.values()" if form == "mapping" else "dependencies"
-    source = (
-        f"def check(dependencies, entry, shortcut):\n"
-        f"    {', '.join(names)}{'' if form == 'tensor' else ','} = {given}\n"
-        f"    {', '.join(values)}{',' if parts else ''} = entry.value\n"
-        f"    return {' and '.join(terms)}\n"
-    )
+    lines = [
+        f"{', '.join(names)}{'' if form == 'tensor' else ','} = {given}",
+        f"{', '.join(values)}{',' if parts else ''} = entry.value",
+    ]
+    last = [*found.wrapped, f"return {' and '.join(terms)}"]
+    if found.contexts:  # their classes may follow even reading a version
+        last = ["with without_functions():", *(f"    {line}" for line in last)]
+    body = "\n    ".join(lines + last)
+    source = f"def check(dependencies, entry, shortcut):\n    {body}\n"
     namespace: dict[str, Any] = {
         "default_dtype": torch.get_default_dtype,
+        "frozen": _frozen,
+        "types": _types,
         "pack": _packer(pattern, len(values) if fixed else 0),
     }
     for name in (
@@ -525,8 +652,9 @@ def _checker(
         "is_capturing",
         "precision",
         "storage_of",
+        "without_functions",
     ):
         namespace[name] = getattr(ambient, name)
-    exec(source, namespace)  # noqa: S102 - made of the letters above alone
+    exec(source, namespace)  # noqa: S102 - made of the kinds above, and identifiers
     check: Callable[[Sequence[object], Entry, Shortcut], bool] = namespace["check"]
     return check

@@ -64,9 +64,13 @@ class Reason(enum.Enum):
         "tensor subclass without data of its own",
         "use weights that are plain tensors, or that name those they wrap (__tensor_flatten__)",
     )
+    QUANTIZED = (
+        "dense value on a quantized weight",
+        "nothing: what there is to store would be many times as large as the weight",
+    )
     UNVERSIONED = (
         "weights without version counter",
-        "load the weights outside torch.inference_mode()",
+        "load or clone the weights outside torch.inference_mode()",
     )
     UNKEYABLE = (
         "argument that cannot be a key",

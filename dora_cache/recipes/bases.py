@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dora_cache.reasons import Reason
+from dora_cache.recipes.hooks import UnusualError
 from dora_cache.recipes.peft_layers import base_layer, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["dense_base", "foldable", "replaceable", "when_dense"]
+__all__ = [
+    "ON_QUANTIZED",
+    "dense_base",
+    "foldable",
+    "replaceable",
+    "require_dense",
+    "when_dense",
+]
+
+ON_QUANTIZED = "its base is quantized, and the weight to store would be many times as large"
+"""Why a layer of a class for quantized weights is not cached."""
 
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -24,6 +36,21 @@ def dense_base(layer: nn.Module) -> Any:
     """
     base = base_layer(layer)
     return base if type(base._parameters.get("weight")) is nn.Parameter else None
+
+
+def require_dense(layer: nn.Module) -> Any:
+    """Return the :func:`dense_base` of a layer.
+
+    Raises:
+        UnusualError: its weight is quantized, sharded or computed.
+    """
+    base = dense_base(layer)
+    if base is None:
+        inner = base_layer(layer)
+        weight = inner._parameters.get("weight", inner._parameters.get("W_q"))
+        msg = f"the weight of {type(inner).__name__} is no ordinary parameter"
+        raise UnusualError(msg, Reason.UNUSUAL_PART if weight is None else Reason.QUANTIZED)
+    return base
 
 
 def replaceable(layer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dora_cache.decorator import cached
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked, weights_of
 
 if TYPE_CHECKING:
@@ -44,11 +44,17 @@ def _depends_on(
 
 
 def _usual(layer: Any, adapters: Sequence[str]) -> bool:
-    """Whether there are adapters, and none of them drops blocks or has a hook where it might."""
+    """Whether there are adapters.
+
+    Raises:
+        UnusualError: one of them drops blocks, or has a hook where it might.
+    """
     dropouts = layer._modules["boft_dropout"]._modules
-    return bool(adapters) and not any(
-        drops(dropouts[adapter]) or is_hooked(dropouts[adapter]) for adapter in adapters
-    )
+    for adapter in adapters:
+        if drops(dropouts[adapter]) or is_hooked(dropouts[adapter]):
+            msg = "a dropout drops or has hooks"
+            raise UnusualError(msg)
+    return bool(adapters)
 
 
 # PEFT's values, by its operations

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fft import fft, ifft, irfft, rfft
 
 from dora_cache.decorator import cached
+from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +73,8 @@ def _fast_convolved(layer: Any, adapter: str, x: Tensor) -> Tensor:
 def _forward(convolve: Callable[[Any, str, Tensor], Tensor]) -> Callable[[Any, Any], Tensor | None]:
     def forward(layer: Any, x: Any) -> Tensor | None:
         if torch.is_grad_enabled() and x.requires_grad:
-            return None  # PEFT has a backward of its own, which is another than autograd's
+            msg = "PEFT has a backward of its own, which is another than autograd's"
+            raise UnusualError(msg, Reason.GRADIENTS)
         adapters = active_in(layer, "c3a_kernel")
         result: Tensor = layer.base_layer(x)
         dtype = x.dtype

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ def _weight(layer: Any, adapter: str, device: torch.device, dtype: torch.dtype) 
 
 def _forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "frod_lambda_s_values")
-    if not adapters or not _plain(layer, adapters, x):
+    if not adapters:
         return None
+    _check(layer, adapters, x)
     parts: list[Any] = [_outputs(layer, adapter, x) for adapter in adapters]
     if any(part is None for part in parts):
         return None
@@ -133,25 +134,30 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "frod_lambda_s_values")
     if len(adapters) != 1:
         return _forward(layer, x)
-    if not _plain(layer, adapters, x):
-        return None
+    _check(layer, adapters, x)
     result = linear(x, _weight(layer, adapters[0], x.device, x.dtype))
     bias: Tensor | None = base_layer(layer).bias  # type: ignore[assignment]
     return (result if bias is None else result + bias).to(x.dtype)
 
 
-def _plain(layer: Any, adapters: Any, x: Tensor) -> bool:
-    """Whether no dropout is in training or hooked, and the base weight stays where it is."""
+def _check(layer: Any, adapters: Any, x: Tensor) -> None:
+    """Check that no dropout is in training or hooked, and that the base weight stays where it is.
+
+    Raises:
+        UnusualError: that is not so.
+    """
     if x.device != base_layer(layer).weight.device or not x.is_floating_point():
-        return False
+        msg = "the input is on another device, or holds integers"
+        raise UnusualError(msg)
     dropouts = layer._modules["frod_dropout"]._modules
     for adapter in adapters:
         dropout = dropouts[adapter]
         if layer.runtime_offload_base_weight.get(adapter):
-            return False
+            msg = "the base weight is offloaded"
+            raise UnusualError(msg)
         if drops(dropout) or is_hooked(dropout):
-            return False
-    return True
+            msg = "a dropout drops or has hooks"
+            raise UnusualError(msg)
 
 
 def _warm(layer: Any, adapter: str) -> object:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from dora_cache.decorator import cached
-from dora_cache.recipes.bases import dense_base, foldable, when_dense
+from dora_cache.reasons import Reason
+from dora_cache.recipes.bases import ON_QUANTIZED, foldable, require_dense, when_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d, embedding
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked, weights_of
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ def _linear_total(layer: Any, adapter: str) -> Tensor:
     return (layer.hira_B[adapter] @ layer.hira_A[adapter]).add_(1).mul_(weight)
 
 
-def _linear(layer: Any, x: Tensor) -> Tensor | None:
+def _linear(layer: Any, x: Tensor) -> Tensor:
     # PEFT makes a new parameter of a transposed weight, and so its output requires gradients.
-    if dense_base(layer) is None or (layer.fan_in_fan_out and torch.is_grad_enabled()):
-        return None
+    require_dense(layer)
+    if layer.fan_in_fan_out and torch.is_grad_enabled():
+        msg = "the output requires gradients"
+        raise UnusualError(msg, Reason.GRADIENTS)
     adapters = active_in(layer, "hira_A")
     result = layer.base_layer(x)
     dtype = result.dtype
@@ -71,7 +74,7 @@ def _linear(layer: Any, x: Tensor) -> Tensor | None:
     return result.to(dtype)
 
 
-def _fast_linear(layer: Any, x: Tensor) -> Tensor | None:
+def _fast_linear(layer: Any, x: Tensor) -> Tensor:
     adapters = active_in(layer, "hira_A")
     if len(adapters) != 1 or layer.fan_in_fan_out or not _folds(layer, adapters[0], x):
         return _linear(layer, x)
@@ -132,11 +135,12 @@ def _conv_total(layer: Any, adapter: str) -> Tensor:
 _CONVOLUTIONS = ((nn.Conv1d, F.conv1d), (nn.Conv2d, F.conv2d), (nn.Conv3d, F.conv3d))
 
 
-def _conv(layer: Any, x: Tensor) -> Tensor | None:
-    base = dense_base(layer)
+def _conv(layer: Any, x: Tensor) -> Tensor:
+    base = require_dense(layer)
     convolve = next((function for kind, function in _CONVOLUTIONS if isinstance(base, kind)), None)
     if convolve is None:
-        return None
+        msg = f"a {type(base).__name__} is no convolution"
+        raise UnusualError(msg)
     adapters = active_in(layer, "hira_A")
     result = layer.base_layer(x)
     dtype = result.dtype
@@ -155,7 +159,7 @@ def _conv(layer: Any, x: Tensor) -> Tensor | None:
     return result.to(dtype)
 
 
-def _fast_conv(layer: Any, x: Tensor) -> Tensor | None:
+def _fast_conv(layer: Any, x: Tensor) -> Tensor:
     adapters = active_in(layer, "hira_A")
     if len(adapters) != 1 or not _folds(layer, adapters[0], x):
         return _conv(layer, x)
@@ -187,9 +191,8 @@ def _embedding_weight(layer: Any, adapter: str) -> Tensor:
     return weight * product.T
 
 
-def _embedding(layer: Any, x: Tensor) -> Tensor | None:
-    if dense_base(layer) is None:
-        return None
+def _embedding(layer: Any, x: Tensor) -> Tensor:
+    require_dense(layer)
     adapters = active_in(layer, "hira_embedding_A")
     result = layer.base_layer(x)
     dtype = result.dtype
@@ -209,10 +212,8 @@ def _rows(layer: Any, adapter: str) -> Tensor:
     return a.T.contiguous()
 
 
-def _fast_embedding(layer: Any, x: Tensor) -> Tensor | None:
-    base = dense_base(layer)
-    if base is None:
-        return None
+def _fast_embedding(layer: Any, x: Tensor) -> Tensor:
+    base = require_dense(layer)
     adapters = active_in(layer, "hira_embedding_A")
     factors = [parameter(layer, "hira_embedding_B", adapter) for adapter in adapters]
     result = layer.base_layer(x)
@@ -258,6 +259,9 @@ RECIPE = LayerRecipe(
         Conv1d: _fast_conv_hooks,
         Conv2d: _fast_conv_hooks,
         Conv3d: _fast_conv_hooks,
+    },
+    quantized={
+        f"peft.tuners.hira.bnb:{name}": ON_QUANTIZED for name in ("Linear4bit", "Linear8bitLt")
     },
     adapters="r",
     relies_on={

@@ -28,6 +28,7 @@ from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
+from dora_cache.recipes.fingerprints import changed
 from dora_cache.recipes.peft_layers import (
     derive_ahead,
     follow_layer,
@@ -262,6 +263,9 @@ class LayerRecipe:
         fast: likewise ``hooks``, under ``numerics="fast"``; where a class is not here, ``hooks``
             holds.
         examples: models that the recipe is for.
+        quantized: likewise ``hooks``, for classes of quantized layers by their path, as
+            ``"package.module:Class"``, since their libraries need not be there; or why not.
+        quantized_methods: the methods of theirs that the recipe was written for.
         declines: called with a layer; returns why it cannot be cached, or nothing.
         follow: binds a layer and follows what happens to it; by default as PEFT's layers are. See
             :func:`dora_cache.recipes.peft_layers.follow_layer`.
@@ -278,6 +282,8 @@ class LayerRecipe:
     relies_on: Mapping[str, str]
     fast: Mapping[type, Sequence[Hook]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
+    quantized: Mapping[str, Sequence[Hook] | str] = field(default_factory=dict)
+    quantized_methods: Mapping[str, str] = field(default_factory=dict)
     declines: Callable[[Any], str | None] = lambda _: None
     follow: Callable[[Engine, Any, Recipe, dict[str, Callable[..., Any]]], Binding] = follow_layer
 
@@ -303,23 +309,31 @@ class LayerRecipe:
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether the layer is of one of the classes."""
-        return isinstance(layer, tuple(self.hooks))
+        return isinstance(layer, tuple(self.hooks)) or _path(layer) in self.quantized
 
     def apply(self, cache: Engine, layer: Any) -> bool:
         """Put the hooks in place, unless the layer's class has other methods than the known one."""
         plain = plain_class(type(layer))
-        known = next(one for one in self.hooks if isinstance(layer, one))
-        hooks = self.hooks[known]
-        if cache.config.numerics == "fast":
-            hooks = self.fast.get(known, hooks)
         where = f"{plain.__module__}.{plain.__qualname__}"
-        reason = self.declines(layer)
-        for method in {hook.method: None for hook in hooks} | self._methods(known):
-            if getattr(plain, method, None) is not getattr(known, method):
-                library = {"peft": "PEFT"}.get(
-                    package := known.__module__.partition(".")[0], package
-                )
-                reason = f"its {method}() is not that of {library}'s {known.__qualname__}"
+        hooks: Sequence[Hook]
+        reason: str | None
+        found = self.quantized.get(_path(layer))
+        if isinstance(found, str):
+            hooks, reason = (), found
+        elif found is not None:
+            hooks, reason = found, self._changed(_path(layer))
+        else:
+            known = next(one for one in self.hooks if isinstance(layer, one))
+            hooks = self.hooks[known]
+            if cache.config.numerics == "fast":
+                hooks = self.fast.get(known, hooks)
+            reason = self.declines(layer)
+            for method in {hook.method: None for hook in hooks} | self._methods(known):
+                if getattr(plain, method, None) is not getattr(known, method):
+                    library = {"peft": "PEFT"}.get(
+                        package := known.__module__.partition(".")[0], package
+                    )
+                    reason = f"its {method}() is not that of {library}'s {known.__qualname__}"
         if reason:
             cache.decline(self.name, where, reason)
             return False
@@ -328,6 +342,18 @@ class LayerRecipe:
         binding = self.follow(cache, layer, self, {hook.method: hook.function for hook in hooks})
         binding.warmers = partial(_warmers, self.adapters, hooks)
         return bool(_names(layer, self.adapters))
+
+    def _changed(self, path: str) -> str | None:
+        """Return which methods of a class of quantized layers are not as they were, or None."""
+        of_class = {
+            method: known
+            for method, known in self.quantized_methods.items()
+            if method.startswith(f"{path}.")
+        }
+        other = changed(of_class)
+        if not other:
+            return None
+        return f"this PEFT has another {', '.join(other)} than the recipe was written for"
 
     def _methods(self, known: type) -> dict[str, None]:
         """Name the methods relied on that a class has, or inherits."""
@@ -377,6 +403,11 @@ def _check_hooks(name: str, where: str, hooks: Any) -> None:
                     f"{kind.__qualname__} does not have{hint}"
                 )
                 raise ConfigError(msg)
+
+
+def _path(layer: Any) -> str:
+    plain = plain_class(type(layer))
+    return f"{plain.__module__}:{plain.__qualname__}"
 
 
 def _names(layer: Any, attribute: str | None) -> list[str | None]:

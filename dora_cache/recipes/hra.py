@@ -17,8 +17,9 @@ from torch.nn.functional import conv2d as convolve
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
+from dora_cache.recipes.bases import require_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,8 +70,16 @@ def _weight(layer: Any, device: torch.device, *adapters: str) -> Tensor:
 
 
 def _usual(layer: Any, kind: type) -> Sequence[str]:
-    """Return the active adapters; none of them if PEFT's forward has to run."""
-    return active_in(layer, "hra_u") if _is_just(layer.base_layer, kind) else ()
+    """Return the active adapters.
+
+    Raises:
+        UnusualError: the base layer is another one, or its weight is no ordinary parameter.
+    """
+    if not _is_just(layer.base_layer, kind):
+        require_dense(layer)
+        msg = f"the base layer is a {type(layer.base_layer).__name__}"
+        raise UnusualError(msg)
+    return active_in(layer, "hra_u")
 
 
 def _is_just(base: nn.Module, kind: type) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
-from dora_cache.recipes.bases import dense_base, when_dense
+from dora_cache.reasons import Reason
+from dora_cache.recipes.bases import require_dense, when_dense
 from dora_cache.recipes.examples import TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 
 if TYPE_CHECKING:
@@ -67,13 +68,12 @@ def _delta(weight: Tensor, blocks: Tensor) -> Tensor:
 
 def _forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "miss_block")
-    if (
-        not adapters
-        or layer.miss_fn != "bat"
-        or layer.quantization_backend is not None
-        or dense_base(layer) is None
-    ):
+    if not adapters or layer.miss_fn != "bat":
         return None
+    if layer.quantization_backend is not None:
+        msg = "the base layer is quantized"
+        raise UnusualError(msg, Reason.QUANTIZED)
+    require_dense(layer)
     weight = _weight(layer, *adapters)
     dtype = x.dtype
     x = layer._cast_input_dtype(x, weight.dtype)

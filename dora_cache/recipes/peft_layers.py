@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.ambient import untraceable
 from dora_cache.decorator import SLOT, cached
-from dora_cache.facts import UncheckableError
+from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe
 from dora_cache.reasons import Reason
@@ -167,21 +167,46 @@ def wants_gradients(layer: nn.Module) -> bool:
 
 
 def weights_of(base: nn.Module) -> Sequence[Any]:
-    """Return what determines a base layer's weight: itself, or what it is dequantized from."""
-    weight = base._parameters.get("weight")
-    if type(weight) is nn.Parameter:
+    """Return what determines a base layer's weight: itself, or what it is dequantized from.
+
+    Read at every hit, so straight from the dictionaries.
+    """
+    state = base.__dict__
+    parameters = state["_parameters"]
+    weight = parameters.get("weight")
+    kind = type(weight)
+    if "W_q" in parameters:  # HQQ
+        found = [parameters["W_q"]]
+        for value in state["meta"].values():
+            found += value.values() if type(value) is dict else (value,)
+        return found
+    if kind is nn.Parameter:
         return (weight,)
-    found: list[Any] = [*base.parameters(), *base.buffers()]
-    weight = vars(base).get("weight", weight)
+    if isinstance(weight, Tensor) and not is_plain(kind):  # torchao, quanto: it names its parts
+        return (weight,)
+    if kind.__name__ == "Params4bit":
+        return [weight, *_fields(weight.quant_state)]
+    if kind.__name__ == "Int8Params":  # the module takes the scales over in its first forward
+        scales = getattr(state.get("state"), "SCB", None)
+        return [weight, weight.SCB if scales is None else scales]
+    found = [*base.parameters(), *base.buffers()]
+    weight = state.get("weight", weight)
     if isinstance(weight, Tensor):
         found.append(weight)
     if "parametrizations" in base._modules:  # computed from these by code that may have a state
         found.extend(own_state(base))
-    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
-    for owner in (weight, state, getattr(state, "state2", None)):
-        attributes = vars(owner).values() if hasattr(owner, "__dict__") else ()
-        found.extend(value for value in attributes if isinstance(value, Tensor))
     return found
+
+
+def _fields(state: Any) -> list[object]:
+    """Return the fields of a quantization state of bitsandbytes, and of the one of its scales."""
+    if state is None:  # not quantized yet
+        return [None]
+    fields = state.__dict__
+    inner = fields.get("state2")
+    if inner is None:
+        return list(fields.values())
+    return [value for value in fields.values() if value is not inner] + _fields(inner)
 
 
 def derive_ahead(derive: Callable[[Any, Any], object], layer: Any, adapter: str | None) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, own_parameter
 from dora_cache.recipes.peft_layers import drops, is_hooked
 
 if TYPE_CHECKING:
@@ -54,7 +54,11 @@ def _rotation(layer: Any, adapter: str) -> Tensor:
 
 
 def _usual(layer: Any) -> Sequence[str]:
-    """Return the active adapters; none of them if PEFT's forward has to run."""
+    """Return the active adapters.
+
+    Raises:
+        UnusualError: a dropout drops, or a rotation is not PEFT's own or has hooks.
+    """
     adapters = active_in(layer, "psoft_R")
     modules = layer._modules
     for adapter in adapters:
@@ -64,7 +68,8 @@ def _usual(layer: Any) -> Sequence[str]:
             or plain_class(type(rotation)) is not OrthLayer
             or is_hooked(rotation)
         ):
-            return ()
+            msg = "a dropout drops, or a rotation is not PEFT's own or has hooks"
+            raise UnusualError(msg)
     return adapters
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import RandLoraConfig
 from peft.tuners.randlora.layer import Linear
+from torch import is_autocast_enabled
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
@@ -103,6 +104,26 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     return result.to(dtype)
 
 
+def _on_bitsandbytes(layer: Any, x: Tensor) -> Tensor:
+    adapters = active_in(layer, "randlora_lambda")
+    result: Tensor = layer.base_layer(x)
+    converts = not is_autocast_enabled()
+    for adapter in adapters:
+        first, second = _bases(layer, adapter, x.device)
+        dtype = result.dtype
+        if converts:
+            x = x.to(second.dtype)
+        dropout = layer._modules["randlora_dropout"]._modules[adapter]
+        change = linear(linear(dropout(x.to(second.dtype)), first), second)
+        if converts:
+            change = change.to(dtype)
+        result = result + change * layer.scaling[adapter]
+    return result.to(x.dtype)
+
+
+_BITSANDBYTES = tuple(f"peft.tuners.randlora.bnb:{name}" for name in ("Linear4bit", "Linear8bitLt"))
+
+
 def _warm(layer: Any, adapter: str) -> object:
     return _scaled(layer, adapter, _device(layer))
 
@@ -159,6 +180,13 @@ RECIPE = LayerRecipe(
     name="RandLoRA",
     hooks={Linear: [guard(_forward, warm=_warm)]},
     fast={Linear: [_folded]},
+    quantized={path: [guard(_on_bitsandbytes, warm=_warm)] for path in _BITSANDBYTES},
+    quantized_methods={
+        f"{_BITSANDBYTES[0]}.get_scaled_bases": "76717238958f",
+        f"{_BITSANDBYTES[0]}.forward": "00e7740fb54e",
+        f"{_BITSANDBYTES[1]}.get_scaled_bases": "76717238958f",
+        f"{_BITSANDBYTES[1]}.forward": "203a280a4fb4",
+    },
     adapters="randlora_lambda",
     relies_on={
         "peft.tuners.randlora.layer:Linear.get_scaled_bases": "d2844631a942",

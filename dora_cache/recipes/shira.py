@@ -13,6 +13,7 @@ from peft.tuners.shira.layer import Linear
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
+from dora_cache.recipes.bases import ON_QUANTIZED
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
@@ -100,7 +101,7 @@ def _warm_fast(layer: Any, adapter: str) -> object:
 
 def _declines(layer: Any) -> str | None:
     if layer.quantization_backend is not None:
-        return "its base is quantized, and the weight to store would be many times as large"
+        return ON_QUANTIZED
     return None
 
 

@@ -17,9 +17,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
 
-from dora_cache.recipes.dora.linear import forward_exact, forward_fast
+from dora_cache.lifecycle import plain_class
+from dora_cache.recipes.dora.linear import forward_for
 from dora_cache.recipes.dora.values import fast_scale, stored_scale
 from dora_cache.recipes.dora.variants import CachedVariant, cached_variant, kind_of
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d, embedding
@@ -58,6 +59,8 @@ class _Dora:
         "peft.tuners.lora.dora:_DoraConvNdLayer.get_lora_weight": "7c4e65ce5733",
         "peft.tuners.lora.dora:_DoraConvNdLayer.get_weight_norm": "954cd87c97e1",
         "peft.tuners.lora.dora:_DoraConvNdLayer.forward": "916cc471779a",
+        "peft.utils.integrations:dequantize_module_weight": "85822f40b80e",
+        "peft.utils.integrations:dequantize_bnb_weight": "0f9d9c05bee7",
     }
     examples = (
         Example("DoRA", _config, numerics=BOTH),
@@ -74,11 +77,10 @@ class _Dora:
             for adapter, variant in layer.lora_variant.items()
             if isinstance(variant, CachedVariant) or kind_of(type(variant))
         }
-        usual = type(layer).forward is Linear.forward
-        if not (known or usual):
+        forward = forward_for(plain_class(type(layer)), cache.config.numerics)
+        if not (known or forward):
             return False
-        forward = forward_fast if cache.config.numerics == "fast" else forward_exact
-        binding = follow_layer(cache, layer, self, {"forward": forward} if usual else None)
+        binding = follow_layer(cache, layer, self, {"forward": forward} if forward else None)
         if binding.warmers is None:
             binding.warmers = _warmers
             binding.undo.callback(_restore, weakref.ref(layer))

@@ -7,6 +7,10 @@ devices and shapes that the shortcut has checked. It holds neither the value nor
 
 Each call checks all that may have changed. What it finds out of the ordinary it leaves to the long
 way, PEFT's own forward, which looks the value up; then the layer is bound again.
+
+The product of an ordinary base layer is computed here. Any other one, such as one with quantized
+weights, is called as PEFT calls it, and the value is looked up after that, since the call may
+change the weights.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
 from dora_cache.facts import Shortcut
 from dora_cache.recipes.dora import kernels
-from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
-from dora_cache.recipes.dora.values import FAST, STORED
-from dora_cache.recipes.peft_layers import why_training
+from dora_cache.recipes.dora.outputs import add_exact, add_fast, exact_sum, fast_sum
+from dora_cache.recipes.dora.values import FAST, STORED, bias_of
+from dora_cache.recipes.peft_layers import base_layer, weights_of, why_training
 
 if TYPE_CHECKING:
     from dora_cache.recipes.dora.kernels import FewRows, Launch
@@ -80,7 +84,7 @@ class Bound(Uncopyable):
         shortcut: likewise. It is cleared when the value is dropped, and then nothing holds it.
     """
 
-    __slots__ = ("_adapter", "_fast", "_layer", "_sum", "shortcut")
+    __slots__ = ("_adapter", "_fast", "_layer", "_operands", "_sum", "shortcut")
 
     def __init__(self, layer: Any, adapter: str, shortcut: Shortcut, *, fast: bool) -> None:
         self.shortcut = shortcut
@@ -88,6 +92,7 @@ class Bound(Uncopyable):
         self._adapter = adapter
         self._fast = fast
         self._sum: _Exact | _Fast | None = None
+        self._operands: tuple[Any, Any] | None = None
 
     def run(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return the layer's output; None unless everything is as it was.
@@ -122,12 +127,11 @@ class Bound(Uncopyable):
             first = modules["lora_A"]._modules[adapter]
             last = modules["lora_B"]._modules[adapter]
             magnitude = modules["lora_magnitude_vector"]._modules[adapter]
-            if not (
-                type(base) is type(first) is type(last) is nn.Linear
-                and type(magnitude) is DoraLinearLayer
-            ):
+            if not (type(first) is type(last) is nn.Linear and type(magnitude) is DoraLinearLayer):
                 return None
-            for part in (base, first, last, magnitude):
+            of_base = base._parameters
+            plain = type(base) is nn.Linear and type(of_base["weight"]) is nn.Parameter
+            for part in (base, first, last, magnitude) if plain else (first, last, magnitude):
                 of_part = part.__dict__
                 if (
                     of_part["_forward_hooks"]
@@ -138,8 +142,10 @@ class Bound(Uncopyable):
                     return None
             if "get_weight_norm" in of_part or "get_lora_weight" in of_part:  # the magnitude's
                 return None
+            of_first, of_last = first._parameters, last._parameters
+            if not plain:
+                return self._around(layer, x, base, of_first, of_last, magnitude)
             scaling = state["scaling"][adapter]
-            of_base, of_first, of_last = base._parameters, first._parameters, last._parameters
             weight, bias = of_base["weight"], of_base["bias"]
             a, b = of_first["weight"], of_last["weight"]
             parts = (
@@ -191,6 +197,62 @@ class Bound(Uncopyable):
         x = x.view(-1, shape[2])
         output = total(x, functional.linear(x, weight, bias), a, b, bias, value)
         return output.view(shape[0], shape[1], output.shape[1])
+
+    def _around(
+        self, layer: Any, x: Tensor, base: nn.Module, of_first: Any, of_last: Any, magnitude: Any
+    ) -> Tensor | None:
+        """Return the layer's output, its base layer called as a module.
+
+        Args:
+            layer: the layer.
+            x: its input.
+            base: its base layer, another LoRA layer perhaps.
+            of_first: the parameters of the adapter's first factor.
+            of_last: those of the second one.
+            magnitude: the adapter's.
+        """
+        adapter = self._adapter
+        variant = layer.lora_variant[adapter]
+        cache = layer.__dict__[SLOT].cache
+        if (
+            type(x) is not Tensor
+            or cache.bypassing
+            or not of_first["bias"] is of_last["bias"] is None
+        ):
+            return None
+        result: Tensor = base(x)
+        a, b = of_first["weight"], of_last["weight"]
+        dtype = result.dtype
+        if x.dtype is not a.dtype:
+            x = x.to(a.dtype)
+        scaling = layer.__dict__["scaling"][adapter]
+        inner = base_layer(layer)
+        parts = (scaling, magnitude._parameters["weight"], a, None, b, None, *weights_of(inner))
+        bias = bias_of(inner)
+        entry = cache.recall(self.shortcut, (*parts, bias) if self._fast else parts)
+        if entry is None:  # the rest of the long way
+            total: Tensor = variant.forward(layer, active_adapter=adapter, x=x, result=result)
+            return total if total.dtype is dtype else total.to(dtype)
+        value, shape = entry.value, result.shape
+        flat = (
+            x.dim() == result.dim() == 3  # noqa: PLR2004
+            and x.is_contiguous()
+            and result.is_contiguous()
+            and x.numel() > 0
+        )
+        if flat:  # as for plain ones
+            x, result = x.view(-1, x.shape[2]), result.view(-1, shape[2])
+        delta = functional.linear(functional.linear(x, a), b)
+        if self._fast:
+            total = add_fast(result, delta, value, scaling)
+        else:
+            if self._operands is None:
+                self._operands = _operands(scaling, b, value)
+            one, factor = self._operands
+            total = add_exact(result, delta, value, bias, scaling, one=one, factor=factor)
+        if total.dtype is not dtype:
+            total = total.to(dtype)
+        return total.view(shape) if flat else total
 
 
 class _Exact:

@@ -6,6 +6,7 @@ between.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,42 +20,65 @@ from dora_cache.recipes.dora.bound import bind
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
 from dora_cache.recipes.dora.values import same
 from dora_cache.recipes.dora.variants import CachedVariant, stands_aside
+from dora_cache.recipes.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["forward_exact", "forward_fast"]
+__all__ = ["QUANTIZED", "forward_for"]
 
 
-def _forward(*, fast: bool) -> Callable[..., Tensor]:
+QUANTIZED = {
+    "peft.tuners.lora.bnb:Linear4bit.forward": "308012f741a7",
+    "peft.tuners.lora.bnb:Linear8bitLt.forward": "8c76c37707a1",
+    "peft.tuners.lora.hqq:HqqLoraLinear.forward": "d518854abc09",
+}
+"""Forwards that come to the same as that of ordinary linear layers, with fingerprints."""
+
+
+def forward_for(kind: type, numerics: str) -> Callable[..., Tensor] | None:
+    """Return what stands in for a layer's forward; None if that is not known here.
+
+    Args:
+        kind: the layer's class, without observers.
+        numerics: as in the settings.
+    """
+    plain: Any = getattr(kind, "forward", None)
+    ordinary = plain is Linear.forward
+    if not ordinary:
+        path = f"{kind.__module__}:{kind.__qualname__}.forward"
+        if QUANTIZED.get(path) != fingerprint(path):
+            return None
+    return _forward(plain, ordinary=ordinary, fast=numerics == "fast")
+
+
+@functools.cache
+def _forward(plain: Any, *, ordinary: bool, fast: bool) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor
         if args or kwargs:
-            return Linear.forward(self, x, *args, **kwargs)
+            result = plain(self, x, *args, **kwargs)
+            return result
         if torch.compiler.is_dynamo_compiling():
-            found = _traced(self, x, fast=fast)
-            return Linear.forward(self, x) if found is None else found
+            found = _traced(self, x, fast=fast) if ordinary else None
+            result = plain(self, x) if found is None else found
+            return result
         state = self.__dict__  # past nn.Module.__getattr__, which costs more than all the rest
         active = state["_active_adapter"]
         adapter: Any = active if type(active) is str else active[0] if len(active) == 1 else None
         variant = state["lora_variant"].get(adapter)
         if not isinstance(variant, CachedVariant):
-            return Linear.forward(self, x)
+            result = plain(self, x)
+            return result
         if variant.bound is not None:
             found = variant.bound.run(self, x)
             if found is not None:
                 return found
-        result: Tensor = Linear.forward(self, x)
+        result = plain(self, x)
         bind(self, adapter, variant)
         return result
 
     return forward
-
-
-forward_exact = _forward(fast=False)
-"""Return a linear layer's output, bit for bit PEFT's."""
-
-forward_fast = _forward(fast=True)
-"""Return a linear layer's output, with ``numerics="fast"``."""
 
 
 def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:

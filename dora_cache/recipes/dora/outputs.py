@@ -20,7 +20,7 @@ from dora_cache.recipes.peft_layers import base_layer
 if TYPE_CHECKING:
     from dora_cache.recipes.dora.values import Buffers
 
-__all__ = ["FORWARDS", "exact_sum", "fast_sum"]
+__all__ = ["FORWARDS", "add_exact", "add_fast", "exact_sum", "fast_sum"]
 
 
 def exact_sum(
@@ -106,13 +106,42 @@ def _exact(
     bias = bias_of(base_layer(layer))
     if conv and bias is not None:
         bias = bias.view(1, -1, *[1] * (result.dim() - 2))
-    if buffers is None and not conv and _fusible(result, delta, scaling):
+    last = layer._modules["lora_B"]._modules[adapter]
+    owned = type(last) in _MAKES_NEW and not _is_followed()
+    if buffers is None and not conv:
+        return add_exact(result, delta, scale, bias, scaling, owned=owned)
+    return exact_sum(result, bias, delta, scale, scaling, owned=owned)
+
+
+def add_exact(
+    result: Tensor,
+    delta: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scaling: Any,
+    *,
+    owned: bool = True,
+    one: Any = 1,
+    factor: Any = None,
+) -> Tensor:
+    """Return a linear layer's output by :func:`exact_sum`, or by a kernel where there is one.
+
+    Args:
+        result: as there, as are ``delta``, ``scale``, ``bias``, ``owned`` and ``one``.
+        delta: likewise.
+        scale: likewise.
+        bias: likewise.
+        scaling: a number.
+        owned: likewise.
+        one: likewise.
+        factor: the scaling as an operand; None for the number.
+    """
+    if _fusible(result, delta, scaling):
         fused = kernels.combine(result, delta, scale, bias, scaling)
         if fused is not None:
             return fused
-    last = layer._modules["lora_B"]._modules[adapter]
-    owned = type(last) in _MAKES_NEW and not _is_followed()
-    return exact_sum(result, bias, delta, scale, scaling, owned=owned)
+    scaling = scaling if factor is None else factor
+    return exact_sum(result, bias, delta, scale, scaling, owned=owned, one=one)
 
 
 _MAKES_NEW = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d})
@@ -158,17 +187,33 @@ def _combine(
     layer: Any, adapter: str, result: Tensor, delta: Tensor, buffers: Buffers | None
 ) -> Tensor:
     """Return the output, given what is added to the base layer's."""
+    owned = not torch.is_grad_enabled()
     if buffers is None:
-        scale, *shift = fast_scale(layer, adapter)
+        value = fast_scale(layer, adapter)
         scaling = layer.scaling[adapter]
-        if adapter in layer.lora_A and not is_conv(layer) and _fusible(result, delta, scaling):
-            fused = kernels.combine_fast(result, delta, scale, shift[0] if shift else None, scaling)
-            if fused is not None:
-                return fused
+        if adapter in layer.lora_A and not is_conv(layer):
+            return add_fast(result, delta, value, scaling, owned=owned)
+        scale, *shift = value
     else:
         scale, *shift, scaling = buffers
-    owned = not torch.is_grad_enabled()
     return fast_sum(result, delta, scale, shift[0] if shift else None, scaling, owned=owned)
+
+
+def add_fast(
+    result: Tensor,
+    delta: Tensor,
+    value: Buffers,
+    scaling: Any,
+    *,
+    owned: bool = True,
+) -> Tensor:
+    """Return a linear layer's output by :func:`fast_sum`, or by a kernel where there is one."""
+    scale, shift = value if len(value) > 1 else (value[0], None)
+    if _fusible(result, delta, scaling):
+        fused = kernels.combine_fast(result, delta, scale, shift, scaling)
+        if fused is not None:
+            return fused
+    return fast_sum(result, delta, scale, shift, scaling, owned=owned)
 
 
 def _fast_projected(

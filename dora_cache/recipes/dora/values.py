@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import _ConvNd
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import (
+    dequantize_bnb_weight,
+    dequantize_module_weight,
+    get_bnb_param_type,
+)
 from torch import Tensor, nn
 
 from dora_cache.decorator import MARK, cached
@@ -92,8 +96,12 @@ def _dense(base: Any) -> Any:
     Parameter, which torch.compile cannot follow.
     """
     weight = base._parameters.get("weight")
-    plain = type(weight) is nn.Parameter and not hasattr(base, "W_q")  # HQQ has a stub
-    return weight.detach() if plain else dequantize_module_weight(base)
+    if type(weight) is nn.Parameter and not hasattr(base, "W_q"):  # HQQ has a stub
+        return weight.detach()
+    if get_bnb_param_type(weight):
+        # dequantize_module_weight() puts a new parameter in the weight's place, on a CPU.
+        return dequantize_bnb_weight(weight, state=getattr(base, "state", None))
+    return dequantize_module_weight(base)
 
 
 @cached("DoRA norm", adapter="adapter", depends_on=depends_on, detach=True)

@@ -1,0 +1,117 @@
+"""Adapters on base weights that bitsandbytes has quantized."""
+
+import bitsandbytes
+import pytest
+import torch
+from field_setups import check, ids
+from quantized import Counted, base_layers, dequantizes_as_plain_lora_does, notices
+
+import dora_cache
+from dora_cache.lab.field import setups
+
+SETUPS = setups("bitsandbytes")
+FOUR = [setup for setup in SETUPS if setup.name != "8 bit"]
+[EIGHT] = [setup for setup in SETUPS if setup.name == "8 bit"]
+each = pytest.mark.parametrize("setup", FOUR, ids=ids)
+functional = bitsandbytes.functional
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=ids)
+def test_setup(setup):
+    """Outputs are PEFT's, and cached."""
+    check(setup)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=ids)
+def test_hits_dequantize_nothing(setup, monkeypatch):
+    """Beside what the base layers do by themselves, no weight is dequantized."""
+    names = ("dequantize_4bit", "int8_vectorwise_dequant")
+    counted = Counted(monkeypatch, *((functional, name) for name in names))
+    dequantizes_as_plain_lora_does(setup, counted)
+
+
+@each
+def test_a_write_to_the_scales(setup):
+    """A write to the scales of the quantization state is noticed."""
+    notices(setup, lambda layer: layer.weight.quant_state.absmax.mul_(2))
+
+
+@each
+def test_another_quantization_state(setup):
+    """Other scales in the quantization state are noticed, and another state."""
+
+    def scales(layer):
+        state = layer.weight.quant_state
+        state.absmax = state.absmax * 2
+
+    def types(layer):
+        state = layer.weight.quant_state
+        state.code = state.code.flip(0)
+        state.quant_type = "fp4" if state.quant_type == "nf4" else "nf4"
+
+    notices(setup, scales)
+    notices(setup, types)
+
+
+@each
+def test_a_write_to_the_packed_weights(setup):
+    """A write to the packed weights is noticed."""
+    notices(setup, lambda layer: layer.weight[:8].zero_())
+
+
+@each
+def test_another_weight(setup):
+    """A parameter made anew over the same memory is the old weight; written to, it is another."""
+
+    def change(layer):
+        layer.weight = layer.weight.to("cpu")
+        layer.weight[:8].zero_()
+
+    notices(setup, change)
+
+
+@each
+def test_load_state_dict(setup):
+    """Loading other weights is noticed."""
+
+    def change(layer):
+        # state_dict() gives the weights in another order than a CPU multiplies with; and
+        # load_state_dict() takes no scales.
+        layer.load_state_dict({"weight": layer.weight.flip(0)})
+
+    notices(setup, change)
+
+
+@torch.no_grad()
+@each
+def test_deriving_leaves_the_weight_in_place(setup):
+    """PEFT puts another parameter in the weight's place whenever it dequantizes on a CPU."""
+    built = setup.build(True, 64)
+    before = [layer.weight for layer in base_layers(built.model)]
+    with dora_cache.attach(built.model):
+        built.run()
+    after = [layer.weight for layer in base_layers(built.model)]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    built.run()
+    after = [layer.weight for layer in base_layers(built.model)]
+    assert not any(one is other for one, other in zip(before, after, strict=True))
+
+
+def test_8_bit_scales():
+    """A write to the scales is noticed, which the module has taken over from the weight."""
+    notices(EIGHT, lambda layer: scales_of(layer).mul_(2), twice=False)
+
+
+def test_other_8_bit_scales():
+    """Others in their place are noticed."""
+
+    def change(layer):
+        owner = layer.state if layer.weight.SCB is None else layer.weight
+        owner.SCB = owner.SCB * 2
+        layer.state.SCB = owner.SCB
+
+    notices(EIGHT, change, twice=False)
+
+
+def scales_of(layer):
+    return layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
