@@ -25,7 +25,8 @@ from dora_cache.ambient import current_device, raw_stream
 from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
-from dora_cache.facts import Held, tensors_in
+from dora_cache.facts import tensors_in
+from dora_cache.refilled import Held, content_of, is_refilled
 from dora_cache.triton_launch import Launcher
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ class _DeviceDigest(Uncopyable):
     def compare(self, tensors: Sequence[Tensor], flag: Tensor, number: int) -> None:
         """Have the device write ``number`` to ``flag``, pinned memory, if contents differ."""
         spans = [_span(tensor) for tensor in tensors]
-        if spans != self._spans[: len(spans)]:
-            return  # a value that somebody has freed or moved; that shows elsewhere
+        if not all(map(_comparable, spans, self._spans)):
+            return  # a value that somebody has freed; that shows elsewhere
         if raw_stream(self._device) != self._stream:
             # Using the value has made this stream wait for what came before it on its own.
             if self._ready is not None:
@@ -167,6 +168,15 @@ class _DeviceDigest(Uncopyable):
         constants = (flag is not self._expected, width, _BLOCK_BYTES // width, 1024)
         numbers = (number, first, *starts, *sizes)
         _launcher(self._device, constants).launch(blocks, (self._expected, flag), numbers)
+
+
+def _comparable(span: tuple[int, int], hashed: tuple[int, int]) -> bool:
+    """Whether what lies in a span can be compared with what was hashed, perhaps elsewhere.
+
+    A refilled tensor is at another address each time.
+    """
+    start, size = span
+    return start != 0 and size == hashed[1] and start % 4 == hashed[0] % 4
 
 
 def _blocks(tensor: Tensor) -> int:
@@ -206,7 +216,7 @@ class _Large:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # With a weak reference each, which keeps the storage's number from being used again.
-        self._known: LRUCache[tuple[int, ...], tuple[Any, Held]] = LRUCache(_REMEMBERED)
+        self._known: LRUCache[tuple[int | None, ...], tuple[Any, Held]] = LRUCache(_REMEMBERED)
         self._added = 0
 
     def of(self, tensor: Tensor) -> Any:
@@ -215,7 +225,9 @@ class _Large:
         If the contents have, the earlier one is what other values were derived from, and finds it.
         """
         storage = tensor.untyped_storage()
-        facts = (storage._cdata, *_span(tensor), hash(tensor.stride()), tensor._version)
+        number = storage._cdata
+        content = content_of(number) if is_refilled(number) else None
+        facts = (number, *_span(tensor), hash(tensor.stride()), tensor._version, content)
         with self._lock:
             found = self._known.get(facts)
         if found is None:

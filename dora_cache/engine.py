@@ -21,12 +21,13 @@ from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
 from dora_cache.deriver import Deriver
 from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
-from dora_cache.facts import UncheckableError, make_shortcut, read
+from dora_cache.facts import UncheckableError, make_shortcut, read, tensors_in
 from dora_cache.holdings import Holdings
 from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError
 from dora_cache.mutex import exclusive
 from dora_cache.naming import names_of_owners
 from dora_cache.reasons import Reason
+from dora_cache.refilled import is_refilled, note_written
 from dora_cache.report import Declined
 
 if TYPE_CHECKING:
@@ -460,6 +461,7 @@ class Engine(Uncopyable):
             How many entries went.
         """
         touched = _storages_of(tensors)
+        note_written(touched)
         self._deriver.touch(touched)
         self.buffers.void_derived(touched)
         self.buffers.refill_later(self.bindings.values())
@@ -472,7 +474,9 @@ class Engine(Uncopyable):
         a derivation's end is noted before it is in place; so before the dependencies are read again
         and the note is looked at.
         """
-        storages = _storages_of(tensors)
+        # Content has a number of its own where storages are refilled, as FSDP does: it replaces
+        # sharded parameters by unsharded ones, and these by those.
+        storages = {one for one in _storages_of(tensors) if not is_refilled(one)}
         if self._deriver.pending:
             self._deriver.touch(storages)
         # A parameter that was made anew over the same memory may have all the facts of the old one.
@@ -741,8 +745,12 @@ def _joined(entry: Entry) -> Value:
 def _storages_of(tensors: Iterable[Tensor | torch.UntypedStorage]) -> set[int]:
     found = set()
     for one in tensors:
-        with suppress(RuntimeError, NotImplementedError):  # no storage: nothing is derived from it
-            found.add(storage_id(one) if isinstance(one, Tensor) else one._cdata)
+        if not isinstance(one, Tensor):
+            found.add(one._cdata)
+            continue
+        # Those of one that wraps others. No storage: nothing is derived from it.
+        with suppress(RuntimeError, NotImplementedError, UncheckableError):
+            found.update(map(storage_id, tensors_in([one])))
     return found
 
 

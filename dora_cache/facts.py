@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
 from dora_cache.keys import UnkeyableError, check_container, freeze
 from dora_cache.reasons import Reason
+from dora_cache.refilled import Held, content_of, is_refilled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -30,13 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Facts",
-    "Held",
     "Reading",
     "Shortcut",
     "UncheckableError",
     "is_plain",
     "make_shortcut",
-    "mark_refilled",
     "read",
     "tensors_in",
 ]
@@ -53,33 +51,6 @@ class UncheckableError(Exception):
     def __init__(self, text: str, reason: Reason = Reason.UNSIGNABLE) -> None:
         super().__init__(text)
         self.reason = reason
-
-
-class Held(Uncopyable, StorageWeakRef):
-    """A weak reference to a storage: it owns a raw count, which a copy would give back again."""
-
-    __slots__ = ()
-
-
-_refilled: dict[int, Held] = {}
-
-
-def mark_refilled(tensor: Tensor | torch.UntypedStorage) -> bool:
-    """Accept no tensor on this storage from now on: its content changes and nothing counts it.
-
-    Returns:
-        Whether the storage was not marked before.
-    """
-    storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else tensor
-    if storage._cdata in _refilled:
-        return False
-    if len(_refilled) % 1024 == 1023:  # noqa: PLR2004 - now and then
-        for number, held in list(_refilled.items()):
-            if held.expired():  # type: ignore[no-untyped-call]
-                del _refilled[number]
-    # The weak reference keeps the number from being given to another storage.
-    _refilled[storage._cdata] = Held(storage)  # type: ignore[no-untyped-call]
-    return True
 
 
 _plain_types: dict[type, bool] = {Tensor: True, nn.Parameter: True}
@@ -114,19 +85,18 @@ def _inner(tensor: Any) -> tuple[list[Tensor], object]:
     """Return the tensors that one wraps, as ``__tensor_flatten__`` names them, and what else it is.
 
     Raises:
-        UncheckableError: it wraps none, or is spread over processes.
+        UncheckableError: it wraps none.
     """
     kind = type(tensor)
-    if kind.__name__ == "DTensor":
-        msg = "a DTensor is spread over processes"
-        raise UncheckableError(msg, Reason.SHARDED)
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         with suppress(Exception):
             names, context = flatten()
-            tensors = [getattr(tensor, name) for name in names]
-            if tensors and all(isinstance(one, Tensor) and one is not tensor for one in tensors):
-                return tensors, context
+            parts = [getattr(tensor, name) for name in names]
+            tensors = [one for one in parts if isinstance(one, Tensor)]
+            others = tuple(one for one in parts if not isinstance(one, Tensor))
+            if tensors and all(one is not tensor for one in tensors):
+                return tensors, (context, *others)
     msg = f"a {kind.__name__} has no data of its own"
     raise UncheckableError(msg, Reason.SUBCLASS)
 
@@ -136,18 +106,21 @@ class Reading:
 
     Attributes:
         rows: of each tensor, its identity, version counter, storage, address, dtype, shape, strides
-            and whether it is read negated or conjugated.
+            and whether it is read negated or conjugated. Of one whose storage is refilled, what
+            stands for the content and the offset into the storage, in place of the address.
         plain: everything else among the dependencies, and where the tensors are among it; hashable.
         tensors: the tensors, in order.
+        refilled: whether any of them has a storage that is refilled.
         requires_grad: whether any of them does.
     """
 
-    __slots__ = ("plain", "requires_grad", "rows", "tensors")
+    __slots__ = ("plain", "refilled", "requires_grad", "rows", "tensors")
 
     def __init__(self) -> None:
         self.rows: list[tuple[object, ...]] = []
         self.plain: Hashable = ()
         self.tensors: list[Tensor] = []
+        self.refilled = False
         self.requires_grad = False
 
     def add(self, dependencies: Iterable[object]) -> tuple[Hashable, ...]:
@@ -186,6 +159,9 @@ class Reading:
 
     def _add_wrapper(self, item: Any) -> Hashable:
         """Read a tensor that wraps others; return what there is beside these."""
+        if type(item).__name__ == "DTensor":
+            msg = "a DTensor is spread over processes"
+            raise UncheckableError(msg, Reason.SHARDED)
         inner, context = _inner(item)
         try:
             # Operations on it need not count up the versions of what it wraps.
@@ -199,12 +175,16 @@ class Reading:
     def _add_tensor(self, item: Tensor) -> None:
         try:
             storage = ambient.storage_of(item)
+            place: object = item.data_ptr()
+            if is_refilled(storage):
+                self.refilled = True
+                place = content_of(storage), item.storage_offset()
             self.rows.append(
                 (
                     id(item),
                     item._version,
                     storage,
-                    item.data_ptr(),
+                    place,
                     item.dtype,
                     item.size(),
                     item.stride(),
@@ -214,8 +194,11 @@ class Reading:
             )
         except (RuntimeError, NotImplementedError) as error:
             raise UncheckableError(str(error), Reason.UNVERSIONED) from None
-        if _refilled and storage in _refilled:
+        if self.refilled and type(place) is tuple and place[0] is None:
             msg = "the storage of a dependency is refilled without counting it"
+            raise UncheckableError(msg, Reason.REFILLED)
+        if item._base is not None and getattr(item._base, "_is_flat_param", False):
+            msg = "FSDP1 makes the views of its flat parameter anew for each forward"
             raise UncheckableError(msg, Reason.REFILLED)
         self.tensors.append(item)
         if item.requires_grad:
@@ -348,9 +331,10 @@ class Shortcut(Uncopyable):
         entry: the entry itself if it is fixed: the backend never drops one of its own accord, and
             makes no copies; else None.
         device: type of the default device.
-        facts: identity, version, storage and address of the tensors, the numbers, and version and
-            address of the value's tensors if the entry is fixed, as bytes: one piece of memory is
-            read much faster than many objects when it is in no cache.
+        facts: identity, version, storage and address of the tensors (see :class:`Reading` for
+            refilled ones), the numbers, and version and address of the value's tensors if the entry
+            is fixed, as bytes: one piece of memory is read much faster than many objects when it is
+            in no cache.
         others: strings and shapes, and the types of all scalars; equal ones are the same object.
         facts_of: the :class:`Facts` of the entry; None once the entry has gone.
         gradients: whether the value must not be used while gradients are enabled.
@@ -501,7 +485,18 @@ class _Noted:
         return "s"
 
     def _add_tensor(self, item: Tensor) -> _Kind:
-        self.facts += (id(item), item._version, ambient.storage_of(item), item.data_ptr())
+        storage = ambient.storage_of(item)
+        self.facts += (id(item), item._version, storage)
+        if not is_refilled(storage):
+            self.facts.append(item.data_ptr())
+            return self._add_layout(item)
+        content = content_of(storage)
+        if content is None:
+            raise _TooLongError
+        self.facts += (content, int(item.storage_offset()))
+        return self._add_layout(item).upper()
+
+    def _add_layout(self, item: Tensor) -> str:
         if any(item is other for other in self.tensors):  # the guards take no tensor twice
             return "r"
         self.tensors.append(item)
@@ -541,7 +536,7 @@ def _packer(pattern: tuple[_Kind, ...], parts: int) -> Callable[..., bytes]:
 def _packed(kind: _Kind) -> str:
     if isinstance(kind, tuple):
         return "2q" + "".join(_packed(part) for _, part in kind)
-    return {"t": "4q", "r": "4q", "a": "4q", "f": "d"}.get(kind, "")
+    return {"t": "4q", "r": "4q", "a": "4q", "f": "d"}.get(kind) or ("5q" if kind in "TRA" else "")
 
 
 class _Terms:
@@ -566,11 +561,14 @@ class _Terms:
                 inner = f"{name}_{index}"
                 self.wrapped.append(f"{inner} = {name}.{attribute}")
                 self.add(inner, part)
-        elif kind in "tra":
-            self.facts.append(f"id({name}), {name}._version, storage_of({name}), {name}.data_ptr()")
-            if kind != "r":
+        elif kind in "traTRA":
+            self.facts.append(f"id({name}), {name}._version, storage_of({name})")
+            # Content that is not known is None, which cannot be packed; that raises.
+            content = f"content_of(storage_of({name})), {name}.storage_offset()"
+            self.facts.append(content if kind.isupper() else f"{name}.data_ptr()")
+            if kind not in "rR":
                 self.tensors.append(name)
-            if kind == "a":
+            if kind in "aA":
                 self.contexts.append(f"types({name})")
         elif kind == "n":
             self.first.append(f"{name} is None")
@@ -591,7 +589,8 @@ def _checker(
 
     Args:
         pattern: the kind of each dependency: a letter for a tensor, a tensor once more (r), one
-            with attributes (a), None, a float, or another scalar; names and kinds for a wrapper.
+            with attributes (a), each in capitals if its storage is refilled, None, a float, or
+            another scalar; names and kinds for a wrapper.
         form: see :func:`make_shortcut`.
         parts: how many tensors the value has; 0 for one that is no tuple.
         fixed: see :func:`make_shortcut`.
@@ -637,6 +636,7 @@ def _checker(
     body = "\n    ".join(lines + last)
     source = f"def check(dependencies, entry, shortcut):\n    {body}\n"
     namespace: dict[str, Any] = {
+        "content_of": content_of,
         "default_dtype": torch.get_default_dtype,
         "frozen": _frozen,
         "types": _types,

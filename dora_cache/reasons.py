@@ -54,11 +54,11 @@ class Reason(enum.Enum):
     )
     REFILLED = (
         "storage that is refilled",
-        "keep parameters in place: FSDP and its like fill their storage again, uncounted",
+        "keep parameters in place, or shard by FSDP2 with reshard_after_forward=True or False",
     )
     SHARDED = (
         "sharded weights (DTensor)",
-        "attach to a model whose weights are whole on each process",
+        "use FSDP2 or DDP, under which weights are whole during a forward",
     )
     SUBCLASS = (
         "tensor subclass without data of its own",
@@ -70,7 +70,7 @@ class Reason(enum.Enum):
     )
     UNVERSIONED = (
         "weights without version counter",
-        "load or clone the weights outside torch.inference_mode()",
+        "load, clone or (with FSDP) first gather the weights outside torch.inference_mode()",
     )
     UNKEYABLE = (
         "argument that cannot be a key",

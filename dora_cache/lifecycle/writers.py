@@ -97,6 +97,12 @@ WRITERS = (
         ("update_parameters",),
         lambda self, model: [self.module],  # noqa: ARG005 - MMEngine's name
     ),
+    Writer(  # into the local tensors of sharded ones, whose versions nothing shares
+        "torch.distributed.checkpoint.default_planner",
+        "DefaultLoadPlanner",
+        ("commit_tensor",),
+        lambda self, read_item, tensor: [tensor],  # noqa: ARG005 - PyTorch's names
+    ),
     Writer(
         "mmengine.hooks.ema_hook",
         "EMAHook",

@@ -29,6 +29,7 @@ from dora_cache.ambient import environment, untraceable
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.copying import Uncopyable
 from dora_cache.facts import Facts, UncheckableError, read
+from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,6 +186,9 @@ class Buffer(Uncopyable):
             torch.autocast(owner_device(owner), enabled=False),
         ):
             reading = read(self._dependencies(owner))
+            if reading.refilled:
+                msg = "compiled code cannot tell what a refilled storage holds"
+                raise UncheckableError(msg, Reason.REFILLED)
             surroundings = environment(), reading.plain
             if (
                 not voided

@@ -170,7 +170,9 @@ def _reason(layer: Any, base: nn.Module) -> str | None:
             return f"the module has an adapter of another kind as well, a {type(inner).__name__}"
         inner = inner._modules["base_layer"]
     parameter = base._parameters.get(name)
-    if "parametrizations" in base._modules or type(parameter) is not nn.Parameter:
+    # Under FSDP2 a DTensor stands for a plain one between forwards.
+    known = type(parameter) is nn.Parameter or type(parameter).__name__ == "DTensor"
+    if "parametrizations" in base._modules or not known:
         return f"{name!r} is no plain parameter of the module"
     if parameter.dtype not in ALLOWED_COMPUTE_DTYPES:
         return f"PEFT adds to a {parameter.dtype} parameter in another precision"
