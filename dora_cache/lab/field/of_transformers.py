@@ -44,7 +44,8 @@ def config(dora: bool, **others: Any) -> LoraConfig:  # noqa: FBT001
 
 def running(model: Any, attached: Any = None) -> Built:
     """Return what runs a causal language model on five tokens."""
-    ids = torch.arange(1, 6, device=model.device)[None]
+    device = next((one.device for one in model.parameters()), None)  # FSDP may have taken them
+    ids = torch.arange(1, 6, device=device)[None]
     return Built(model if attached is None else attached, lambda: model(ids).logits)
 
 
