@@ -25,7 +25,8 @@ from dora_cache.ambient import current_device, raw_stream
 from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
-from dora_cache.facts import Held, tensors_in
+from dora_cache.custody import Held
+from dora_cache.facts import tensors_in
 from dora_cache.triton_launch import Launcher
 
 if TYPE_CHECKING:

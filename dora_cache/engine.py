@@ -21,6 +21,7 @@ from dora_cache.binding import Binding, next_token, with_children
 from dora_cache.calls import SPELLINGS, Call, spelled_as
 from dora_cache.cells import VARIANTS, Pending
 from dora_cache.copying import Uncopyable
+from dora_cache.custody import forget, let_go
 from dora_cache.decorator import SLOT
 from dora_cache.dependencies import made_anew
 from dora_cache.derive import derive, timed
@@ -373,6 +374,7 @@ class Engine(Uncopyable):
         binding, returned, spelled = call.binding, call.listed, call.spelled
         if (
             self.compares_contents
+            or call.reading.moved  # the facts that hold are of the places that the data was in
             or returned is None
             or returned.form is None
             or len(returned) != len(call.dependencies)  # tensors among the arguments
@@ -663,6 +665,7 @@ class Engine(Uncopyable):
             How many entries went.
         """
         touched = _storages_of(tensors)
+        forget(touched)
         self._touch_pending(touched)
         self.buffers.void_derived(touched)
         self.buffers.refill_later(self.bindings.values())
@@ -675,6 +678,7 @@ class Engine(Uncopyable):
         a derivation's end is noted before it is in place; so before the dependencies are read again
         and the note is looked at.
         """
+        let_go(tensors)
         storages = _storages_of(tensors)
         if self._pending:
             self._touch_pending(storages)

@@ -10,14 +10,14 @@ import functools
 import struct
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
+from dora_cache.custody import NOTHING, Held, contents
 from dora_cache.keys import UnkeyableError, check_container, freeze
 from dora_cache.reasons import Reason
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dora_cache.backends import Entry
 
 __all__ = [
+    "Elsewhere",
     "Facts",
     "Held",
     "Reading",
@@ -53,10 +54,16 @@ class UncheckableError(Exception):
         self.reason = reason
 
 
-class Held(Uncopyable, StorageWeakRef):
-    """A weak reference to a storage: it owns a raw count, which a copy would give back again."""
+class Elsewhere(NamedTuple):
+    """A dependency whose content is in no tensor at present, such as one that is kept in a file.
 
-    __slots__ = ()
+    Attributes:
+        facts: what tells whether it has changed; hashable.
+        load: reads it; for those who compare contents.
+    """
+
+    facts: Hashable
+    load: Callable[[], Tensor]
 
 
 _refilled: dict[int, Held] = {}
@@ -134,15 +141,20 @@ class Reading:
 
     Attributes:
         rows: of each tensor, its identity, version counter, storage, address, dtype, shape, strides
-            and whether it is read negated or conjugated.
+            and whether it is read negated or conjugated. Where its data is exchanged by a library,
+            its content and device instead of the first four: see :mod:`dora_cache.custody`.
         plain: everything else among the dependencies, and where the tensors are among it; hashable.
         tensors: the tensors, in order.
+        moved: ids of those whose data is exchanged.
+        elsewhere: what is in no tensor, in order.
         requires_grad: whether any of them does.
     """
 
-    __slots__ = ("plain", "requires_grad", "rows", "tensors")
+    __slots__ = ("elsewhere", "moved", "plain", "requires_grad", "rows", "tensors")
 
     def __init__(self) -> None:
+        self.moved: set[int] = set()
+        self.elsewhere: list[Elsewhere] = []
         self.rows: list[tuple[object, ...]] = []
         self.plain: Hashable = ()
         self.tensors: list[Tensor] = []
@@ -160,6 +172,9 @@ class Reading:
                     plain.append(self._add_wrapper(item))
             elif item is None:
                 plain.append(None)
+            elif isinstance(item, Elsewhere):
+                self.elsewhere.append(item)
+                plain.append((Elsewhere, item.facts))
             elif isinstance(item, tuple | list):
                 check_container(item)
                 plain.append((type(item), self.add(item)))
@@ -197,12 +212,17 @@ class Reading:
     def _add_tensor(self, item: Tensor) -> None:
         try:
             storage = ambient.storage_of(item)
+            version, address = item._version, item.data_ptr()
+            content = contents.get(id(item)) if contents else None
+            if content is not None and content.place == (version, storage, address):
+                self._add_moved(item, content.number)
+                return
             self.rows.append(
                 (
                     id(item),
-                    item._version,
+                    version,
                     storage,
-                    item.data_ptr(),
+                    address,
                     item.dtype,
                     item.size(),
                     item.stride(),
@@ -222,6 +242,27 @@ class Reading:
             for value in vars(item).values():
                 if isinstance(value, Tensor) and is_plain(type(value)):
                     self._add_tensor(value)
+
+
+    def _add_moved(self, item: Tensor, number: int) -> None:
+        if number == NOTHING:
+            msg = "a dependency is offloaded, and there is nothing in its place"
+            raise UncheckableError(msg, Reason.OFFLOADED)
+        self.rows.append(
+            (
+                number,
+                item.device,
+                item.dtype,
+                item.size(),
+                item.stride(),
+                item.is_neg(),
+                item.is_conj(),
+            )
+        )
+        self.tensors.append(item)
+        self.moved.add(id(item))
+        if item.requires_grad:
+            self.requires_grad = True
 
 
 _EXACT = frozenset({Tensor, nn.Parameter})
@@ -272,7 +313,7 @@ class Facts(Uncopyable):
         reading: of the dependencies, before the value is derived.
     """
 
-    __slots__ = ("_held", "rows")
+    __slots__ = ("_held", "_lasting", "rows")
 
     def __init__(self, reading: Reading) -> None:
         self.rows = reading.rows
@@ -282,6 +323,10 @@ class Facts(Uncopyable):
             Held(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             for tensor in reading.tensors
         )
+        self._lasting = self._held
+        if reading.moved:
+            pairs = zip(reading.tensors, self._held, strict=True)
+            self._lasting = tuple(held for one, held in pairs if id(one) not in reading.moved)
 
     @property
     def storages(self) -> tuple[int, ...]:
@@ -291,7 +336,7 @@ class Facts(Uncopyable):
     @property
     def expired(self) -> bool:
         """Whether a dependency's storage was freed, so that the value can never be valid again."""
-        return any(held.expired() for held in self._held)  # type: ignore[no-untyped-call]
+        return any(held.expired() for held in self._lasting)  # type: ignore[no-untyped-call]
 
 
 _SCALARS = frozenset({str, int, bool, torch.Size})

@@ -48,6 +48,10 @@ class Reason(enum.Enum):
         "storage that is refilled",
         "keep parameters in place: FSDP and its like fill their storage again, uncounted",
     )
+    OFFLOADED = (
+        "offloaded weights that cannot be compared",
+        "offload with accelerate or diffusers, to files that nobody is writing",
+    )
     SHARDED = (
         "sharded weights (DTensor)",
         "attach to a model whose weights are whole on each process",
