@@ -303,7 +303,9 @@ class Engine(Uncopyable):
                 cell = self.cells.of(call.key, derivation, call.adapter, binding)
                 entry = self._valid(cell, call)
                 if entry is not None:
-                    if call.is_plain:
+                    if call.reading.moved and self._follows(cell, call):
+                        pass  # the data may move on before the next call
+                    elif call.is_plain:
                         self._shorten(call, cell, entry)
                     cell.family.wasted = cell.family.rest = 0
                 else:
@@ -369,12 +371,19 @@ class Engine(Uncopyable):
         self._waste(cell.family, call)
         return None
 
+    def _follows(self, cell: Cell, call: Call) -> bool:
+        """Whether what a value is derived from has moved; the lock is held."""
+        facts = cell.facts
+        if facts is None or facts.is_at(call.reading):
+            return False
+        self.cells.follow(cell, facts, call.reading)
+        return True
+
     def _shorten(self, call: Call, cell: Cell, entry: Entry) -> None:
         """Remember a hit, so that the next one is shorter; the lock is held."""
         binding, returned, spelled = call.binding, call.listed, call.spelled
         if (
             self.compares_contents
-            or call.reading.moved  # the facts that hold are of the places that the data was in
             or returned is None
             or returned.form is None
             or len(returned) != len(call.dependencies)  # tensors among the arguments

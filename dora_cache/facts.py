@@ -317,6 +317,10 @@ class Facts(Uncopyable):
 
     def __init__(self, reading: Reading) -> None:
         self.rows = reading.rows
+        self.follow(reading)
+
+    def follow(self, reading: Reading) -> None:
+        """Take note of where the same contents are now, whose data may have been exchanged."""
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
         # them. Storages may have them.
         self._held = tuple(
@@ -327,6 +331,10 @@ class Facts(Uncopyable):
         if reading.moved:
             pairs = zip(reading.tensors, self._held, strict=True)
             self._lasting = tuple(held for one, held in pairs if id(one) not in reading.moved)
+
+    def is_at(self, reading: Reading) -> bool:
+        """Whether the same contents are where they were when that was last noted."""
+        return self.storages == tuple(ambient.storage_of(one) for one in reading.tensors)
 
     @property
     def storages(self) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_cache import ambient
+from dora_cache import ambient, custody
 from dora_cache.custody import NOTHING, Held, let_go, moving, new_content, put
 from dora_cache.facts import Elsewhere, UncheckableError
 from dora_cache.keys import UnkeyableError, freeze
@@ -557,14 +557,15 @@ def _load(path: str, key: str) -> Tensor:
         return tensor
 
 
-def _casting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``nn.Module.to``, which hooks for layerwise casting call; once for both libraries."""
+def _moving_or_casting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``nn.Module.to``, which other hooks call; once for both libraries."""
     if original in _wrappers:
         return original
 
     @functools.wraps(original)
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not _is_cast(self) or torch.compiler.is_compiling():
+        # What has been followed is followed on: pipelines move their models without the hooks too.
+        if not (custody.contents or _calls_to(self)) or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         with moving([*self.parameters(), *self.buffers()]):
             return original(self, *args, **kwargs)
@@ -576,12 +577,13 @@ def _casting(original: Callable[..., Any]) -> Callable[..., Any]:
 _wrappers: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 
-def _is_cast(module: nn.Module) -> bool:
+def _calls_to(module: nn.Module) -> bool:
+    """Whether a module has a hook that calls its ``to``."""
     registry = module.__dict__.get("_diffusers_hook")
     if registry is not None and registry.get_hook("layerwise_casting") is not None:
         return True
     return any(
-        type(hook).__qualname__ == "LayerwiseCastingHook"
+        _name(type(hook)) in {(_ACCELERATE, "CpuOffload"), (_ACCELERATE, "LayerwiseCastingHook")}
         for hook in _flat(module.__dict__.get("_hf_hook"))
     )
 
@@ -605,8 +607,8 @@ class Mover(NamedTuple):
 MOVERS = (
     Mover(_ACCELERATE, "AlignDevicesHook", ("pre_forward",), _bringing),
     Mover(_ACCELERATE, "AlignDevicesHook", ("post_forward",), _taking),
-    Mover(_ACCELERATE, "nn.Module", ("to",), _casting),
+    Mover(_ACCELERATE, "nn.Module", ("to",), _moving_or_casting),
     Mover(_GROUPS, "ModuleGroup", ("onload_",), _onloading),
     Mover(_GROUPS, "ModuleGroup", ("offload_",), _offloading),
-    Mover(_CASTING, "torch.nn.Module", ("to",), _casting),
+    Mover(_CASTING, "torch.nn.Module", ("to",), _moving_or_casting),
 )
