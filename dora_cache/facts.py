@@ -243,7 +243,6 @@ class Reading:
                 if isinstance(value, Tensor) and is_plain(type(value)):
                     self._add_tensor(value)
 
-
     def _add_moved(self, item: Tensor, number: int) -> None:
         if number == NOTHING:
             msg = "a dependency is offloaded, and there is nothing in its place"

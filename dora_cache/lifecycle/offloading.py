@@ -8,7 +8,7 @@ content comes from a master copy, what is compared is the master's:
 
 - accelerate's ``AlignDevicesHook`` keeps tensors by name in ``weights_map``, or reads them from a
   file at each forward;
-- diffusers' groups keep tensors in ``cpu_param_dict`` if they use streams, or read them from a file.
+- diffusers' groups keep tensors in ``cpu_param_dict`` if they use streams, or read a file.
 
 Of a file its path, identity, size and times are compared. Every write through the file system
 changes these, unless it comes within the same tick of the clock as the last write before the file
@@ -39,7 +39,7 @@ from dora_cache.keys import UnkeyableError, freeze
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
 __all__ = [
     "MOVERS",
@@ -175,9 +175,7 @@ def rebind(module: nn.Module, old: object, new: Callable[..., Any]) -> None:
 
     def is_old(forward: object) -> bool:
         return (
-            type(forward) is MethodType
-            and forward.__self__ is module
-            and forward.__func__ is old
+            type(forward) is MethodType and forward.__self__ is module and forward.__func__ is old
         )
 
     for name in ("forward", "_old_forward"):
@@ -550,7 +548,7 @@ def _of_group(group: Any, parameter: Tensor) -> list[Any]:
 
 
 def _load(path: str, key: str) -> Tensor:
-    from safetensors import safe_open  # noqa: PLC0415 - diffusers has it
+    from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)

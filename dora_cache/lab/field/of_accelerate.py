@@ -152,16 +152,10 @@ def _split_build(dora: bool, width: int) -> Built:  # noqa: FBT001
 
 
 SETUPS = [
-    SetUp(
-        "dispatch_model(force_hooks=True)", "accelerate", _after(_dispatched, alone=False)
-    ),
+    SetUp("dispatch_model(force_hooks=True)", "accelerate", _after(_dispatched, alone=False)),
     SetUp("dispatch_model, then adapters", "accelerate", _before(_dispatched)),
-    SetUp(
-        "cpu_offload", "accelerate", _after(_on_cpu), note="PEFT's own DoRA cannot run on it"
-    ),
-    SetUp(
-        "disk_offload", "accelerate", _after(_on_disk), note="PEFT's own DoRA cannot run on it"
-    ),
+    SetUp("cpu_offload", "accelerate", _after(_on_cpu), note="PEFT's own DoRA cannot run on it"),
+    SetUp("disk_offload", "accelerate", _after(_on_disk), note="PEFT's own DoRA cannot run on it"),
     SetUp("cpu_offload of blocks", "accelerate", _after(_by_block(_on_cpu), alone=False)),
     SetUp("disk_offload of blocks", "accelerate", _after(_by_block(_on_disk), alone=False)),
     SetUp("cpu_offload_with_hook", "accelerate", _after(_with_hook, alone=False)),

@@ -131,6 +131,58 @@ def _cast_narrow(dora: bool, width: int) -> Built:  # noqa: FBT001
     return running_text(model)
 
 
+def _streamed(model: Any, undo: ExitStack) -> None:
+    _grouped("block_level", "cuda", use_stream=True)(model, undo)
+
+
+def _pipeline(how: str, device: str) -> Callable[[bool, int], Built]:
+    """Return a builder of a pipeline of two steps, whose method ``how`` is called."""
+
+    def build(dora: bool, width: int) -> Built:  # noqa: FBT001
+        pipeline = _flux_pipeline(flux(dora, width))
+        getattr(pipeline, how)(device=device)
+        reference = None
+        if how == "enable_sequential_cpu_offload" and dora:
+            whole = _flux_pipeline(flux(dora, width).to(device))
+            reference = _steps(whole, device)
+        return Built(pipeline, _steps(pipeline, device), reference)
+
+    return build
+
+
+def _flux_pipeline(transformer: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _steps(pipeline: Any, device: str) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        images: torch.Tensor = pipeline(
+            prompt_embeds=torch.ones(1, 3, 32, device=device),
+            pooled_prompt_embeds=torch.ones(1, 32, device=device),
+            height=32,
+            width=32,
+            num_inference_steps=2,
+            guidance_scale=0.0,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        return images
+
+    return run
+
+
 SETUPS = [
     SetUp(
         "group offload, blocks",
@@ -153,4 +205,42 @@ SETUPS = [
     ),
     SetUp("layerwise casting (bfloat16)", "diffusers", _prepared(_cast, alone=False)),
     SetUp("layerwise casting (float8)", "diffusers", _cast_narrow),
+    SetUp(
+        "enable_model_cpu_offload",
+        "diffusers",
+        # Its device is cpu:0, to which weights on the CPU are copied before each step.
+        _pipeline("enable_model_cpu_offload", "cpu"),
+    ),
+    SetUp(
+        "enable_model_cpu_offload from a GPU",
+        "diffusers",
+        _pipeline("enable_model_cpu_offload", "cuda"),
+        cannot=no_cuda,
+    ),
+    SetUp(
+        "enable_sequential_cpu_offload",
+        "diffusers",
+        _pipeline("enable_sequential_cpu_offload", "cuda"),
+        cannot=no_cuda,
+        note="PEFT's own DoRA cannot run on it",
+    ),
+    SetUp(
+        "group offload from a GPU, blocks",
+        "diffusers",
+        _prepared(_grouped("block_level", "cuda"), alone=False, device="cuda"),
+        cannot=no_cuda,
+    ),
+    SetUp(
+        "group offload from a GPU, leaves",
+        "diffusers",
+        _prepared(_grouped("leaf_level", "cuda"), alone=True, device="cuda"),
+        cannot=no_cuda,
+        note="PEFT's own DoRA cannot run on it",
+    ),
+    SetUp(
+        "group offload from a GPU, streams",
+        "diffusers",
+        _prepared(_streamed, alone=False, device="cuda"),
+        cannot=no_cuda,
+    ),
 ]
