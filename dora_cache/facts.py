@@ -212,17 +212,12 @@ class Reading:
     def _add_tensor(self, item: Tensor) -> None:
         try:
             storage = ambient.storage_of(item)
-            version, address = item._version, item.data_ptr()
-            content = contents.get(id(item)) if contents else None
-            if content is not None and content.place == (version, storage, address):
-                self._add_moved(item, content.number)
-                return
+            place: tuple[object, ...] = (id(item), item._version, storage, item.data_ptr())
+            if contents:
+                place = self._content(item, place)
             self.rows.append(
                 (
-                    id(item),
-                    version,
-                    storage,
-                    address,
+                    *place,
                     item.dtype,
                     item.size(),
                     item.stride(),
@@ -243,25 +238,16 @@ class Reading:
                 if isinstance(value, Tensor) and is_plain(type(value)):
                     self._add_tensor(value)
 
-    def _add_moved(self, item: Tensor, number: int) -> None:
-        if number == NOTHING:
+    def _content(self, item: Tensor, place: tuple[object, ...]) -> tuple[object, ...]:
+        """Return what a tensor contains, where a library exchanges its data, and its device."""
+        content = contents.get(id(item))
+        if content is None or content.place != place[1:]:
+            return place
+        if content.number == NOTHING:
             msg = "a dependency is offloaded, and there is nothing in its place"
             raise UncheckableError(msg, Reason.OFFLOADED)
-        self.rows.append(
-            (
-                number,
-                item.device,
-                item.dtype,
-                item.size(),
-                item.stride(),
-                item.is_neg(),
-                item.is_conj(),
-            )
-        )
-        self.tensors.append(item)
         self.moved.add(id(item))
-        if item.requires_grad:
-            self.requires_grad = True
+        return content.number, item.device
 
 
 _EXACT = frozenset({Tensor, nn.Parameter})

@@ -49,8 +49,8 @@ class Reason(enum.Enum):
         "keep parameters in place: FSDP and its like fill their storage again, uncounted",
     )
     OFFLOADED = (
-        "offloaded weights that cannot be compared",
-        "offload with accelerate or diffusers, to files that nobody is writing",
+        "weights in place for one forward alone",
+        "offload or cast whole blocks, not single layers; leave the files of offloaded weights alone",
     )
     SHARDED = (
         "sharded weights (DTensor)",

@@ -76,6 +76,8 @@ _MOVING = {
 }
 """Hooks that move or cast weights, inputs and outputs, and do nothing else."""
 
+_OF_HOOKS = {"pre_forward", "post_forward", "new_forward"}
+
 
 def _name(kind: Any) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
@@ -142,7 +144,9 @@ def only_moves(module: nn.Module) -> bool:
     if module._forward_hooks or module._forward_pre_hooks:
         return False
     hooks = _hooks_on(module)
-    return hooks is not None and all(_name(type(hook)) in _MOVING for hook in hooks)
+    return hooks is not None and all(
+        _name(type(hook)) in _MOVING and vars(hook).keys().isdisjoint(_OF_HOOKS) for hook in hooks
+    )
 
 
 def stays_in_place(module: nn.Module) -> bool:
@@ -387,14 +391,15 @@ def _bringing(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def pre_forward(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.offload:
+            return original(self, module, *args, **kwargs)
+        before = _numbers(self, module)
         result = original(self, module, *args, **kwargs)
-        if self.offload and self.place_submodules:  # else they are compared as they lie
-            origins = _origins_of(self)
-            for name, tensor in _tensors_in(self, module):
-                number = origins.number_or_new(
-                    (name, tensor.dtype), functools.partial(_master, self.weights_map, name)
-                )
-                put(tensor, number)
+        after = _numbers(self, module)
+        for name, tensor in _tensors_in(self, module):
+            if not tensor.is_meta:
+                same = name in before and before[name] == after[name]
+                put(tensor, after[name] if same else new_content())
         return result
 
     return pre_forward
@@ -405,18 +410,26 @@ def _taking(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def post_forward(self: Any, module: nn.Module, output: Any) -> Any:
-        if self.offload and self.place_submodules:
+        if self.offload:
             let_go(tensor for _, tensor in _tensors_in(self, module))
         return original(self, module, output)
 
     return post_forward
 
 
-def _tensors_in(hook: Any, module: nn.Module) -> list[tuple[str, Tensor]]:
-    found: list[tuple[str, Tensor]] = list(module.named_parameters())
+def _tensors_in(hook: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=hook.place_submodules)
     if hook.offload_buffers:
-        found += module.named_buffers()
-    return [(name, tensor) for name, tensor in found if not tensor.is_meta]
+        yield from module.named_buffers(recurse=hook.place_submodules)
+
+
+def _numbers(hook: Any, module: nn.Module) -> dict[str, int]:
+    """Return the numbers of the contents that a hook brings."""
+    origins, weights = _origins_of(hook), hook.weights_map
+    return {
+        name: origins.number_or_new((name, tensor.dtype), functools.partial(_master, weights, name))
+        for name, tensor in _tensors_in(hook, module)
+    }
 
 
 def _onloading(original: Callable[..., Any]) -> Callable[..., Any]:

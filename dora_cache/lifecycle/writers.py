@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from dora_cache.custody import contents
 from dora_cache.lifecycle.followers import Followers, wrap
 from dora_cache.lifecycle.offloading import MOVERS, Mover
 
@@ -166,6 +167,7 @@ def _stop(imports: _Imports) -> None:
 
 
 def _begin(undo: ExitStack) -> None:
+    undo.callback(contents.clear)  # nobody follows them then
     if not any(isinstance(finder, _Imports) for finder in sys.meta_path):
         imports = _Imports()
         sys.meta_path.insert(0, imports)

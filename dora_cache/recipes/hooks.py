@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from dora_cache.decorator import SLOT, cached
 from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
-from dora_cache.lifecycle import plain_class
+from dora_cache.lifecycle import bring, plain_class
 from dora_cache.reasons import Reason
-from dora_cache.recipes.peft_layers import derive_ahead, follow_layer, why_uncached
+from dora_cache.recipes.peft_layers import base_layer, derive_ahead, follow_layer, why_uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -52,8 +52,8 @@ __all__ = [
 class UnusualError(UncheckableError):
     """A layer is not as a recipe knows it; PEFT's own code runs, and nothing is stored."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text, Reason.UNUSUAL_PART)
+    def __init__(self, text: str, reason: Reason = Reason.UNUSUAL_PART) -> None:
+        super().__init__(text, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,9 @@ def memo(
 
     @functools.wraps(getattr(owner, method))
     def derive(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(plain_class(type(self)), method)(self, *args, **kwargs)
+        base = base_layer(self) if "base_layer" in self._modules else self
+        with bring(base):
+            return getattr(plain_class(type(self)), method)(self, *args, **kwargs)
 
     def default(layer: Any, adapter_name: str) -> object:
         return getattr(layer, method)(adapter_name)

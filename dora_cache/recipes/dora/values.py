@@ -154,7 +154,14 @@ def _parts(layer: Any, adapter: str) -> list[Any]:
 
 def has_offloaded(layer: Any, adapter: str) -> bool:
     """Whether hooks bring the weights of the base layer, or of another part, for its forward."""
-    return any("forward" in part.__dict__ and is_offloaded(part) for part in _parts(layer, adapter))
+    base = base_layer(layer)
+    if "forward" in base.__dict__ and is_offloaded(base):
+        return True
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        part = layer._modules[name]._modules.get(adapter)
+        if part is not None and "forward" in part.__dict__ and is_offloaded(part):
+            return True
+    return False
 
 
 def _offloaded_depends_on(layer: Any, adapter: str, *_: object) -> list[object]:
