@@ -20,9 +20,19 @@ from dora_cache import ambient
 from dora_cache.copying import Uncopyable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
-__all__ = ["NOTHING", "Held", "contents", "forget", "let_go", "moving", "new_content", "put"]
+__all__ = [
+    "NOTHING",
+    "Held",
+    "contents",
+    "forget",
+    "is_known",
+    "let_go",
+    "moving",
+    "new_content",
+    "put",
+]
 
 NOTHING = 0
 """The number of what must not be read: memory that waits to be given a content."""
@@ -86,6 +96,15 @@ def put(tensor: Tensor, number: int, exact: torch.dtype | None = None) -> None:
                 contents.pop(key, None)
 
 
+def is_known(tensor: Tensor) -> bool:
+    """Whether it is noted what a tensor contains where it is; so for all without a place."""
+    found = contents.get(id(tensor))
+    try:
+        return found is not None and found.place == _place(tensor)
+    except (RuntimeError, NotImplementedError):
+        return True
+
+
 def let_go(tensors: Iterable[Tensor]) -> None:
     """Note nothing of some tensors any more."""
     for tensor in tensors:
@@ -100,19 +119,27 @@ def forget(storages: Collection[int]) -> None:
 
 
 @contextmanager
-def moving(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Follow the contents of tensors whose data is exchanged for copies of it, or casts."""
-    before = [(tensor, *_known(tensor)) for tensor in tensors]
+def moving(find: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+    """Follow the contents of tensors that are exchanged for copies or casts, or whose data is.
+
+    Args:
+        find: returns the tensors; called before and after, it finds those in their places.
+    """
+    before = [(tensor, *_known(tensor)) for tensor in find()]
     try:
         yield
     except BaseException:
         let_go(tensor for tensor, *_ in before)
         raise
-    for tensor, place, number, exact in before:
+    after = list(find())
+    if len(after) != len(before):
+        let_go(tensor for tensor, *_ in before)
+        return
+    for (old, place, number, exact), tensor in zip(before, after, strict=True):
         with suppress(RuntimeError, NotImplementedError):
-            if place is None or _place(tensor) == place:
+            if place is None or (tensor is old and _place(tensor) == place):
                 continue  # not moved, or nothing that can be followed
-            if not _holds(tensor.dtype, exact):
+            if tensor.shape != old.shape or not _holds(tensor.dtype, exact):
                 number, exact = new_content(), tensor.dtype  # noqa: PLW2901 - rounded on the way
             put(tensor, number, exact)
 

@@ -50,7 +50,7 @@ class Reason(enum.Enum):
     )
     OFFLOADED = (
         "weights in place for one forward alone",
-        "offload or cast whole blocks, not single layers; leave the files of offloaded weights alone",
+        "offload or cast whole blocks, not single layers, and leave the files alone",
     )
     SHARDED = (
         "sharded weights (DTensor)",

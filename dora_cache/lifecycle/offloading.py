@@ -452,7 +452,7 @@ def _exchanging(original: Callable[..., Any], *, onload: bool) -> Callable[..., 
         elif self.stream is not None:
             exchanged = _from_copies(self, tensors, origins)
         else:
-            exchanged = moving(tensors)
+            exchanged = moving(lambda: tensors)
         origins.onloaded = None
         with exchanged:
             result = original(self)
@@ -550,6 +550,8 @@ def _is_onloaded(group: Any) -> bool:
 
 def _of_group(group: Any, parameter: Tensor) -> list[Any]:
     """Return what to compare in the place of a parameter that a group's hook brings."""
+    if group.offload_to_disk_path is None:
+        _follow(group, parameter)
     if group.offload_to_disk_path is None or _is_onloaded(group):
         return [parameter]
     path, key = group.safetensors_file_path, group.tensor_to_key.get(parameter)
@@ -558,6 +560,20 @@ def _of_group(group: Any, parameter: Tensor) -> list[Any]:
         raise UncheckableError(msg, Reason.OFFLOADED)
     facts = (path, _file(path), key, parameter.dtype)
     return [Elsewhere(facts, functools.partial(_load, path, key)), str(group.onload_device)]
+
+
+def _follow(group: Any, parameter: Tensor) -> None:
+    """Follow a parameter that no move has been seen of, so that the first one keeps its number."""
+    if custody.is_known(parameter):
+        return
+    number, master = new_content(), group.cpu_param_dict.get(parameter)
+    if _over(parameter, master):
+        origins = _origins_of(group)
+        if origins.aliases.get(id(parameter)) != _mark(parameter):
+            origins.known.pop(id(parameter), None)
+        number = origins.number_or_new(id(parameter), functools.partial(_same, master))
+        origins.aliases[id(parameter)] = _mark(parameter)
+    put(parameter, number)
 
 
 def _load(path: str, key: str) -> Tensor:
@@ -578,11 +594,18 @@ def _moving_or_casting(original: Callable[..., Any]) -> Callable[..., Any]:
         # What has been followed is followed on: pipelines move their models without the hooks too.
         if not (custody.contents or _calls_to(self)) or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        with moving([*self.parameters(), *self.buffers()]):
+        with moving(functools.partial(_weights_of, self)):
             return original(self, *args, **kwargs)
 
     _wrappers.add(to)
     return to
+
+
+def _weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters and buffers, which ``to`` replaces; each in all of its places."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            yield from [tensor for tensor in tensors.values() if tensor is not None]
 
 
 _wrappers: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()

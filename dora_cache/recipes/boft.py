@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dora_cache.decorator import cached
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, is_hooked, weights_of
+from dora_cache.recipes.hooks import LayerRecipe, active_in, check_unhooked, guard, parameter
+from dora_cache.recipes.peft_layers import base_layer, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,11 +44,10 @@ def _depends_on(
 
 
 def _usual(layer: Any, adapters: Sequence[str]) -> bool:
-    """Whether there are adapters, and none of them drops blocks or has a hook where it might."""
+    """Whether there are adapters, and none of them drops blocks."""
     dropouts = layer._modules["boft_dropout"]._modules
-    return bool(adapters) and not any(
-        dropouts[adapter].training or is_hooked(dropouts[adapter]) for adapter in adapters
-    )
+    check_unhooked(*[dropouts[adapter] for adapter in adapters])
+    return bool(adapters) and not any(dropouts[adapter].training for adapter in adapters)
 
 
 # PEFT's values, by its operations

@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, is_hooked
+from dora_cache.recipes.hooks import LayerRecipe, active_in, check_unhooked, guard, parameter
+from dora_cache.recipes.peft_layers import base_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +150,8 @@ def _plain(layer: Any, adapters: Any, x: Tensor) -> bool:
         dropout = dropouts[adapter]
         if layer.runtime_offload_base_weight.get(adapter):
             return False
-        if (dropout.training and type(dropout) is not nn.Identity) or is_hooked(dropout):
+        check_unhooked(dropout)
+        if dropout.training and type(dropout) is not nn.Identity:
             return False
     return True
 

@@ -28,7 +28,13 @@ from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import bring, plain_class
 from dora_cache.reasons import Reason
-from dora_cache.recipes.peft_layers import base_layer, derive_ahead, follow_layer, why_uncached
+from dora_cache.recipes.peft_layers import (
+    base_layer,
+    derive_ahead,
+    follow_layer,
+    is_hooked,
+    why_uncached,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +47,7 @@ __all__ = [
     "LayerRecipe",
     "UnusualError",
     "active_in",
+    "check_unhooked",
     "guard",
     "memo",
     "optional_parameter",
@@ -214,6 +221,13 @@ def parameter(layer: Any, attribute: str, adapter: str) -> Any:
     except KeyError:
         msg = f"{attribute}[{adapter!r}] is no parameter"
         raise UnusualError(msg) from None
+
+
+def check_unhooked(*modules: nn.Module) -> None:
+    """Raise an :class:`UnusualError` if a part has hooks that PEFT's forward would run."""
+    if is_hooked(*modules):
+        msg = "a part of the adapter has hooks"
+        raise UnusualError(msg, Reason.HOOKED)
 
 
 def optional_parameter(layer: Any, attribute: str, adapter: str) -> Any:

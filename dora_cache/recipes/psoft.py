@@ -16,8 +16,7 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter
-from dora_cache.recipes.peft_layers import is_hooked
+from dora_cache.recipes.hooks import LayerRecipe, active_in, check_unhooked, guard, own_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +61,9 @@ def _usual(layer: Any) -> Sequence[str]:
         if (
             modules["psoft_dropout"]._modules[adapter].training
             or plain_class(type(rotation)) is not OrthLayer
-            or is_hooked(rotation)
         ):
             return ()
+        check_unhooked(rotation)
     return adapters
 
 

@@ -13,6 +13,8 @@ from dora_cache.lab.field import of_accelerate, setups
 from dora_cache.lab.field.of_accelerate import adapted
 from dora_cache.lab.field.of_transformers import running
 from dora_cache.reasons import Reason
+from dora_cache.recipes import load_recipes
+from dora_cache.recipes.examples import make_model
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -41,7 +43,9 @@ def test_fast_numerics(name):
 
 
 @pytest.mark.parametrize("guard", ["version", "content"])
-@pytest.mark.parametrize("name", ["disk_offload", "cpu_offload of blocks", "disk_offload of blocks"])
+@pytest.mark.parametrize(
+    "name", ["disk_offload", "cpu_offload of blocks", "disk_offload of blocks"]
+)
 def test_long_use_finds_no_fault(name, guard):
     """The audit compares contents that are somewhere else at each use."""
     (setup,) = [one for one in of_accelerate.SETUPS if one.name == name]
@@ -332,3 +336,52 @@ def test_gradients_are_pefts_matter():
         loss, expected = running(model).run().sum(), running(whole).run().sum()
         assert torch.equal(loss, expected)
         assert cache.stats().hits == 0
+
+
+def put_hooks_everywhere(model):
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+def offload_whole(model):
+    accelerate.cpu_offload(model, "cpu", preload_module_classes=[type(model).__name__])
+
+
+def cast(model):
+    from diffusers.hooks import apply_layerwise_casting
+
+    apply_layerwise_casting(
+        model, torch.bfloat16, torch.float32, skip_modules_pattern=("norm", "lora_")
+    )
+
+
+EXAMPLES = {recipe.name: recipe.examples[0] for recipe in load_recipes() if recipe.examples}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("prepare", [put_hooks_everywhere, offload_whole, cast])
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_every_kind_of_adapter(kind, prepare):
+    """It gives what it gives uncached; and it hits, or says why not."""
+
+    def make():
+        model, x = make_model(EXAMPLES[kind])
+        prepare(model)
+        return lambda: getattr(output := model(x), "logits", output), model
+
+    if kind == "prompt encoders" and prepare is not put_hooks_everywhere:
+        pytest.skip("accelerate and diffusers cannot hook a base model that PEFT has twice")
+    try:
+        with torch.no_grad():
+            expected = make()[0]()
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"PEFT cannot run it: {error}")
+    run, model = make()
+    with torch.no_grad(), attach(model) as cache:
+        assert torch.equal(run(), expected)
+        before = cache.stats()
+        for _ in range(2):
+            assert torch.equal(run(), expected)
+        after = cache.stats()
+        assert after.hits > before.hits or sum(after.reasons.values()) > sum(
+            before.reasons.values()
+        )
