@@ -260,9 +260,9 @@ def weights_in_place(module: nn.Module, names: Iterable[str] | None = None) -> l
                 found.append(parameter)
             continue
         hook = _aligning(module)
-        if hook is None:
-            msg = f"{name!r} of {type(module).__name__} is on the meta device"
-            raise UncheckableError(msg, Reason.OFFLOADED)
+        if hook is None:  # a model that is planned on the meta device
+            found.append(parameter)
+            continue
         # It will be cast to the dtype that it has here.
         found += [_master(hook.weights_map, name), parameter.dtype, str(hook.execution_device)]
     return found

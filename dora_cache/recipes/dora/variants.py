@@ -163,7 +163,9 @@ def stands_aside(layer: Any, adapter: str) -> bool:
     modules = layer._modules
     for name in _PARTS:
         part = modules[name]._modules.get(adapter)
-        if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+        if part is not None and (
+            part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+        ):
             return True
     return False
 
