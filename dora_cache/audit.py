@@ -26,8 +26,9 @@ from dora_cache.backends import Ready
 from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
 from dora_cache.facts import tensors_in
-from dora_cache.refilled import Held, content_of, is_refilled
+from dora_cache.refilled import content_of, is_refilled
 from dora_cache.triton_launch import Launcher
+from dora_cache.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

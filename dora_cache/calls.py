@@ -96,7 +96,10 @@ class Call:
         elif isinstance(binding.owner, nn.Module):
             self.dependencies += own_state(binding.owner)
         self.reading: Reading = read(self.dependencies)
-        self.contents = Contents(self.reading.tensors) if compares_contents else None
+        self.contents = None
+        if compares_contents:
+            loaded = [one.load() for one in self.reading.elsewhere]
+            self.contents = Contents([*self.reading.tensors, *loaded])
         if self.reading.requires_grad and not derivation.detach and torch.is_grad_enabled():
             msg = "gradients are wanted through the value"
             raise UncheckableError(msg, Reason.GRADIENTS)

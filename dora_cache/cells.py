@@ -319,7 +319,18 @@ class Cells(Uncopyable):
         facts, cell.facts = cell.facts, None
         cell.clear_shortcuts()
         cell.contents, cell.audit = (), None
-        for storage in () if facts is None else facts.storages:
+        if facts is not None:
+            self._leave(cell, facts)
+
+    def follow(self, cell: Cell, facts: Facts, reading: Reading) -> None:
+        """Take note that what an entry is derived from has moved."""
+        cell.clear_shortcuts()
+        self._leave(cell, facts)
+        facts.follow(reading)
+        self.hold(cell, facts)
+
+    def _leave(self, cell: Cell, facts: Facts) -> None:
+        for storage in facts.storages:
             cells = self._by_storage.get(storage)
             if cells is not None:
                 cells.discard(cell)

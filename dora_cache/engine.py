@@ -24,6 +24,7 @@ from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
 from dora_cache.facts import UncheckableError, make_shortcut, read, tensors_in
 from dora_cache.holdings import Holdings
 from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError
+from dora_cache.moved import forget, let_go
 from dora_cache.mutex import exclusive
 from dora_cache.naming import names_of_owners
 from dora_cache.reasons import Reason
@@ -306,7 +307,9 @@ class Engine(Uncopyable):
                 cell = self.cells.of(call.key, derivation, call.adapter, binding)
                 entry = self._valid(cell, call)
                 if entry is not None:
-                    if call.is_plain:
+                    if call.reading.moved and self._follows(cell, call):
+                        pass  # the data may move on before the next call
+                    elif call.is_plain:
                         self._shorten(call, cell, entry)
                     cell.family.wasted = cell.family.rest = 0
                 else:
@@ -372,6 +375,14 @@ class Engine(Uncopyable):
         self.holdings.discard(cell)
         self._deriver.waste(cell.family, call)
         return None
+
+    def _follows(self, cell: Cell, call: Call) -> bool:
+        """Whether what a value is derived from has moved; the lock is held."""
+        facts = cell.facts
+        if facts is None or facts.is_at(call.reading):
+            return False
+        self.cells.follow(cell, facts, call.reading)
+        return True
 
     def _shorten(self, call: Call, cell: Cell, entry: Entry) -> None:
         """Remember a hit, so that the next one is shorter; the lock is held."""
@@ -462,6 +473,7 @@ class Engine(Uncopyable):
         """
         touched = _storages_of(tensors)
         note_written(touched)
+        forget(touched)
         self._deriver.touch(touched)
         self.buffers.void_derived(touched)
         self.buffers.refill_later(self.bindings.values())
@@ -474,6 +486,7 @@ class Engine(Uncopyable):
         a derivation's end is noted before it is in place; so before the dependencies are read again
         and the note is looked at.
         """
+        let_go(tensors)
         # Content has a number of its own where storages are refilled, as FSDP does: it replaces
         # sharded parameters by unsharded ones, and these by those.
         storages = {one for one in _storages_of(tensors) if not is_refilled(one)}

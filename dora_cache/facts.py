@@ -12,7 +12,7 @@ import struct
 import sys
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
 from dora_cache.keys import UnkeyableError, check_container, freeze
+from dora_cache.moved import NOTHING, contents
 from dora_cache.reasons import Reason
-from dora_cache.refilled import Held, content_of, is_refilled
+from dora_cache.refilled import content_of, is_refilled
+from dora_cache.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from dora_cache.backends import Entry
 
 __all__ = [
+    "Elsewhere",
     "Facts",
     "Reading",
     "Shortcut",
@@ -51,6 +54,18 @@ class UncheckableError(Exception):
     def __init__(self, text: str, reason: Reason = Reason.UNSIGNABLE) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+class Elsewhere(NamedTuple):
+    """A dependency whose content is in no tensor at present, such as one that is kept in a file.
+
+    Attributes:
+        facts: what tells whether it has changed; hashable.
+        load: reads it; for those who compare contents.
+    """
+
+    facts: Hashable
+    load: Callable[[], Tensor]
 
 
 _plain_types: dict[type, bool] = {Tensor: True, nn.Parameter: True}
@@ -107,16 +122,22 @@ class Reading:
     Attributes:
         rows: of each tensor, its identity, version counter, storage, address, dtype, shape, strides
             and whether it is read negated or conjugated. Of one whose storage is refilled, what
-            stands for the content and the offset into the storage, in place of the address.
+            stands for the content and the offset into the storage, in place of the address. Where
+            its data is exchanged by a library, its content and device instead of the first four:
+            see :mod:`dora_cache.moved`.
         plain: everything else among the dependencies, and where the tensors are among it; hashable.
         tensors: the tensors, in order.
+        moved: ids of those whose data is exchanged.
+        elsewhere: what is in no tensor, in order.
         refilled: whether any of them has a storage that is refilled.
         requires_grad: whether any of them does.
     """
 
-    __slots__ = ("plain", "refilled", "requires_grad", "rows", "tensors")
+    __slots__ = ("elsewhere", "moved", "plain", "refilled", "requires_grad", "rows", "tensors")
 
     def __init__(self) -> None:
+        self.moved: set[int] = set()
+        self.elsewhere: list[Elsewhere] = []
         self.rows: list[tuple[object, ...]] = []
         self.plain: Hashable = ()
         self.tensors: list[Tensor] = []
@@ -135,6 +156,9 @@ class Reading:
                     plain.append(self._add_wrapper(item))
             elif item is None:
                 plain.append(None)
+            elif isinstance(item, Elsewhere):
+                self.elsewhere.append(item)
+                plain.append((Elsewhere, item.facts))
             elif isinstance(item, tuple | list):
                 check_container(item)
                 plain.append((type(item), self.add(item)))
@@ -175,16 +199,21 @@ class Reading:
     def _add_tensor(self, item: Tensor) -> None:
         try:
             storage = ambient.storage_of(item)
-            place: object = item.data_ptr()
+            place: tuple[object, ...]
             if is_refilled(storage):
                 self.refilled = True
-                place = content_of(storage), item.storage_offset()
+                content = content_of(storage)
+                if content is None:
+                    msg = "the storage of a dependency is refilled without counting it"
+                    raise UncheckableError(msg, Reason.REFILLED)
+                place = id(item), item._version, storage, content, item.storage_offset()
+            else:
+                place = id(item), item._version, storage, item.data_ptr()
+                if contents:
+                    place = self._content(item, place)
             self.rows.append(
                 (
-                    id(item),
-                    item._version,
-                    storage,
-                    place,
+                    *place,
                     item.dtype,
                     item.size(),
                     item.stride(),
@@ -194,9 +223,6 @@ class Reading:
             )
         except (RuntimeError, NotImplementedError) as error:
             raise UncheckableError(str(error), Reason.UNVERSIONED) from None
-        if self.refilled and type(place) is tuple and place[0] is None:
-            msg = "the storage of a dependency is refilled without counting it"
-            raise UncheckableError(msg, Reason.REFILLED)
         if item._base is not None and getattr(item._base, "_is_flat_param", False):
             msg = "FSDP1 makes the views of its flat parameter anew for each forward"
             raise UncheckableError(msg, Reason.REFILLED)
@@ -207,6 +233,17 @@ class Reading:
             for value in vars(item).values():
                 if isinstance(value, Tensor) and is_plain(type(value)):
                     self._add_tensor(value)
+
+    def _content(self, item: Tensor, place: tuple[object, ...]) -> tuple[object, ...]:
+        """Return what a tensor contains, where a library exchanges its data, and its device."""
+        content = contents.get(id(item))
+        if content is None or content.place != place[1:]:
+            return place
+        if content.number == NOTHING:
+            msg = "a dependency is offloaded, and there is nothing in its place"
+            raise UncheckableError(msg, Reason.OFFLOADED)
+        self.moved.add(id(item))
+        return content.number, item.device
 
 
 _EXACT = frozenset({Tensor, nn.Parameter})
@@ -292,16 +329,28 @@ class Facts(Uncopyable):
         reading: of the dependencies, before the value is derived.
     """
 
-    __slots__ = ("_held", "rows")
+    __slots__ = ("_held", "_lasting", "rows")
 
     def __init__(self, reading: Reading) -> None:
         self.rows = reading.rows
+        self.follow(reading)
+
+    def follow(self, reading: Reading) -> None:
+        """Take note of where the same contents are now, whose data may have been exchanged."""
         # Not weak references to the tensors: torch.utils.swap_tensors refuses tensors that have
         # them. Storages may have them.
         self._held = tuple(
             Held(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             for tensor in reading.tensors
         )
+        self._lasting = self._held
+        if reading.moved:
+            pairs = zip(reading.tensors, self._held, strict=True)
+            self._lasting = tuple(held for one, held in pairs if id(one) not in reading.moved)
+
+    def is_at(self, reading: Reading) -> bool:
+        """Whether the same contents are where they were when that was last noted."""
+        return self.storages == tuple(ambient.storage_of(one) for one in reading.tensors)
 
     @property
     def storages(self) -> tuple[int, ...]:
@@ -311,7 +360,7 @@ class Facts(Uncopyable):
     @property
     def expired(self) -> bool:
         """Whether a dependency's storage was freed, so that the value can never be valid again."""
-        return any(held.expired() for held in self._held)  # type: ignore[no-untyped-call]
+        return any(held.expired() for held in self._lasting)  # type: ignore[no-untyped-call]
 
 
 _SCALARS = frozenset({str, int, bool, torch.Size, torch.dtype})

@@ -56,6 +56,10 @@ class Reason(enum.Enum):
         "storage that is refilled",
         "keep parameters in place, or shard by FSDP2 with reshard_after_forward=True or False",
     )
+    OFFLOADED = (
+        "weights in place for one forward alone",
+        "offload or cast whole blocks, not single layers, and leave the files alone",
+    )
     SHARDED = (
         "sharded weights (DTensor)",
         "use FSDP2 or DDP, under which weights are whole during a forward",

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
+from dora_cache.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Sequence
 
 __all__ = [
-    "Held",
     "Source",
     "content_of",
     "fill_begins",
@@ -33,12 +32,6 @@ __all__ = [
     "note_written",
     "renew_contents",
 ]
-
-
-class Held(Uncopyable, StorageWeakRef):
-    """A weak reference to a storage: it owns a raw count, which a copy would give back again."""
-
-    __slots__ = ()
 
 
 class Source(Uncopyable):

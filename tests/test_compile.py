@@ -773,6 +773,15 @@ def test_inference_mode():
     assert not any(value.is_inference() for value in other.buffer().values)
 
 
+def test_a_forward_set_on_an_adapters_module():
+    """PEFT calls it, which compiled code would not if it read the module's weight."""
+    setup = Compiled(fullgraph=False)
+    part = setup.layer.lora_B["first"]
+    plain = part.forward
+    part.forward = lambda x: 2 * plain(x)
+    setup.check()
+
+
 def test_hooks_on_an_adapters_modules():
     """They may change what PEFT derives, so PEFT's own code runs."""
     setup = Compiled(fullgraph=False)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dora_cache.decorator import SLOT
+from dora_cache.lifecycle.offloading import rebind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -96,6 +97,9 @@ def observe(
         swapped = variants[key] = _subclass(plain, methods, overrides)
     owner.__dict__[_OBSERVER] = observer
     object.__setattr__(owner, "__class__", swapped)  # frozen dataclasses object to less
+    forward: Any = overrides.get("forward")
+    if forward is not None and isinstance(owner, nn.Module):
+        rebind(owner, plain.forward, forward)  # type: ignore[attr-defined]
     reference = weakref.ref(owner)
     hook = None
     if observer.loaded is not None and isinstance(owner, nn.Module):
@@ -110,6 +114,8 @@ def observe(
             living.__dict__.pop(_OBSERVER, None)
             if type(living) is swapped:
                 object.__setattr__(living, "__class__", plain)
+            if forward is not None and isinstance(living, nn.Module):
+                rebind(living, forward, plain.forward)  # type: ignore[attr-defined]
 
     return restore
 

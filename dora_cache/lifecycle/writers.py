@@ -1,6 +1,7 @@
 """Libraries' own functions that write weights through ``.data``, which no version counter shows.
 
-Each is named in :data:`WRITERS`; another is one row. Libraries are not imported for it: a function
+Each is named in :data:`WRITERS`, or in :data:`~dora_cache.lifecycle.offloading.MOVERS` if what the
+weights contain stays; another is one row. Libraries are not imported for it: a function
 is wrapped when its module is imported, and unwrapped when the last cache detaches.
 """
 
@@ -11,11 +12,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from dora_cache.lifecycle.followers import Followers, wrap
+from dora_cache.lifecycle.offloading import MOVERS, Mover
+from dora_cache.moved import contents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +47,10 @@ class Writer(NamedTuple):
     owner: str
     methods: tuple[str, ...]
     written: Callable[..., Iterable[Tensor | nn.Module | None]]
+
+    def wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what takes a method's place."""
+        return _followed(self, original)
 
 
 def _parameters(_: Any, parameters: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -124,7 +132,7 @@ WRITERS = (
 )
 """The methods that are followed; of static ones, ``written`` takes no ``self``."""
 
-_waiting = list(WRITERS)  # for their modules to be imported
+_waiting: list[Writer | Mover] = [*WRITERS, *MOVERS]  # for their modules to be imported
 
 
 def follow_writers(cache: Engine) -> None:
@@ -175,18 +183,20 @@ def _stop(imports: _Imports) -> None:
 
 
 def _begin(undo: ExitStack) -> None:
+    undo.callback(contents.clear)  # nobody follows them then
     if not any(isinstance(finder, _Imports) for finder in sys.meta_path):
         imports = _Imports()
         sys.meta_path.insert(0, imports)
         undo.callback(_stop, imports)
     for writer in list(_waiting):
-        owner = getattr(sys.modules.get(writer.module), writer.owner, None)
-        if owner is None:  # not imported, or not as far as that yet
+        try:
+            owner = attrgetter(writer.owner)(sys.modules[writer.module])
+        except (KeyError, AttributeError):  # not imported, or not as far as that yet
             continue
         _waiting.remove(writer)
         undo.callback(_waiting.append, writer)
         for name in writer.methods:
-            wrap(undo, owner, name, functools.partial(_followed, writer))
+            wrap(undo, owner, name, writer.wrapped)
 
 
 _followers = Followers(_begin)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dora_cache.lifecycle import is_bare
 from dora_cache.reasons import Reason
 from dora_cache.recipes.hooks import UnusualError
 from dora_cache.recipes.peft_layers import base_layer, is_hooked
@@ -62,6 +63,7 @@ def replaceable(layer: nn.Module) -> bool:
     state = base.__dict__
     return not (
         is_hooked(base)
+        or not is_bare(base)
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or base._compiled_call_impl

@@ -15,10 +15,18 @@ from peft.tuners.boft.layer import Conv2d, FastBlockDiag, Linear
 from torch import Tensor, nn
 
 from dora_cache.decorator import cached
+from dora_cache.reasons import Reason
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
-from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked, weights_of
+from dora_cache.recipes.hooks import (
+    LayerRecipe,
+    UnusualError,
+    active_in,
+    check_unhooked,
+    guard,
+    parameter,
+)
+from dora_cache.recipes.peft_layers import base_layer, drops, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,9 +59,10 @@ def _usual(layer: Any, adapters: Sequence[str]) -> bool:
     """
     dropouts = layer._modules["boft_dropout"]._modules
     for adapter in adapters:
-        if drops(dropouts[adapter]) or is_hooked(dropouts[adapter]):
-            msg = "a dropout drops or has hooks"
-            raise UnusualError(msg)
+        check_unhooked(dropouts[adapter])
+        if drops(dropouts[adapter]):
+            msg = "a dropout drops"
+            raise UnusualError(msg, Reason.DROPOUT)
     return bool(adapters)
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked
+from dora_cache.recipes.hooks import LayerRecipe, active_in, check_unhooked, guard, parameter
+from dora_cache.recipes.peft_layers import base_layer, drops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,8 @@ def _scales(layer: Any, adapter: str, dtype: torch.dtype) -> bool:
     modules = layer._modules
     norms = modules["delora_w_norm"]._buffers[adapter].dtype
     dropout = modules["delora_dropout"]._modules[adapter]
-    if drops(dropout) or is_hooked(dropout):
+    check_unhooked(dropout)
+    if drops(dropout):
         return False
     expected = parameter(layer, "delora_A", adapter).dtype
     return dtype == norms == expected or torch.promote_types(dtype, norms) == expected

@@ -15,9 +15,17 @@ from peft.tuners.frod.layer import Linear
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
+from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
-from dora_cache.recipes.peft_layers import base_layer, drops, is_hooked
+from dora_cache.recipes.hooks import (
+    LayerRecipe,
+    UnusualError,
+    active_in,
+    check_unhooked,
+    guard,
+    parameter,
+)
+from dora_cache.recipes.peft_layers import base_layer, drops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,9 +163,10 @@ def _check(layer: Any, adapters: Any, x: Tensor) -> None:
         if layer.runtime_offload_base_weight.get(adapter):
             msg = "the base weight is offloaded"
             raise UnusualError(msg)
-        if drops(dropout) or is_hooked(dropout):
-            msg = "a dropout drops or has hooks"
-            raise UnusualError(msg)
+        check_unhooked(dropout)
+        if drops(dropout):
+            msg = "a dropout drops"
+            raise UnusualError(msg, Reason.DROPOUT)
 
 
 def _warm(layer: Any, adapter: str) -> object:

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from dora_cache.decorator import SLOT, cached
 from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
-from dora_cache.lifecycle import plain_class
+from dora_cache.lifecycle import bring, plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.fingerprints import changed
 from dora_cache.recipes.peft_layers import (
+    base_layer,
     derive_ahead,
     follow_layer,
+    is_hooked,
     wants_gradients,
     why_uncached,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "LayerRecipe",
     "UnusualError",
     "active_in",
+    "check_unhooked",
     "guard",
     "memo",
     "optional_parameter",
@@ -105,7 +108,9 @@ def memo(
 
     @functools.wraps(getattr(owner, method))
     def derive(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(plain_class(type(self)), method)(self, *args, **kwargs)
+        base = base_layer(self) if "base_layer" in self._modules else self
+        with bring(base):
+            return getattr(plain_class(type(self)), method)(self, *args, **kwargs)
 
     def default(layer: Any, adapter_name: str) -> object:
         return getattr(layer, method)(adapter_name)
@@ -219,6 +224,13 @@ def parameter(layer: Any, attribute: str, adapter: str) -> Any:
     except KeyError:
         msg = f"{attribute}[{adapter!r}] is no parameter"
         raise UnusualError(msg) from None
+
+
+def check_unhooked(*modules: nn.Module) -> None:
+    """Raise an :class:`UnusualError` if a part has hooks that PEFT's forward would run."""
+    if is_hooked(*modules):
+        msg = "a part of the adapter has hooks"
+        raise UnusualError(msg, Reason.HOOKED)
 
 
 def optional_parameter(layer: Any, attribute: str, adapter: str) -> Any:

@@ -112,9 +112,11 @@ def _adapter(layer: Any) -> str | None:
         or adapter in out.lora_variant
         or out.lora_bias.get(adapter)
         or adapter not in out._modules["lora_A"]._modules
-        or is_hooked(base)  # a hook may write to the weights, as that of pruning does
     ):
         return None
+    if is_hooked(base):  # a hook may write to the weights, as that of pruning does
+        msg = "the attention module has hooks"
+        raise UnusualError(msg, Reason.HOOKED)
     for module, name in ((base, "in_proj_weight"), (projection, "weight")):
         weight = module._parameters.get(name)
         # After its forward, PEFT's weights do not require gradients.

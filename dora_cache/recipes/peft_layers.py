@@ -13,7 +13,7 @@ from dora_cache.ambient import untraceable
 from dora_cache.decorator import SLOT, cached
 from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
-from dora_cache.lifecycle import Observer, observe
+from dora_cache.lifecycle import Observer, observe, stays_in_place, weights_in_place
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
@@ -83,13 +83,16 @@ def is_hooked(*modules: nn.Module) -> bool:
     """Whether calling one of these modules is more than its class's forward.
 
     That is so with hooks, its own or those of all modules, and with a ``forward`` set on the
-    instance. What a recipe would do in the module's place may not be done then.
+    instance, unless all that it does is to move inputs to where the weights are. What a recipe
+    would do in the module's place may not be done then.
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     for module in modules:
         state = module.__dict__
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            return True
+        if "forward" in state and not stays_in_place(module):
             return True
     return False
 
@@ -181,7 +184,7 @@ def weights_of(base: nn.Module) -> Sequence[Any]:
             found += value.values() if type(value) is dict else (value,)
         return found
     if kind is nn.Parameter:
-        return (weight,)
+        return weights_in_place(base, ("weight",)) if weight.is_meta else (weight,)
     if isinstance(weight, Tensor) and not is_plain(kind):  # torchao, quanto: it names its parts
         return (weight,)
     if kind.__name__ == "Params4bit":

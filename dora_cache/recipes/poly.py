@@ -14,8 +14,14 @@ from peft.tuners.poly.layer import Linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, own_parameter, parameter
-from dora_cache.recipes.peft_layers import is_hooked
+from dora_cache.recipes.hooks import (
+    LayerRecipe,
+    active_in,
+    check_unhooked,
+    guard,
+    own_parameter,
+    parameter,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,7 +128,8 @@ def _tasks(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> list[int]:
     routers = layer._modules["poly_router"]._modules
     for adapter in adapters:
         router = routers[adapter]
-        if router.training or is_hooked(router):
+        check_unhooked(router)
+        if router.training:
             return []
         if not all(0 <= task < router.n_tasks for task in tasks):
             return []

@@ -16,8 +16,15 @@ from torch.nn.functional import linear
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, own_parameter
-from dora_cache.recipes.peft_layers import drops, is_hooked
+from dora_cache.recipes.hooks import (
+    LayerRecipe,
+    UnusualError,
+    active_in,
+    check_unhooked,
+    guard,
+    own_parameter,
+)
+from dora_cache.recipes.peft_layers import drops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,10 +73,10 @@ def _usual(layer: Any) -> Sequence[str]:
         if (
             drops(modules["psoft_dropout"]._modules[adapter])
             or plain_class(type(rotation)) is not OrthLayer
-            or is_hooked(rotation)
         ):
-            msg = "a dropout drops, or a rotation is not PEFT's own or has hooks"
+            msg = "a dropout drops, or a rotation is not PEFT's own"
             raise UnusualError(msg)
+        check_unhooked(rotation)
     return adapters
 
 

@@ -19,7 +19,8 @@ import torch
 
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
-from dora_cache.lifecycle import Observer, observe, plain_class
+from dora_cache.lifecycle import Observer, observe, only_moves, plain_class, stays_in_place
+from dora_cache.reasons import Reason
 from dora_cache.recipes.hooks import UnusualError
 from dora_cache.recipes.peft_layers import base_layer, derive_ahead, why_uncached
 
@@ -236,6 +237,7 @@ def substituting(
             return original(self, *args, **kwargs)
         with _Passage(gate, alone=False) as passage:
             try:
+                _check_in_place(base_layer(self))
                 found = plan(self, kwargs) if passage.entered else None
             except UnusualError as error:
                 self.__dict__[SLOT].passed_by(error.reason)
@@ -248,6 +250,13 @@ def substituting(
             return (otherwise or original)(self, *args, **kwargs)
 
     return forward
+
+
+def _check_in_place(base: nn.Module) -> None:
+    """Raise an UnusualError if a module's weights are brought or cast within its forward."""
+    if "forward" in base.__dict__ and only_moves(base) and not stays_in_place(base):
+        msg = "the base module's weights are in place for its forward alone"
+        raise UnusualError(msg, Reason.OFFLOADED)
 
 
 def stands_aside(layer: Any) -> bool:

@@ -21,7 +21,13 @@ from peft.tuners.lora.layer import LoraLayer
 
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.dora.linear import forward_for
-from dora_cache.recipes.dora.values import fast_scale, stored_scale
+from dora_cache.recipes.dora.values import (
+    fast_scale,
+    has_offloaded,
+    offloaded_fast_scale,
+    offloaded_scale,
+    stored_scale,
+)
 from dora_cache.recipes.dora.variants import CachedVariant, cached_variant, kind_of
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d, embedding
 from dora_cache.recipes.peft_layers import derive_ahead, follow_layer
@@ -112,9 +118,12 @@ def _warmers(layer: Any, _: object) -> Iterator[tuple[str, Callable[[], object]]
 def _derive(layer: Any, adapter: str) -> None:
     """Derive what an inference without gradients will use."""
     variant = layer.lora_variant[adapter]
+    offloaded = has_offloaded(layer, adapter)
     if variant.numerics == "fast":
-        fast_scale(layer, adapter)
-    elif variant.kind == "linear":
-        stored_scale(layer, adapter, layer.lora_A[adapter].weight.dtype)
+        (offloaded_fast_scale if offloaded else fast_scale)(layer, adapter)
+        return
+    derive = offloaded_scale if offloaded else stored_scale
+    if variant.kind == "linear":
+        derive(layer, adapter, layer.lora_A[adapter].weight.dtype)
     else:
-        stored_scale(layer, adapter)
+        derive(layer, adapter)

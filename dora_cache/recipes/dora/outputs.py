@@ -12,6 +12,8 @@ from dora_cache.recipes.dora.values import (
     bias_of,
     fast_scale,
     is_conv,
+    offloaded_fast_scale,
+    offloaded_scale,
     scale_of,
     wants_gradient,
 )
@@ -20,7 +22,7 @@ from dora_cache.recipes.peft_layers import base_layer
 if TYPE_CHECKING:
     from dora_cache.recipes.dora.values import Buffers
 
-__all__ = ["FORWARDS", "add_exact", "add_fast", "exact_sum", "fast_sum"]
+__all__ = ["FORWARDS", "OFFLOADED", "add_exact", "add_fast", "exact_sum", "fast_sum"]
 
 
 def exact_sum(
@@ -170,6 +172,32 @@ def _embedding(
     if embed_scale is not None:
         delta = delta * embed_scale.to(delta.dtype)
     return scale * result + delta
+
+
+def _exact_offloaded(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    """Return the output of a layer whose weights are in place for its parts' forwards alone."""
+    conv = is_conv(layer)
+    scaling = layer.scaling[adapter]
+    if adapter not in layer.lora_A:
+        scale, *_ = offloaded_scale(layer, adapter)
+        return _embedding(layer, adapter, x, result, (scale, scaling))
+    scale, *biases = offloaded_scale(layer, adapter, None if conv else x.dtype)
+    bias = biases[0] if biases else None
+    if conv and bias is not None:
+        bias = bias.view(1, -1, *[1] * (result.dim() - 2))
+    return exact_sum(result, bias, _projected(layer, adapter, x), scale, scaling)
+
+
+def _fast_offloaded(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    """Return the same, with ``numerics="fast"``."""
+    buffers = (*offloaded_fast_scale(layer, adapter), layer.scaling[adapter])
+    if adapter not in layer.lora_A:
+        return _fast_embedding(layer, adapter, x, result, buffers)
+    return _combine(layer, adapter, result, _projected(layer, adapter, x), buffers)
+
+
+OFFLOADED = {"peft": _exact_offloaded, "fast": _fast_offloaded}
+"""Forwards by numerics, for layers with offloaded weights and inference without gradients."""
 
 
 def _projected(layer: Any, adapter: str, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from peft.utils.integrations import (
 from torch import Tensor, nn
 
 from dora_cache.decorator import MARK, cached
+from dora_cache.lifecycle import bring, is_offloaded, weights_in_place
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 
@@ -35,7 +36,10 @@ __all__ = [
     "depends_on",
     "fast_depends_on",
     "fast_scale",
+    "has_offloaded",
     "is_conv",
+    "offloaded_fast_scale",
+    "offloaded_scale",
     "parameters_of",
     "same",
     "scale_of",
@@ -145,6 +149,65 @@ def stored_scale(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> 
     norm = _norm.__wrapped__(layer, adapter, dtype)
     scale: Tensor = layer.lora_magnitude_vector[adapter].weight / norm
     return scale if dtype is None else scale.view(1, -1)
+
+
+def _parts(layer: Any, adapter: str) -> list[Any]:
+    """Return the modules that have what ``s`` is derived from."""
+    modules = layer._modules
+    parts = [base_layer(layer), modules["lora_magnitude_vector"]._modules[adapter]]
+    if adapter in layer.lora_A:
+        parts += [modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]]
+    return parts
+
+
+def has_offloaded(layer: Any, adapter: str) -> bool:
+    """Whether hooks bring the weights of the base layer, or of another part, for its forward."""
+    base = base_layer(layer)
+    if "forward" in base.__dict__ and is_offloaded(base):
+        return True
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        part = layer._modules[name]._modules.get(adapter)
+        if part is not None and "forward" in part.__dict__ and is_offloaded(part):
+            return True
+    return False
+
+
+def _offloaded_depends_on(layer: Any, adapter: str, *_: object) -> list[object]:
+    found: list[object] = [layer.scaling[adapter]]
+    for part in _parts(layer, adapter):
+        found += weights_in_place(part)
+    if adapter not in layer.lora_A:
+        found += [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
+    return found
+
+
+@cached("DoRA scale, offloaded", adapter="adapter", depends_on=_offloaded_depends_on, detach=True)
+def offloaded_scale(
+    layer: Any, adapter: str, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Derive ``s`` while the weights are brought, and keep the base layer's bias, if any, with it.
+
+    PEFT reads both outside the base layer's forward, where they are offloaded.
+
+    Args:
+        layer: the LoRA layer.
+        adapter: the adapter's name.
+        dtype: as for :func:`stored_scale`.
+    """
+    with bring(*_parts(layer, adapter)):
+        scale = stored_scale.__wrapped__(layer, adapter, dtype)
+        bias = bias_of(base_layer(layer))
+        return (scale,) if bias is None else (scale, bias.detach().clone())
+
+
+@cached(
+    "DoRA scale, offloaded, fast", adapter="adapter", depends_on=_offloaded_depends_on, detach=True
+)
+def offloaded_fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
+    """Derive what :func:`fast_scale` does while the weights are brought."""
+    with bring(*_parts(layer, adapter)):
+        derived: tuple[Tensor, ...] = fast_scale.__wrapped__(layer, adapter)
+        return derived
 
 
 def wants_gradient(layer: Any, adapter: str) -> bool:

@@ -20,15 +20,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.ambient import functorch_stack
 from dora_cache.decorator import SLOT
-from dora_cache.lifecycle import reduce_as_plain
+from dora_cache.lifecycle import only_moves, reduce_as_plain
 from dora_cache.reasons import Reason
 from dora_cache.recipes.compiled import Buffer, prepare
-from dora_cache.recipes.dora.outputs import FORWARDS
+from dora_cache.recipes.dora.outputs import FORWARDS, OFFLOADED
 from dora_cache.recipes.dora.values import (
     buffered,
     buffered_fast,
     depends_on,
     fast_depends_on,
+    has_offloaded,
     parameters_of,
     same,
     wants_gradient,
@@ -135,12 +136,17 @@ def cached_variant(plain: Any, numerics: str) -> Any:
         if binding is not None:
             bypassing = binding.cache.bypassing
             reason = Reason.BYPASS if bypassing else why_unusual(module, active_adapter)
+        offloaded = reason is None and binding is not None and has_offloaded(module, active_adapter)
+        if offloaded and wants_gradient(module, active_adapter):
+            reason = Reason.GRADIENTS
         if reason is not None or binding is None:
             if reason is not None:
                 binding.passed_by(reason)
             return plain.forward(
                 module, active_adapter=active_adapter, x=x, result=result, **kwargs
             )
+        if offloaded:
+            return OFFLOADED[numerics](module, active_adapter, x, result)
         return forward(module, active_adapter, x, result)
 
     namespace = {
@@ -160,7 +166,9 @@ def stands_aside(layer: Any, adapter: str) -> bool:
             return True
     for name in _PARTS:
         part = modules[name]._modules.get(adapter)
-        if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+        if part is not None and (
+            part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+        ):
             return True
     return False
 
@@ -170,8 +178,8 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
 
     In training mode; under vmap and its like, which allow no writes in place; and where what it
     derives or does by calling the adapter's modules may not be what they were made for: with hooks,
-    theirs or those of all modules, with a ``forward`` set on one or its class, when one is compiled
-    by itself, or with one of another class.
+    theirs or those of all modules, with a ``forward`` set on one or its class (but for those that
+    only move or cast weights), when one is compiled by itself, or with one of another class.
     """
     if layer.training:
         reason = why_training(layer, layer.__dict__[SLOT])
@@ -189,8 +197,8 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
             if (
                 state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
-                or "forward" in state
                 or part._compiled_call_impl is not None
+                or ("forward" in state and not only_moves(part))
             ):
                 return Reason.HOOKED
             if (
