@@ -39,6 +39,7 @@ __all__ = [
     "place",
     "precision",
     "raw_stream",
+    "storage_numbered",
     "storage_of",
     "storage_uses",
     "tensor_guards",
@@ -261,6 +262,15 @@ def storage_uses(storage: torch.UntypedStorage) -> int:
     """
     uses: int = _C._storage_Use_Count(storage._cdata)
     return uses
+
+
+def storage_numbered(number: int) -> torch.UntypedStorage | None:
+    """Return the storage that :func:`storage_of` gives a number; None if it has been freed.
+
+    Something must hold a weak reference to it, which keeps the number from being used again.
+    """
+    found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(number)
+    return found
 
 
 def environment() -> tuple[object, ...]:

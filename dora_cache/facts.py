@@ -198,7 +198,7 @@ class Reading:
 
     def _add_tensor(self, item: Tensor) -> None:
         try:
-            storage = ambient.storage_of(item)
+            storage, version = ambient.storage_of(item), item._version
             place: tuple[object, ...]
             if is_refilled(storage):
                 self.refilled = True
@@ -206,9 +206,9 @@ class Reading:
                 if content is None:
                     msg = "the storage of a dependency is refilled without counting it"
                     raise UncheckableError(msg, Reason.REFILLED)
-                place = id(item), item._version, storage, content, item.storage_offset()
+                place = id(item), version, storage, content, item.storage_offset()
             else:
-                place = id(item), item._version, storage, item.data_ptr()
+                place = id(item), version, storage, item.data_ptr()
                 if contents:
                     place = self._content(item, place)
             self.rows.append(

@@ -187,6 +187,6 @@ def renew_contents() -> None:
     """
     _begun.clear()
     for number, known in list(_refilled.items()):
-        storage = torch.UntypedStorage._new_with_weak_ptr(number)
+        storage = ambient.storage_numbered(number)
         known.last = None
         known.content = next(_numbers) if storage is not None and storage.nbytes() else None

@@ -620,7 +620,7 @@ def test_out_of_memory_while_taking_a_view_apart(monkeypatch):
             self.derived += 1
             return torch.ones(8)[:4]
 
-    from dora_cache import derive
+    from dora_cache import deriver
 
     def no_room(value, storages):
         raise torch.OutOfMemoryError("no memory")
@@ -628,7 +628,7 @@ def test_out_of_memory_while_taking_a_view_apart(monkeypatch):
     owner = Views()
     with dora_cache.attach(owner) as cache:
         owner.value("a")
-        monkeypatch.setattr(derive, "storable", no_room)
+        monkeypatch.setattr(deriver, "storable", no_room)
         with pytest.warns(dora_cache.CacheWarning):
             assert owner.view().tolist() == [1.0] * 4
         assert owner.derived == 2

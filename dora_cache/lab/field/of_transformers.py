@@ -44,8 +44,8 @@ def config(dora: bool, **others: Any) -> LoraConfig:  # noqa: FBT001
 
 def running(model: Any, attached: Any = None) -> Built:
     """Return what runs a causal language model on five tokens."""
-    device = next((one.device for one in model.parameters()), None)  # FSDP may have taken them
-    ids = torch.arange(1, 6, device=device)[None]
+    devices = {one.device for one in model.parameters()} - {torch.device("meta")}
+    ids = torch.arange(1, 6, device=max(devices, key=str, default=None))[None]  # cuda before cpu
     return Built(model if attached is None else attached, lambda: model(ids).logits)
 
 
