@@ -31,6 +31,7 @@ __all__ = [
     "moving",
     "new_content",
     "put",
+    "take_over",
 ]
 
 NOTHING = 0
@@ -109,6 +110,31 @@ def forget(storages: Collection[int]) -> None:
     for key, content in list(contents.items()):
         if content.place[1] in storages:
             contents.pop(key, None)
+
+
+def take_over(old: Tensor, new: Tensor) -> bool:
+    """Note that a tensor takes another's place, over the same memory. Attributes do not count.
+
+    What was derived from the one holds for the other then, as long as either's version shows the
+    writes to it; and at this moment the two versions are the same.
+
+    Returns:
+        Whether it is so; nothing is noted otherwise.
+    """
+    try:
+        place = _place(old)
+        same = (
+            type(old) is type(new)
+            and _place(new) == place
+            and (old.dtype, old.size(), old.stride()) == (new.dtype, new.size(), new.stride())
+        )
+    except (RuntimeError, NotImplementedError):
+        return False
+    if same:
+        _, number, exact = _known(old)
+        put(old, number, exact)
+        put(new, number, exact)
+    return same
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from dora_cache.lifecycle.followers import Followers
+from dora_cache.moved import take_over
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -38,7 +39,11 @@ _followers = Followers(_begin)
 
 
 def _registers(module: nn.Module, name: str, new: Tensor | None) -> None:
-    found = (module._parameters.get(name), module._buffers.get(name), new)
+    old = module._parameters.get(name)
+    # On a CPU, PEFT puts a new object in place at each dequantization, over the same memory.
+    if type(new).__name__ == "Params4bit" and old is not None and take_over(old, new):  # type: ignore[arg-type]
+        return
+    found = (old, module._buffers.get(name), new)
     tensors = [tensor for tensor in found if isinstance(tensor, Tensor)]
     for cache in _followers:
         cache.replaced(tensors)

@@ -115,3 +115,43 @@ def test_other_8_bit_scales():
 
 def scales_of(layer):
     return layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+
+
+@each
+def test_values_hold_where_peft_has_put_the_same_weight_in_place(setup):
+    """On a CPU, PEFT's own dequantization replaces the parameter by one over the same memory."""
+    built = setup.build(True, 64)
+    layers = base_layers(built.model)
+    with torch.no_grad(), dora_cache.attach(built.model) as cache:
+        for turn in range(4):
+            before = [layer.weight for layer in layers]
+            with cache.bypass():
+                expected = built.run()
+            assert any(layer.weight is not old for layer, old in zip(layers, before, strict=True))
+            misses = cache.stats().misses
+            assert torch.equal(built.run(), expected)
+            assert torch.equal(built.run(), expected)
+            if turn:  # the first time, nothing was derived before
+                assert cache.stats().misses == misses
+        for layer in layers:
+            layer.weight[:8].zero_()  # through the new object
+        changed = built.run()
+        with cache.bypass():
+            assert torch.equal(changed, built.run())
+        assert not torch.equal(changed, expected)
+
+
+@each
+def test_a_weight_that_was_written_to_before_it_is_replaced(setup):
+    """A new object over memory that has changed since does not keep what was derived."""
+    built = setup.build(True, 64)
+    layers = base_layers(built.model)
+    with torch.no_grad(), dora_cache.attach(built.model) as cache:
+        before = built.run()
+        for layer in layers:
+            layer.weight[:8].zero_()
+            layer.weight = layer.weight.to("cpu")
+        changed = built.run()
+        with cache.bypass():
+            assert torch.equal(changed, built.run())
+        assert not torch.equal(changed, before)
