@@ -24,8 +24,6 @@ from dora_cache.reasons import Reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
-
     from dora_cache.lab.field.setup import Built, SetUp
 
 __all__ = [
@@ -162,19 +160,14 @@ def _time(
         stack.enter_context(built.undo)
         lora = None
         try:
-            lora = _plain_lora(setup, width, stack)
+            lora = _unattached(setup, width, stack, dora=False)
         except Exception as error:  # noqa: BLE001 - whatever another library raises
             absent["LoRA"] = _brief(error)
         stack.enter_context(torch.no_grad())
-        cache = stack.enter_context(attach(built.model))
-
-        def uncached() -> Tensor:
-            with cache.bypass():
-                return built.run()
-
+        stack.enter_context(attach(built.model))
         ways: dict[str, Callable[[], object]] = {"cached": built.run}
         if built.reference is None:
-            ways["uncached"] = uncached
+            ways["uncached"] = _unattached(setup, width, stack, dora=True).run
         else:
             absent["uncached"] = _PEFT_CANNOT
         if lora is not None:
@@ -182,9 +175,9 @@ def _time(
         return take_turns(ways, rounds, seconds), absent
 
 
-def _plain_lora(setup: SetUp, width: int, stack: ExitStack) -> Built:
-    """Build a set-up with plain LoRA, and see that it runs."""
-    built = setup.build(False, width)  # noqa: FBT003
+def _unattached(setup: SetUp, width: int, stack: ExitStack, *, dora: bool) -> Built:
+    """Build a set-up without a cache, and see that it runs."""
+    built = setup.build(dora, width)
     with built.undo as undo, torch.no_grad():
         built.run()
         stack.push(undo.pop_all())
