@@ -7,7 +7,7 @@ DEEP_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo bench-micro test test-processors test-deep lint types docs check clean
+.PHONY: setup demo bench-micro test test-field test-processors test-deep lint types docs check clean
 
 setup: $(READY)
 
@@ -30,7 +30,11 @@ bench-micro: $(READY)
 	$(BIN)/python -m pytest -p no:xdist --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds tests/test_micro.py
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/field
+
+# In other libraries' models: diffusers, torchao, bitsandbytes, accelerate, FSDP and others.
+test-field: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/field
 
 # What other processors and another number of threads compute; empty is what this processor can do.
 test-processors: $(READY)

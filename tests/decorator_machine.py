@@ -5,6 +5,7 @@ A call must see every write that was over, and noticed, before the call began.
 """
 
 import contextlib
+import gc
 import itertools
 import threading
 from types import MappingProxyType, SimpleNamespace
@@ -151,6 +152,7 @@ class DecoratorMachine(RuleBasedStateMachine):
     def start(self, which, form="list", aliases=False):
         global _machine  # noqa: PLW0603 - a backend is made by its name and knows of no machine
         _machine = self
+        gc.disable()  # what it frees may ask for the lock, and a run that is repeated must repeat
         self.schedule = Schedule()
         self.real = mutex.threading, cells.threading, deriver.threading, deriver.time
         mutex.threading = cells.threading = deriver.threading = self.schedule.threading()
@@ -194,6 +196,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             # Some task may have the lock and never go on; and what hears of all optimizers must go.
             self.cache._engine.mutex.lock = threading.RLock()
             self.cache.detach()
+            gc.enable()
 
     # What the owner tells
 
