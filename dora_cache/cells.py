@@ -6,6 +6,7 @@ import itertools
 import threading
 import weakref
 from collections import defaultdict
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from dora_cache.copying import Uncopyable
@@ -260,8 +261,9 @@ class Cells(Uncopyable):
 
     def __init__(self) -> None:
         self._by_key: dict[Hashable, Cell] = {}
-        self._by_owner: defaultdict[int, set[Cell]] = defaultdict(set)
-        self._by_storage: dict[int, set[Cell]] = {}
+        # In the order of insertion, so that what is done to several cells is done in one order.
+        self._by_owner: defaultdict[int, dict[Cell, None]] = defaultdict(dict)
+        self._by_storage: dict[int, dict[Cell, None]] = {}
         self._families: dict[Key, Family] = {}
         self._retired: defaultdict[tuple[int, str, Adapters], Totals] = defaultdict(Totals)
         self._departed = [0, 0]  # hits and misses
@@ -301,7 +303,7 @@ class Cells(Uncopyable):
             family = self._families.setdefault(key[:-1], Family())
             # In this order, so that an interrupt leaves nothing half done.
             cell = Cell(key, derivation, adapter, binding, family)
-            self._by_owner[binding.token].add(cell)
+            self._by_owner[binding.token][cell] = None
             family.append(cell)
             self._by_key[key] = cell
         elif cell.family[-1] is not cell:
@@ -312,7 +314,7 @@ class Cells(Uncopyable):
         """Take note that the backend holds an entry of a cell."""
         cell.facts = facts
         for storage in facts.storages:
-            self._by_storage.setdefault(storage, set()).add(cell)
+            self._by_storage.setdefault(storage, {})[cell] = None
 
     def release(self, cell: Cell) -> None:
         """Take note that the entry of a cell has gone."""
@@ -333,7 +335,7 @@ class Cells(Uncopyable):
         for storage in facts.storages:
             cells = self._by_storage.get(storage)
             if cells is not None:
-                cells.discard(cell)
+                cells.pop(cell, None)
                 if not cells:
                     del self._by_storage[storage]
 
@@ -349,7 +351,7 @@ class Cells(Uncopyable):
         """Return the cells whose entries are derived from some storages."""
         # Copied at once, since it is called without the lock as well.
         found = (cell for storage in storages for cell in tuple(self._by_storage.get(storage, ())))
-        return list(dict.fromkeys(found))
+        return sorted(dict.fromkeys(found), key=attrgetter("born"))
 
     def retired(self) -> list[tuple[tuple[int, str, Adapters], Totals]]:
         """Return the sums of what is not remembered by key: (derivation, kind, adapter), sums."""
@@ -406,7 +408,7 @@ class Cells(Uncopyable):
     def _remove(self, cell: Cell) -> None:
         del self._by_key[cell.key]
         cells = self._by_owner[cell.owner]
-        cells.discard(cell)
+        cells.pop(cell, None)
         if not cells:
             del self._by_owner[cell.owner]
         if cell in cell.family:

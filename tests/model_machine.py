@@ -299,7 +299,12 @@ class FastModelMachine(ModelMachine):
         weights = self.plain.model.parameters()
         dtypes = {found.dtype, *(one.dtype for one in (*weights, *self.outputs))}
         loose = max({torch.float64: 1e-9, torch.float32: 1e-3}.get(one, 0.1) for one in dtypes)
-        torch.testing.assert_close(found, expected, rtol=loose, atol=loose, equal_nan=True)
+        # Rounded by the largest numbers that take part: small ones may be what is left of these.
+        finite = [one.detach()[one.isfinite()].abs() for one in (expected, *self.outputs)]
+        largest = max([1.0, *(float(one.max()) for one in finite if one.numel())])
+        torch.testing.assert_close(
+            found, expected, rtol=loose, atol=loose * largest, equal_nan=True
+        )
 
 
 @with_rules([one for one in RAW if one.repeatable])
