@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_cache.facts import Shortcut
     from dora_cache.keys import Adapters
+    from dora_cache.shortcuts import Shortcut
 
 __all__ = ["Binding", "Buffer", "Warmers", "next_token", "with_children"]
 

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from dora_cache.binding import Binding
     from dora_cache.contents import Contents
     from dora_cache.decorator import Derivation
-    from dora_cache.facts import Reading, Shortcut
+    from dora_cache.facts import Reading
     from dora_cache.keys import Adapters
     from dora_cache.reasons import Reason
+    from dora_cache.shortcuts import Shortcut
 
 __all__ = ["VARIANTS", "Cell", "Cells", "Family", "Key", "Pending", "Totals"]
 

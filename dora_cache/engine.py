@@ -21,7 +21,7 @@ from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
 from dora_cache.deriver import Deriver
 from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
-from dora_cache.facts import UncheckableError, make_shortcut, read, tensors_in
+from dora_cache.facts import UncheckableError, read, tensors_in
 from dora_cache.holdings import Holdings
 from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError
 from dora_cache.moved import forget, let_go
@@ -30,6 +30,7 @@ from dora_cache.naming import names_of_owners
 from dora_cache.reasons import Reason
 from dora_cache.refilled import is_refilled, note_written
 from dora_cache.report import Declined
+from dora_cache.shortcuts import make_shortcut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from dora_cache.cells import Cell
     from dora_cache.config import CacheConfig
     from dora_cache.decorator import Derivation
-    from dora_cache.facts import Shortcut
     from dora_cache.keys import Adapters
+    from dora_cache.shortcuts import Shortcut
 
 __all__ = ["Engine", "NotCachedError", "bypassed_here", "warming_here"]
 

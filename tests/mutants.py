@@ -22,6 +22,7 @@ from dora_cache import (
     facts,
     memory,
     results,
+    shortcuts,
 )
 from dora_cache.audit import Audit
 from dora_cache.backends import lru, storage
@@ -156,7 +157,7 @@ def _shortcuts_by(patch, *what, intact=lambda entry: entry.intact):
         what: gives one fact of a tensor.
         intact: whether the value may be used.
     """
-    make = facts.make_shortcut
+    make = shortcuts.make_shortcut
 
     def noted(dependencies):
         return [
