@@ -208,7 +208,7 @@ def _(patch):
     patch.setattr(peft_layers, "Observer", deaf)
 
 
-@mutant("storages that are refilled", ModelMachine)
+@mutant("storages that are refilled", ModelMachine, rare=True)
 def _(patch):
     patch.setattr(refills, "mark_refilled", lambda storage: False)
 

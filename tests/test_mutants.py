@@ -74,7 +74,7 @@ def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
     [
         (DecoratorMachine, 300),
         (InferenceMachine, 300),
-        (ModelMachine, 40),
+        (ModelMachine, 25),
         (AuditedModelMachine, 4),
     ],
 )
