@@ -308,9 +308,8 @@ class Engine(Uncopyable):
                 cell = self.cells.of(call.key, derivation, call.adapter, binding)
                 entry = self._valid(cell, call)
                 if entry is not None:
-                    if call.reading.moved and self._follows(cell, call):
-                        pass  # the data may move on before the next call
-                    elif call.is_plain:
+                    moved = bool(call.reading.moved) and self._follows(cell, call)
+                    if call.is_plain and not moved:  # data that moves may move on before the next
                         self._shorten(call, cell, entry)
                     cell.family.wasted = cell.family.rest = 0
                 else:

@@ -8,30 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model
 
-from dora_cache.lab.field.of_transformers import config, running
-from dora_cache.lab.field.setup import Built, SetUp
+from dora_cache.lab.field.of_transformers import config, llama, running
+from dora_cache.lab.field.setup import Built, SetUp, moved_magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["SETUPS", "adapted", "base", "moved_magnitudes", "no_cuda"]
+__all__ = ["SETUPS", "adapted", "base", "no_cuda"]
 
 
 def base(width: int) -> Any:
     """Return a small random causal language model with biases, in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=64,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        attention_bias=True,
-        mlp_bias=True,
-    )
-    model = LlamaForCausalLM(settings).eval()
+    model = llama(width, attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
@@ -42,16 +30,6 @@ def base(width: int) -> Any:
 def adapted(dora: bool, width: int) -> Any:  # noqa: FBT001
     """Return the model with an adapter whose scales are not 1."""
     return moved_magnitudes(get_peft_model(base(width), config(dora)).eval())
-
-
-def moved_magnitudes(model: Any) -> Any:
-    """Change DoRA's magnitudes, as training does."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude_vector" in name:
-                steps = torch.linspace(0.8, 1.3, parameter.numel(), device=parameter.device)
-                parameter.mul_(steps.to(parameter.dtype).view_as(parameter))
-    return model
 
 
 def no_cuda() -> str | None:

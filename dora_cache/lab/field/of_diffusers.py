@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_cache.lab.field.of_transformers import config
-from dora_cache.lab.field.setup import Built, SetUp
+from dora_cache.lab.field.setup import Built, SetUp, moved_magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +140,7 @@ def _model(make: Callable[[int], Any]) -> Callable[[bool, int], Built]:
     def build(dora: bool, width: int) -> Built:  # noqa: FBT001
         model = make(width)
         model.add_adapter(config(dora, target_modules=TARGETS), "a")
-        return Built(model, running(model, width))
+        return Built(moved_magnitudes(model), running(model, width))
 
     return build
 
@@ -148,7 +148,7 @@ def _model(make: Callable[[int], Any]) -> Callable[[bool, int], Built]:
 def _with_convolutions(dora: bool, width: int) -> Built:  # noqa: FBT001
     model = unet(width)
     model.add_adapter(config(dora, target_modules=[*TARGETS, "conv1", "conv2"]), "a")
-    return Built(model, running(model, width))
+    return Built(moved_magnitudes(model), running(model, width))
 
 
 def _pipeline(dora: bool, width: int) -> Built:  # noqa: FBT001
@@ -157,6 +157,7 @@ def _pipeline(dora: bool, width: int) -> Built:  # noqa: FBT001
 
     trained = unet(width)
     trained.add_adapter(config(dora, target_modules=TARGETS), "a")
+    moved_magnitudes(trained)
     weights = {
         f"unet.{name}": tensor
         for name, tensor in get_peft_model_state_dict(trained, adapter_name="a").items()

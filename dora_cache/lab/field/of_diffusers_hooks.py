@@ -9,10 +9,10 @@ import torch
 from peft import get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 
-from dora_cache.lab.field.of_accelerate import moved_magnitudes, no_cuda
+from dora_cache.lab.field.of_accelerate import no_cuda
 from dora_cache.lab.field.of_transformers import config, llama
 from dora_cache.lab.field.of_transformers import running as running_text
-from dora_cache.lab.field.setup import Built, SetUp
+from dora_cache.lab.field.setup import Built, SetUp, moved_magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

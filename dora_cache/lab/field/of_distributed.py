@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import distributed
 
 from dora_cache.lab.field.of_transformers import config, llama, running
-from dora_cache.lab.field.setup import Built, SetUp
+from dora_cache.lab.field.setup import Built, SetUp, moved_magnitudes
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _build(wrap: Callable[[Any], Any], dora: bool, width: int) -> Built:  # noqa
         distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     _groups.append(token)
     try:
-        model = get_peft_model(llama(width), config(dora)).eval()
+        model = moved_magnitudes(get_peft_model(llama(width), config(dora)).eval())
         built = running(wrap(model))
     except BaseException:
         _leave(token)

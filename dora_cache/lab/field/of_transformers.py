@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dora_cache.lab.field.setup import Built, SetUp
+from dora_cache.lab.field.setup import Built, SetUp, moved_magnitudes
 
 __all__ = ["SETUPS", "config", "llama", "running"]
 
 
-def llama(width: int) -> Any:
-    """Return a small random causal language model of two layers, in eval mode."""
+def llama(width: int, **others: Any) -> Any:
+    """Return a small random causal language model of two layers, in eval mode.
+
+    Args:
+        width: of its hidden states.
+        **others: settings, as ``LlamaConfig`` takes them.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -24,6 +29,7 @@ def llama(width: int) -> Any:
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
+        **others,
     )
     return LlamaForCausalLM(settings).eval()
 
@@ -50,11 +56,11 @@ def running(model: Any, attached: Any = None) -> Built:
 
 
 def _peft_model(dora: bool, width: int) -> Built:  # noqa: FBT001
-    return running(get_peft_model(llama(width), config(dora)).eval())
+    return running(moved_magnitudes(get_peft_model(llama(width), config(dora)).eval()))
 
 
 def _generate(dora: bool, width: int) -> Built:  # noqa: FBT001
-    model = get_peft_model(llama(width), config(dora)).eval()
+    model = moved_magnitudes(get_peft_model(llama(width), config(dora)).eval())
     prompt = torch.arange(1, 6)[None]
 
     def run() -> Any:
@@ -72,7 +78,7 @@ def _generate(dora: bool, width: int) -> Built:  # noqa: FBT001
 def _load_adapter(dora: bool, width: int) -> Built:  # noqa: FBT001
     model = llama(width)
     with tempfile.TemporaryDirectory() as folder:
-        get_peft_model(llama(width), config(dora)).save_pretrained(folder)
+        moved_magnitudes(get_peft_model(llama(width), config(dora))).save_pretrained(folder)
         model.load_adapter(folder, "a")
     return running(model)
 
@@ -89,7 +95,8 @@ def _encoder(dora: bool, width: int) -> Built:  # noqa: FBT001
         num_attention_heads=2,
     )
     targets = ["query", "key", "value", "dense"]
-    model = get_peft_model(BertModel(settings), config(dora, target_modules=targets)).eval()
+    adapted = get_peft_model(BertModel(settings), config(dora, target_modules=targets))
+    model = moved_magnitudes(adapted.eval())
     ids = torch.arange(1, 9)[None]
     return Built(model, lambda: model(ids).last_hidden_state)
 
@@ -97,7 +104,7 @@ def _encoder(dora: bool, width: int) -> Built:  # noqa: FBT001
 def _add_adapter(dora: bool, width: int) -> Built:  # noqa: FBT001
     model = llama(width)
     model.add_adapter(config(dora), "a")
-    return running(model)
+    return running(moved_magnitudes(model))
 
 
 SETUPS = [

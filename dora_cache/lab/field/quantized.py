@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peft import get_peft_model
 
 from dora_cache.lab.field.of_transformers import config, llama, running
+from dora_cache.lab.field.setup import moved_magnitudes
 
 if TYPE_CHECKING:
     from dora_cache.lab.field.setup import Built
@@ -37,7 +38,7 @@ def adapted(model: Any, dora: bool, **settings: Any) -> Built:  # noqa: FBT001
         dora: whether the adapter is DoRA, or else plain LoRA.
         **settings: more of the adapter's.
     """
-    return running(get_peft_model(model, config(dora, **settings)).eval())
+    return running(moved_magnitudes(get_peft_model(model, config(dora, **settings)).eval()))
 
 
 def no_cuda() -> str | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dora_cache.reasons import Reason
 
-__all__ = ["Built", "Found", "SetUp", "setups", "try_out"]
+__all__ = ["Built", "Found", "SetUp", "moved_magnitudes", "setups", "try_out"]
 
 
 @dataclass(slots=True)
@@ -88,6 +88,16 @@ class Found:
     misses: int
     reasons: dict[str, int]
     report: str
+
+
+def moved_magnitudes(model: Any) -> Any:
+    """Change DoRA's magnitudes, as training does: those that PEFT begins with give scales of 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                steps = torch.linspace(0.8, 1.3, parameter.numel(), device=parameter.device)
+                parameter.mul_(steps.to(parameter.dtype).view_as(parameter))
+    return model
 
 
 def setups(library: str | None = None) -> list[SetUp]:
