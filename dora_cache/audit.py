@@ -174,10 +174,11 @@ class _DeviceDigest(Uncopyable):
 def _comparable(span: tuple[int, int], hashed: tuple[int, int]) -> bool:
     """Whether what lies in a span can be compared with what was hashed, perhaps elsewhere.
 
-    A refilled tensor is at another address each time.
+    A refilled tensor is at another address each time. Empty tensors have the address 0, and so
+    has a tensor whose memory was freed.
     """
     start, size = span
-    return start != 0 and size == hashed[1] and start % 4 == hashed[0] % 4
+    return size == hashed[1] and (not size or (start != 0 and start % 4 == hashed[0] % 4))
 
 
 def _blocks(tensor: Tensor) -> int:

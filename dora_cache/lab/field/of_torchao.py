@@ -70,15 +70,4 @@ SETUPS = [
         cannot=no_cuda,
         note="compute capability 8.9 or later",
     ),
-    SetUp(
-        "int4 weights, tiles",
-        "torchao",
-        _on_cuda(
-            lambda of: of.Int4WeightOnlyConfig(
-                group_size=32, int4_packing_format="tile_packed_to_4d"
-            )
-        ),
-        cannot=no_cuda,
-        note="PEFT refuses the plain packing format (Int4Tensor)",
-    ),
 ]
