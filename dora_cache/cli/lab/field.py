@@ -19,6 +19,9 @@ def field(
     library: Annotated[
         str | None, typer.Option(help="Only this library's set-ups.", metavar="NAME")
     ] = None,
+    named: Annotated[
+        str, typer.Option(help="Only set-ups with this in their names.", metavar="TEXT")
+    ] = "",
     width: Annotated[int, typer.Option(min=16, help="Size of the models' layers.")] = 1024,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each set-up.")] = 3.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads for PyTorch.")] = 1,
@@ -45,11 +48,14 @@ def field(
         data_file = make_folder(out, "field.json") / "field.json"
         check_file(markdown, "--markdown")
         torch.set_num_threads(threads)
-        count = sum(library in {None, setup.library} for setup in known)
+        chosen = [one for one in known if library in {None, one.library} and named in one.name]
+        if not chosen:
+            msg = f"no set-up of {library or 'any library'} has {named!r} in its name"
+            raise CliError(msg)
         rows = []
-        with quiet(), progress_bar("set-ups", count) as move:
-            for row in measuring.measure_all(library, width=width, seconds=seconds):
-                rows.append(row)
+        with quiet(), progress_bar("set-ups", len(chosen)) as move:
+            for setup in chosen:
+                rows.append(measuring.measure(setup, width=width, seconds=seconds))
                 move()
         console = results()
         console.print(measuring.as_table(rows))

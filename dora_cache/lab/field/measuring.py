@@ -17,12 +17,12 @@ from rich.text import Text
 
 from dora_cache.attachment import attach
 from dora_cache.lab.bench import Spread, figure
-from dora_cache.lab.field.setup import setups, try_out
+from dora_cache.lab.field.setup import try_out
 from dora_cache.lab.turns import take_turns
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dora_cache.lab.field.setup import Built, SetUp
 
@@ -34,7 +34,6 @@ __all__ = [
     "as_table",
     "markdown_line",
     "measure",
-    "measure_all",
     "page",
     "summary",
     "test_of",
@@ -92,23 +91,15 @@ def verdict(reasons: Sequence[str]) -> str:
     return f"no: {', '.join(reasons)}" if reasons else "yes"
 
 
-def measure_all(
-    library: str | None = None, *, width: int = 1024, rounds: int = 25, seconds: float = 3.0
-) -> Iterator[Row]:
-    """Try and time the set-ups of one library or of all.
+def measure(setup: SetUp, *, width: int = 1024, rounds: int = 25, seconds: float = 3.0) -> Row:
+    """Try and time one set-up; its errors become part of the row.
 
     Args:
-        library: its name; None for all.
-        width: the size of the models' layers.
+        setup: the set-up.
+        width: the size of the model's layers.
         rounds: how often each way is timed, at most.
-        seconds: for how long the ways of one set-up take turns.
+        seconds: for how long the ways take turns.
     """
-    for setup in setups(library):
-        yield measure(setup, width=width, rounds=rounds, seconds=seconds)
-
-
-def measure(setup: SetUp, *, width: int, rounds: int, seconds: float) -> Row:
-    """Try and time one set-up; see :func:`measure_all`. Its errors become part of the row."""
     row: dict[str, Any] = {
         "name": setup.name,
         "library": setup.library,
