@@ -188,11 +188,18 @@ def test_the_command_shows_and_saves_the_rows(tmp_path):
 
 def test_the_command_fails_where_a_row_is_other_than_listed(tmp_path, monkeypatch):
     """So it can stand in a CI."""
-    rows = [Row("one", "torch", "2", "yes", agrees=False, test="")]
-    monkeypatch.setattr(measuring, "measure_all", lambda *_, **__: rows)
-    result = run("--out", tmp_path)
+    row = Row("one", "torch", "2", "yes", agrees=False, test="")
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: row)
+    result = run("--out", tmp_path, "--named", "add_adapter")
     assert result.exit_code == 1, result.output
     assert "Other than listed: torch: one (yes)" in result.stdout
+
+
+def test_no_set_up_of_that_name_is_an_error(tmp_path):
+    """It costs one line."""
+    result = run("--library", "accelerate", "--named", "nothing", "--out", tmp_path)
+    assert result.exit_code != 0
+    assert "no set-up of accelerate has 'nothing' in its name" in result.stderr
 
 
 def test_an_unknown_library_is_an_error(tmp_path):
