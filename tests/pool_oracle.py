@@ -127,7 +127,11 @@ MORE_NET_KINDS = {
     "embedding lora": {"target_modules": ["embed", "conv", "head"], "r": 2},
     "a whole layer": {"target_modules": ["up"], "r": 2, "modules_to_save": ["head"]},
     "a whole embedding": {"target_modules": ["down"], "r": 2, "modules_to_save": ["embed"]},
-    "regular expression": {"target_modules": r"body\.layers\.0\.(up|down)", "r": 2, "use_dora": True},
+    "regular expression": {
+        "target_modules": r"body\.layers\.0\.(up|down)",
+        "r": 2,
+        "use_dora": True,
+    },
     "all linear": {"target_modules": "all-linear", "r": 2, "use_dora": True},
     "excluded": {"target_modules": ["up", "down"], "exclude_modules": ["body.layers.0.up"], "r": 2},
 }
@@ -218,7 +222,9 @@ def alone(base, path):
     with (Path(path) / "adapter_config.json").open() as file:
         own_biases = json.load(file)["bias"] != "none"
     with quiet():
-        model = PeftModel.from_pretrained(twin_with_biases(base) if own_biases else twin(base), path)
+        model = PeftModel.from_pretrained(
+            twin_with_biases(base) if own_biases else twin(base), path
+        )
     return model.eval()
 
 
@@ -239,6 +245,30 @@ def error(found, expected):
     assert found.dtype is expected.dtype
     assert found.isfinite().all()
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def state_of(model):
+    """What a pool must leave as it was: classes, and the names of all there is on a module."""
+    return {
+        name: (
+            type(module),
+            sorted(vars(module)),
+            [list(vars(module)[key]) for key in ("_parameters", "_buffers", "_modules")],
+            [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def objects_of(model):
+    """The identities of a model's parameters, buffers, modules, and other attributes."""
+    return {
+        name: [
+            {key: id(value) for key, value in part.items() if not key.startswith("_")}
+            for part in (vars(module), module._parameters, module._buffers, module._modules)
+        ]
+        for name, module in model.named_modules()
+    }
 
 
 def assert_rows(found, expected, *, within=1e-9):

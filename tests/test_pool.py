@@ -27,14 +27,17 @@ from pool_oracle import (
     error,
     language_model,
     net,
+    objects_of,
     output,
     save,
+    state_of,
     tokens,
 )
+from pool_soak import soak
 from torch import nn
 from zoo import quiet
 
-from dora_cache import AdapterPool, AdapterNotFoundError, ConfigError, DoraCacheError
+from dora_cache import AdapterNotFoundError, AdapterPool, ConfigError, DoraCacheError
 from dora_cache.errors import AdapterFileError, CapError
 
 ALL_KINDS = NET_KINDS | MORE_NET_KINDS
@@ -611,21 +614,6 @@ def test_adding_a_folder_of_adapters(net_folders, tmp_path):
     assert_rows(found, oracle.rows([net_folders["lora"], net_folders["dora"]], ids))
 
 
-def state_of(model):
-    """What a pool must leave as it was: classes, attributes, hooks, parameters."""
-    return {
-        name: (
-            type(module),
-            {key: id(value) for key, value in vars(module).items() if not key.startswith("_")},
-            sorted(vars(module)),
-            {key: id(value) for key, value in module._parameters.items()},
-            {key: id(value) for key, value in module._buffers.items()},
-            [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")],
-        )
-        for name, module in model.named_modules()
-    }
-
-
 @pytest.mark.parametrize("make", [net, language_model])
 def test_close_leaves_the_model_as_it_was(make, net_folders, llama_folders):
     """Classes, attributes, parameters and outputs are those from before, to the bit."""
@@ -634,7 +622,7 @@ def test_close_leaves_the_model_as_it_was(make, net_folders, llama_folders):
     ids = tokens(3)
     with torch.no_grad():
         before = output(model, ids)
-        state = state_of(model)
+        state, same = state_of(model), objects_of(model)
         values = {key: value.clone() for key, value in model.state_dict().items()}
         pool = AdapterPool(model)
         for kind in folders.kinds:
@@ -646,6 +634,7 @@ def test_close_leaves_the_model_as_it_was(make, net_folders, llama_folders):
         pool.close()
         assert torch.equal(output(model, ids), before)
     assert state_of(model) == state
+    assert objects_of(model) == same
     for key, value in model.state_dict().items():
         assert torch.equal(value, values[key])
     pool.close()  # twice does no harm
@@ -781,15 +770,13 @@ WRITES = [
     _swapped,
     _in_inference_mode,
 ]
-# Biases that an adapter has itself, and whole layers, do not follow the base model.
-FOLLOWING = [kind for kind, settings in ALL_KINDS.items() if settings.get("bias") is None]
 
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda one: one.__name__[1:])
 def test_a_write_to_the_base_weights(write, net_folders):
     """The next forward has scales of the new weights, between uses and within one."""
-    served = Served(net, net_folders, FOLLOWING)
-    names = [None, *FOLLOWING]
+    served = Served(net, net_folders, ALL_KINDS)
+    names = [None, *ALL_KINDS]
     served.check(names)
     served.write(write)
     fresh(served)
@@ -811,8 +798,8 @@ def fresh(served):
 
 def test_a_write_past_the_counters_and_an_event(net_folders):
     """After a write through ``.data``, a mode switch of the model is enough."""
-    served = Served(net, net_folders, FOLLOWING)
-    names = [None, *FOLLOWING]
+    served = Served(net, net_folders, ALL_KINDS)
+    names = [None, *ALL_KINDS]
     served.check(names)
 
     def write(model):
@@ -838,8 +825,8 @@ def test_a_write_to_an_evicted_adapters_base(net_folders):
 
 def test_the_model_moves_to_another_dtype(net_folders):
     """After ``model.to(...)`` the adapters are of the model's new dtype."""
-    served = Served(net, net_folders, FOLLOWING)
-    names = [None, *FOLLOWING]
+    served = Served(net, net_folders, ALL_KINDS)
+    names = [None, *ALL_KINDS]
     served.check(names)
     served.write(lambda model: model.float())
     fresh(served)
@@ -879,9 +866,8 @@ def test_under_autocast(served):
     served = Served(lambda: net().float(), served.made, NET_KINDS)
     names = [None, *NET_KINDS]
     ids = tokens(len(names))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        with served.pool.use(names):
-            found = served.model(ids)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), served.pool.use(names):
+        found = served.model(ids)
     exact = served.expected(names, ids)
     for row, right in zip(found, exact, strict=True):
         assert error(row.float(), right) < 0.1
@@ -963,9 +949,8 @@ def test_an_unknown_name(names, served):
 def test_names_that_do_not_match_the_batch(names, rows, served):
     """Names of which the batch is no multiple are refused at the forward, with both numbers."""
     given = ["dora", "lora", None, "biases"][:names]
-    with served.pool.use(given), torch.no_grad():
-        with pytest.raises(ConfigError, match=rf"{names}"):
-            served.model(tokens(rows, 5))
+    with served.pool.use(given), torch.no_grad(), pytest.raises(ConfigError, match=rf"{names}"):
+        served.model(tokens(rows, 5))
     unharmed(served)
 
 
@@ -1036,7 +1021,9 @@ def test_bad_files_when_added(spoil, served, net_folders, tmp_path):
     unharmed(served)
 
 
-@pytest.mark.parametrize("spoil", [_truncate, _delete, _noise, _empty], ids=lambda x: x.__name__[1:])
+@pytest.mark.parametrize(
+    "spoil", [_truncate, _delete, _noise, _empty], ids=lambda x: x.__name__[1:]
+)
 def test_bad_files_when_loaded(spoil, served, net_folders, tmp_path):
     """What became of the files after they were added is noticed when they are read."""
     path = net_folders.copied("dora", tmp_path / "good", seed=1)
@@ -1161,3 +1148,17 @@ def test_a_failing_forward_leaves_nothing_open(served):
     assert served.pool.stats().device_bytes == 0
     served.pool.resize(device_bytes=None)
     unharmed(served)
+
+
+# Many threads
+
+
+@pytest.mark.timeout(120)
+def test_a_soak():
+    """Eight threads serve, add, remove, resize: nothing is wrong, nobody gets stuck."""
+    found = soak(3)
+    assert not found.wrong
+    assert not found.failed
+    assert not found.stuck
+    for what in ("served", "added", "removed", "resized", "prefetched"):
+        assert found.counts[what], found.counts

@@ -1,0 +1,448 @@
+"""A pool under everything that may happen to it: each row is as plain PEFT makes it alone.
+
+Everything is done to two models alike; one has a pool, the other serves each row alone, with its
+adapter alone. A failure that is expected leaves the pool as it was.
+"""
+
+import contextlib
+import functools
+import itertools
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pool_oracle import (
+    MORE_NET_KINDS,
+    NET_KINDS,
+    WEIGHTS,
+    Folders,
+    Oracle,
+    assert_rows,
+    net,
+    state_of,
+    tokens,
+)
+from torch import nn
+
+from dora_cache import AdapterNotFoundError, AdapterPool, ConfigError
+from dora_cache.errors import AdapterFileError, CapError
+
+NAMES = ("ada", "bob", "cleo", "dan")
+KINDS = NET_KINDS | {
+    kind: MORE_NET_KINDS[kind] for kind in ("lora_bias", "all biases", "a whole layer")
+}
+KIND_OF_FOLDER = {kind.replace(" ", "_"): kind for kind in KINDS}
+TIMEOUT = 60  # of what another thread does, in seconds
+
+names = st.sampled_from(NAMES)
+mixes = st.lists(names | st.none(), min_size=1, max_size=5)
+contents = st.tuples(st.sampled_from(list(KINDS)), st.integers(0, 2))
+
+
+@functools.cache
+def folders():
+    """Return the adapters' folders, made once in a process."""
+    root = tempfile.TemporaryDirectory(prefix="pool-machine-")
+    found = Folders(net(), KINDS, root.name)
+    found.holder = root
+    return found
+
+
+@functools.cache
+def cost(kind):
+    """Return the bytes that an adapter of a kind takes on the device."""
+    with AdapterPool(net()) as pool:
+        pool.add("one", folders()[kind])
+        with pool.use("one"):
+            return pool.stats().device_bytes
+
+
+@functools.cache
+def sizes():
+    """Return caps: what a few adapters take, and a little less."""
+    costs = sorted(cost(kind) for kind in KINDS)
+    return [costs[-1], sum(costs[-2:]), sum(costs[-3:]), costs[0], costs[-1] - 1, 0]
+
+
+def _in_place(parameter, model, name):
+    with torch.no_grad():
+        parameter.mul_(1.25)
+
+
+def _copied(parameter, model, name):
+    with torch.no_grad():
+        parameter.copy_(parameter.flip(0) + 0.1)
+
+
+def _loaded(parameter, model, name):
+    model.load_state_dict({name: parameter * 0.75}, strict=False)
+
+
+def _assigned(parameter, model, name):
+    model.load_state_dict({name: parameter * 0.75}, strict=False, assign=True)
+
+
+def _stepped(parameter, model, name):
+    parameter.requires_grad_()
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([parameter], lr=0.1, fused=True).step()
+    parameter.grad = None
+    parameter.requires_grad_(requires_grad=False)
+
+
+def _data_replaced(parameter, model, name):
+    parameter.data = parameter.data * 1.5 - 0.1
+
+
+def _replaced(parameter, model, name):
+    owner, _, leaf = name.rpartition(".")
+    new = nn.Parameter(parameter.detach() * 1.5 - 0.1, requires_grad=False)
+    setattr(model.get_submodule(owner), leaf, new)
+
+
+WRITES = [_in_place, _copied, _loaded, _assigned, _stepped, _data_replaced, _replaced]
+PARAMETERS = [name for name, _ in net().named_parameters()]
+
+
+def _shorter(path, seed):
+    data = (path / WEIGHTS).read_bytes()
+    (path / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def _gone(path, seed):
+    (path / WEIGHTS).unlink(missing_ok=True)
+
+
+def _noise(path, seed):
+    (path / WEIGHTS).write_bytes(bytes(range(256)) * 20)
+
+
+def _others(path, seed):
+    source = folders().get(KIND_OF_FOLDER[path.name.partition("-")[2]], seed + 3)
+    (path / WEIGHTS).unlink(missing_ok=True)
+    (path / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes())
+
+
+SPOILS = [_shorter, _gone, _noise, _others]
+
+
+class Open:
+    """A ``use`` that is open, and the adapters that it began with."""
+
+    def __init__(self, context, mix, served):
+        self.context = context
+        self.mix = mix
+        self.served = served  # name -> (kind, seed)
+
+    def paths(self):
+        return [name and folders().get(*self.served[name]) for name in self.mix]
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Every rule is something that a server does, or that happens to one."""
+
+    steps = 0
+
+    @initialize(
+        cap=st.sampled_from([None, 0, 1, 2]),
+        host=st.sampled_from([None, 0, 1]),
+        backend=st.sampled_from(["cpu", "lru", "budget"]),
+    )
+    def start(self, cap, host, backend):
+        self.model, self.plain = net(), net()
+        self.oracle = Oracle(self.plain)
+        self.root = tempfile.TemporaryDirectory(prefix="pool-machine-")
+        self.numbers = itertools.count()
+        self.cap = cap if cap is None else sizes()[cap]
+        self.host = host if host is None else sizes()[host]
+        caps = {} if self.host is None else {"max_bytes": self.host}
+        self.pool = AdapterPool(self.model, device_bytes=self.cap, backend=backend, **caps)
+        self.contents = {}  # name -> (kind, seed)
+        self.paths = {}  # name -> where its files are
+        self.bad = set()  # names whose files went bad after they were added
+        self.pinned = set()
+        self.open = []
+        self.seed = 0
+
+    def teardown(self):
+        if not hasattr(self, "pool"):
+            return
+        try:
+            while self.open:
+                self.leave()
+            for name in list(self.contents):
+                self.remove(name)
+            stats = self.pool.stats()
+            assert (stats.device_bytes, stats.host_bytes) == (0, 0)
+            self.pool.close()
+            assert state_of(self.model) == state_of(self.plain)
+            self.assert_base()
+        finally:
+            self.pool.close()
+            self.root.cleanup()
+
+    # What is expected
+
+    def cost(self, distinct, others=()):
+        """Return the bytes of adapters, each given as (name, kind, seed)."""
+        return sum(cost(kind) for _, kind, _ in set(distinct) | set(others))
+
+    def wanted(self, mix):
+        return {(name, *self.contents[name]) for name in mix if name is not None}
+
+    def held(self):
+        """Adapters that cannot be evicted: pinned ones and those of open uses."""
+        found = {(name, *self.contents[name]) for name in self.pinned}
+        for one in self.open:
+            found |= {(name, *content) for name, content in one.served.items()}
+        return found
+
+    def fits(self, *mixes_of_names):
+        if self.cap is None:
+            return True
+        wanted = set().union(*(self.wanted(mix) for mix in mixes_of_names))
+        return self.cost(wanted, self.held()) <= self.cap
+
+    def may_fail(self, error, mix, *, beside=()):
+        """Check that there is a reason for an error of a use."""
+        unknown = [name for name in mix if name is not None and name not in self.contents]
+        if isinstance(error, AdapterNotFoundError):
+            assert unknown
+        elif isinstance(error, AdapterFileError):
+            assert set(mix) & self.bad
+            assert any(name in str(error) for name in set(mix) & self.bad)
+        elif isinstance(error, CapError):
+            assert not self.fits(mix, *beside) or unknown
+        else:
+            raise error
+
+    def rows(self, mix):
+        return [name and folders().get(*self.contents[name]) for name in mix]
+
+    def assert_base(self):
+        ids = tokens(2, seed=self.seed)
+        with torch.no_grad():
+            assert torch.equal(self.model(ids), self.plain(ids))
+
+    @invariant()
+    def right(self):
+        type(self).steps += 1
+        self.seed += 1
+        if self.open:
+            one = self.open[-1]
+            ids = tokens(len(one.mix), 3, seed=self.seed)
+            with torch.no_grad():
+                found = self.model(ids)
+            assert_rows(found, self.oracle.rows(one.paths(), ids))
+        else:
+            self.assert_base()
+
+    @invariant()
+    def caps_and_sums(self):
+        stats = self.pool.stats()
+        assert sorted(self.pool.names) == sorted(self.contents)
+        assert stats.on_device + stats.on_host + stats.on_disk == len(self.contents)
+        assert stats.nbytes == stats.device_bytes + stats.host_bytes
+        assert stats.max_device_bytes == self.cap
+        assert self.cap is None or stats.device_bytes <= self.cap
+        assert self.host is None or stats.host_bytes <= self.host
+        present = {(name, *content) for name, content in self.contents.items()}
+        assert stats.device_bytes <= self.cost(present, self.held())  # nothing of removed ones
+
+    # What servers do
+
+    @rule(name=names, content=contents)
+    def add(self, name, content):
+        kind, seed = content
+        path = Path(self.root.name) / f"{next(self.numbers)}-{kind.replace(' ', '_')}"
+        folders().copied(kind, path, seed)
+        was_pinned = name in self.pinned
+        try:
+            self.pool.add(name, path)
+        except CapError:  # of one that is pinned
+            assert was_pinned
+            return
+        self.contents[name] = content
+        self.paths[name] = path
+        self.bad.discard(name)
+        self.pinned.discard(name)
+        if was_pinned:
+            with contextlib.suppress(ConfigError):
+                self.pool.unpin(name)
+
+    @rule(name=names, spoil=st.sampled_from(SPOILS[:3]))
+    def add_what_is_bad(self, name, spoil):
+        path = Path(self.root.name) / f"{next(self.numbers)}-dora"
+        folders().copied("dora", path)
+        spoil(path, 0)
+        try:
+            self.pool.add(name, path)
+        except AdapterFileError as error:
+            assert name in str(error)
+            return
+        raise AssertionError("bad files are accepted")
+
+    @precondition(lambda self: self.contents)
+    @rule(name=names)
+    def remove(self, name):
+        if name not in self.contents:
+            try:
+                self.pool.remove(name)
+            except AdapterNotFoundError:
+                return
+            raise AssertionError("an unknown name is removed")
+        self.pool.remove(name)
+        for known in (self.contents, self.paths):
+            del known[name]
+        self.bad.discard(name)
+        self.pinned.discard(name)
+
+    def serve_once(self, mix, *, inference=False, length=3):
+        ids = tokens(len(mix), length, seed=self.seed)
+        with torch.inference_mode() if inference else torch.no_grad(), self.pool.use(mix):
+            return ids, self.model(ids).clone()
+
+    @rule(mix=mixes, inference=st.booleans())
+    def serve(self, mix, inference):
+        self.serve_and_check(mix, inference=inference)
+
+    def serve_and_check(self, mix, *, inference=False):
+        before = self.pool.stats()
+        try:
+            ids, found = self.serve_once(mix, inference=inference)
+        except Exception as error:  # noqa: BLE001 - looked at
+            self.may_fail(error, mix)
+            return
+        assert all(name is None or name in self.contents for name in mix)
+        assert self.fits(mix)
+        assert_rows(found, self.oracle.rows(self.rows(mix), ids))
+        after = self.pool.stats()
+        lookups = after.hits + after.misses - before.hits - before.misses
+        assert lookups == len(set(mix) - {None})
+
+    @rule(mix=mixes)
+    def enter(self, mix):
+        if len(self.open) > 2:
+            return
+        context = self.pool.use(mix)
+        try:
+            context.__enter__()
+        except Exception as error:  # noqa: BLE001 - looked at
+            self.may_fail(error, mix)
+            return
+        served = {name: self.contents[name] for name in mix if name is not None}
+        self.open.append(Open(context, mix, served))
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def leave(self):
+        self.open.pop().context.__exit__(None, None, None)
+
+    @rule(mix=mixes)
+    def prefetch(self, mix):
+        wanted = [name for name in mix if name is not None]
+        try:
+            self.pool.prefetch(wanted)
+        except Exception as error:  # noqa: BLE001 - looked at
+            self.may_fail(error, mix)
+            return
+        if not all(name in self.contents for name in wanted) or not self.fits(wanted):
+            return
+        before = self.pool.stats()
+        self.serve_and_check([*wanted, None])
+        after = self.pool.stats()
+        if not set(wanted) & self.bad:
+            assert after.misses == before.misses
+            assert after.hits == before.hits + len(set(wanted))
+
+    @rule(name=names)
+    def pin(self, name):
+        try:
+            self.pool.pin(name)
+        except Exception as error:  # noqa: BLE001 - looked at
+            self.may_fail(error, [name])
+            return
+        assert name in self.contents
+        self.pinned.add(name)
+
+    @precondition(lambda self: self.pinned)
+    @rule(name=names)
+    def unpin(self, name):
+        with contextlib.suppress(AdapterNotFoundError):
+            self.pool.unpin(name)
+            assert name in self.contents
+        self.pinned.discard(name)
+
+    @rule(size=st.integers(0, 5) | st.none())
+    def resize(self, size):
+        size = size if size is None else sizes()[size]
+        try:
+            self.pool.resize(device_bytes=size)
+        except (CapError, ConfigError):
+            assert self.cost(self.held()) > size
+            return
+        self.cap = size
+
+    @rule(size=st.integers(0, 5))
+    def resize_host(self, size):
+        self.pool.resize(max_bytes=sizes()[size])
+        self.host = sizes()[size]
+
+    # What happens to the model and the files
+
+    @rule(
+        name=st.sampled_from(PARAMETERS) | st.sampled_from(PARAMETERS[1:3]),
+        write=st.sampled_from(WRITES),
+    )
+    def write(self, name, write):
+        for model in (self.model, self.plain):
+            write(model.get_parameter(name), model, name)
+        self.oracle.models.clear()
+
+    @rule()
+    def switch_modes(self):
+        for model in (self.model, self.plain):
+            model.train()
+            model.eval()
+
+    @precondition(lambda self: self.contents)
+    @rule(name=names, spoil=st.sampled_from(SPOILS), seed=st.integers(0, 2))
+    def files_go_bad(self, name, spoil, seed):
+        if name in self.contents:
+            spoil(self.paths[name], seed)
+            self.bad.add(name)
+
+    @rule(first=mixes, second=mixes)
+    def two_threads(self, first, second):
+        """Two threads, each with a mix of its own, whose forwards overlap."""
+        barrier = threading.Barrier(2)
+
+        def work(mix):
+            rows = []
+            try:
+                with torch.no_grad(), self.pool.use(mix):
+                    for turn in range(2):
+                        ids = tokens(len(mix), 3 + turn, seed=self.seed)
+                        with contextlib.suppress(threading.BrokenBarrierError):
+                            barrier.wait(TIMEOUT)
+                        rows.append((ids, self.model(ids)))
+                return rows
+            finally:
+                barrier.abort()
+
+        mixes_of_both = (first, second)
+        with ThreadPoolExecutor(2) as threads:
+            tasks = [threads.submit(work, mix) for mix in mixes_of_both]
+            for task, mix, other in zip(tasks, mixes_of_both, mixes_of_both[::-1], strict=True):
+                try:
+                    outputs = task.result(TIMEOUT)
+                except Exception as error:  # noqa: BLE001 - looked at
+                    known = [name for name in other if name is None or name in self.contents]
+                    self.may_fail(error, mix, beside=[known])
+                    continue
+                for ids, found in outputs:
+                    assert_rows(found, self.oracle.rows(self.rows(mix), ids))
