@@ -71,7 +71,7 @@ def _llama_config(**more):
 
 
 def _made(make, seed=0, *, dtype=torch.float64):
-    """Return a model in eval mode whose parameters are all random, whatever the default ones are."""
+    """Return a model in eval mode whose parameters are all random."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().to(dtype).eval()
@@ -215,7 +215,7 @@ def twin_with_biases(base):
 def alone(base, path):
     """Return ``base`` with the adapter of a folder, in plain PEFT; ``base`` itself if it is None.
 
-    A later write to a weight of ``base`` concerns both. Not so a bias where the adapter has its own.
+    A later write to a weight of ``base`` concerns both, but not to a bias if the adapter has any.
     """
     if path is None:
         return base

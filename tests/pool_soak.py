@@ -81,7 +81,7 @@ class Soak:
                 with pool.use(kind):
                     costs.append(pool.stats().device_bytes - before)
         costs.sort()
-        # The least cap serves one thread's batch of three names, but not always all threads at once.
+        # The least cap serves one thread's three names, but not always all threads at once.
         return {"least": sum(costs[-3:]), "most": 2 * sum(costs)}
 
     # What threads do
@@ -137,7 +137,7 @@ class Soak:
             self.pool.resize(
                 device_bytes=choose.randint(least, most), max_bytes=choose.randint(0, most)
             )
-        except ConfigError:  # more is in use
+        except (CapError, ConfigError):  # more is in use
             self.found.counts["not resized"] += 1
         else:
             self.found.counts["resized"] += 1

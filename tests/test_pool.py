@@ -441,18 +441,18 @@ def test_a_batch_that_needs_more_than_the_cap(net_folders):
     served.check(["dora", None, "lora"])
 
 
+def tensors():
+    """Return all tensors there are."""
+    gc.collect()
+    return [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+
+
 def test_nothing_is_left_of_what_is_removed(served):
     """Removed adapters' tensors are freed, on the device and on the host."""
     served.check(["lora"])
-    gc.collect()
-    own = {id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor)}
+    own = {id(one) for one in tensors()}
     served.check(list(ALL_KINDS))
-    gc.collect()
-    new = [
-        weakref.ref(one)
-        for one in gc.get_objects()
-        if isinstance(one, torch.Tensor) and id(one) not in own
-    ]
+    new = [weakref.ref(one) for one in tensors() if id(one) not in own]
     served.oracle.models.clear()
     for kind in ALL_KINDS:
         if kind != "lora":
@@ -525,9 +525,8 @@ def test_threads_do_not_see_each_others(served):
 def test_a_thread_started_within_a_use_has_none(served):
     """A use is this thread's; in another the model is the base."""
     ids = tokens(2)
-    with torch.no_grad(), served.pool.use("dora"), ThreadPoolExecutor(1) as threads:
-        with torch.no_grad():
-            found = threads.submit(torch.no_grad()(served.model), ids).result(60)
+    with served.pool.use("dora"), ThreadPoolExecutor(1) as threads:
+        found = threads.submit(torch.no_grad()(served.model), ids).result(60)
     assert_rows(found, served.expected([None, None], ids))
 
 
