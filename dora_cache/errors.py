@@ -6,10 +6,12 @@ import warnings
 from contextlib import suppress
 
 __all__ = [
+    "AdapterFileError",
     "AdapterNotFoundError",
     "AlreadyAttachedError",
     "BackendError",
     "CacheWarning",
+    "CapError",
     "ConfigError",
     "DetachedError",
     "DoraCacheError",
@@ -49,6 +51,14 @@ class NothingToCacheError(DoraCacheError, ValueError):
 
 class PinError(ConfigError):
     """What is pinned would take more than the cap."""
+
+
+class AdapterFileError(DoraCacheError, ValueError):
+    """tmp"""
+
+
+class CapError(DoraCacheError):
+    """A batch needs more of the device than the pool's cap leaves."""
 
 
 class AdapterNotFoundError(DoraCacheError, KeyError):

@@ -20,11 +20,17 @@ from dora_cache.lifecycle.offloading import rebind
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Observer", "observe", "plain_class", "reduce_as_plain"]
+__all__ = ["POOL", "POOLED", "Observer", "observe", "plain_class", "reduce_as_plain"]
 
 _OBSERVER = "_dora_cache_observer"
 _PLAIN = "__dora_cache_plain__"
-_OWN_ATTRIBUTES = (SLOT, _OBSERVER)
+POOL = "_dora_cache_pool"
+"""The attribute of a model that has the pool of its adapters."""
+
+POOLED = "_dora_cache_pooled"
+"""The attribute of a module that has its place in a pool."""
+
+_OWN_ATTRIBUTES = (SLOT, _OBSERVER, POOL, POOLED)
 _LOAD_HOOKS = "_load_state_dict_post_hooks"
 
 

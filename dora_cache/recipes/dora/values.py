@@ -33,6 +33,7 @@ __all__ = [
     "bias_of",
     "buffered",
     "buffered_fast",
+    "dense",
     "depends_on",
     "fast_depends_on",
     "fast_scale",
@@ -93,7 +94,7 @@ def bias_of(module: nn.Module) -> Any:
     return parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
 
 
-def _dense(base: Any) -> Any:
+def dense(base: Any) -> Any:
     """Return the weight of a base layer, dequantized; torch.compile can follow it if it is plain.
 
     Detached, since it only goes into constants: PEFT's transpose() makes a Parameter of a
@@ -136,7 +137,7 @@ def _norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
             delta = delta.reshape(weight.shape)
     else:
         delta = delta.to(dtype)
-        weight = _dense(base).to(dtype)
+        weight = dense(base).to(dtype)
     norm: Tensor = dora.get_weight_norm(
         weight=weight, lora_weight=delta.detach(), scaling=layer.scaling[adapter]
     )
@@ -241,7 +242,7 @@ def fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
         One or two tensors, float32, or float64 for a float64 base weight; (1, out) for linear
         layers, (out,) for embeddings, (1, out, 1, ...) for convolutions.
     """
-    weight = _dense(base_layer(layer))
+    weight = dense(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     # The meta device has no autocast, and plans are made there.
     as_it_is = weight.is_meta or not torch._C._is_any_autocast_enabled()
@@ -281,7 +282,7 @@ def _rows(layer: Any, adapter: str, dtype: torch.dtype) -> Iterator[Tensor]:
     Added up and not as the sum of ``|W|^2`` and what the factors add to it: that would be fewer
     operations, but where ``g B A`` nearly cancels ``W`` nothing would be left of its precision.
     """
-    weight = _dense(base_layer(layer))
+    weight = dense(base_layer(layer))
     if adapter not in layer.lora_A:
         a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         weight, bias = weight.T, None

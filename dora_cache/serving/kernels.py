@@ -1,0 +1,6 @@
+def available(device, *dtypes):
+    return False
+
+
+def adapt_(*a):
+    return False

@@ -1,0 +1,183 @@
+"""Which adapter each row of a batch has, in this thread or task."""
+
+from __future__ import annotations
+
+import weakref
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dora_cache.serving.residents import Placed, Resident
+
+__all__ = ["Batch", "Route", "batch", "current", "expanded", "find", "pools"]
+
+
+class Batch(NamedTuple):
+    """What a model was called with.
+
+    Attributes:
+        rows: the batch size.
+        tokens: rows times positions; None where the input has no positions.
+    """
+
+    rows: int
+    tokens: int | None
+
+
+current: ContextVar[Route | None] = ContextVar("dora_cache_route", default=None)
+"""The innermost ``use`` of any pool, here."""
+
+batch: ContextVar[Batch | None] = ContextVar("dora_cache_batch", default=None)
+"""What the model was called with whose forward runs here."""
+
+expanded: ContextVar[bool] = ContextVar("dora_cache_expanded", default=False)
+"""Whether rows may have been repeated, one after another: beams and returned sequences."""
+
+
+pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Pools by number, for compiled code."""
+
+
+class Route:
+    """The adapters of a batch's rows.
+
+    Args:
+        pool: whose adapters they are.
+        residents: one a row, or one for all; None for the base model.
+        outer: the route that is in force around it.
+
+    Attributes:
+        touched: bit i is set if a row's adapter is on layer i.
+        derived: bit i is set if a row's adapter has something on layer i that is derived from the
+            base layer.
+        replaced: bit i is set if a row's adapter has parameters for the whole of layer i.
+        checked: by layer, what the derived values of the adapters here were last seen to rest on.
+        max_rank: the largest rank.
+        blocked: whether its thread waits for memory.
+    """
+
+    __slots__ = (
+        "_groups",
+        "_rows",
+        "blocked",
+        "checked",
+        "derived",
+        "distinct",
+        "max_rank",
+        "outer",
+        "pool",
+        "replaced",
+        "residents",
+        "touched",
+    )
+
+    def __init__(
+        self, pool: object, residents: tuple[Resident | None, ...], outer: Route | None
+    ) -> None:
+        self.pool = pool
+        self.residents = residents
+        self.outer = outer
+        self.distinct = tuple(dict.fromkeys(one for one in residents if one is not None))
+        self.touched = self.derived = self.replaced = self.max_rank = 0
+        for one in self.distinct:
+            self.touched |= one.touched
+            self.derived |= one.derived
+            self.replaced |= one.replaced
+            self.max_rank = max(self.max_rank, one.max_rank)
+        self.checked: dict[int, Tensor] = {}
+        self.blocked = False
+        self._rows: dict[torch.device, Tensor] = {}
+        self._groups: dict[tuple[int, torch.device], list[tuple[Resident, slice | Tensor]]] = {}
+
+    def addresses(self, device: torch.device) -> list[int]:
+        """Return the number of names, and of each the address of its adapter's table, or 0."""
+        found = [0 if one is None else one.table_on(device) for one in self.residents]
+        return [len(found), *found]
+
+    def rows(self, device: torch.device) -> Tensor:
+        """Return the :meth:`addresses` on a CUDA device: int64, shape (1 + names,)."""
+        rows = self._rows.get(device)
+        if rows is None:
+            pinned = torch.tensor(self.addresses(device), pin_memory=True)
+            rows = self._rows[device] = pinned.to(device, non_blocking=True)
+        return rows
+
+    def groups(self, layer: int, rows: int, device: torch.device) -> Iterator[tuple[Placed, Any]]:
+        """Yield what adapters have on a layer, and which rows of its input are theirs.
+
+        Args:
+            layer: its number.
+            rows: rows of the layer's input; a multiple of the number of names.
+            device: where the rows are.
+        """
+        groups = self._groups.get((rows, device))
+        if groups is None:
+            groups = self._groups[rows, device] = self._group(rows, device)
+        for resident, where in groups:
+            placed = resident.placed[layer]
+            if placed is not None:
+                yield placed, where
+
+    def _group(self, rows: int, device: torch.device) -> list[tuple[Resident, slice | Tensor]]:
+        each = rows // len(self.residents)
+        found: list[tuple[Resident, slice | Tensor]] = []
+        for one in self.distinct:
+            places = [index for index, other in enumerate(self.residents) if other is one]
+            first, last = places[0], places[-1]
+            if last - first + 1 == len(places):
+                found.append((one, slice(first * each, (last + 1) * each)))
+            else:
+                starts = torch.tensor(places, device=device)[:, None] * each
+                where = starts + torch.arange(each, device=device)
+                found.append((one, where.reshape(-1)))
+        return found
+
+    def check(self, name: str, shape: torch.Size, *, nested: bool, positions: bool) -> None:
+        """Check that the rows of a layer's input are the batch's, in its order.
+
+        Args:
+            name: the layer's.
+            shape: of the input, without the features of each row.
+            nested: whether it is in a list of modules within another, as experts are.
+            positions: whether dimensions after the first one are positions, each a row.
+
+        Raises:
+            ConfigError: they are not, or nobody knows.
+        """
+        count = len(self.residents)
+        if count == 1:
+            return
+        rows = shape[0] if shape else 0
+        tokens = shape.numel() if positions else rows
+        called = batch.get()
+        # The tokens that some experts get, for instance, may happen to be as many as the rows.
+        unknown = nested and len(shape) == 1 and called is not None and tokens != called.tokens
+        if not unknown:
+            if tokens == count or (rows == count and tokens % count == 0):
+                return
+            if expanded.get() and rows and rows % count == 0:
+                return
+            if called is not None and tokens % count == 0 and tokens:
+                if tokens == called.tokens or (len(shape) > 1 and rows % called.rows == 0):
+                    return
+        msg = (
+            f"{name} got an input of {tuple(shape)} rows, and {count} names are in use: which row "
+            "has which adapter is known only where rows are in the order of the batch, not sorted "
+            "by expert or otherwise. Use one adapter for the whole batch"
+        )
+        raise ConfigError(msg)
+
+
+def find(pool: object) -> Route | None:
+    """Return the innermost route of a pool here, or None."""
+    route = current.get()
+    while route is not None and route.pool is not pool:
+        route = route.outer
+    return route

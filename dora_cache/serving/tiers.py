@@ -1,0 +1,414 @@
+"""What of the adapters is on the device, and what on the host, each under a cap."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from dora_cache.backends import Entry, create
+from dora_cache.errors import CapError, PinError, warn_once
+from dora_cache.serving.residents import Resident
+from dora_cache.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from dora_cache.backends import Backend
+    from dora_cache.serving.files import AdapterFiles
+    from dora_cache.serving.residents import Layout
+    from dora_cache.serving.routing import Route
+
+__all__ = ["Adapter", "Tiers"]
+
+
+class Adapter:
+    """One version of an adapter: what was added under a name, once.
+
+    Attributes:
+        number: no other one has it.
+        resident: what it has on the device; None while it is not there.
+        loading: whether a thread is bringing it there.
+        users: how many routes have it now.
+        pinned: whether it stays on the device.
+        retired: whether it was removed, or replaced by another one of its name.
+    """
+
+    _last = 0
+
+    def __init__(self, files: AdapterFiles, layouts: Sequence[Layout], layers: int) -> None:
+        Adapter._last += 1
+        self.number = Adapter._last
+        self.files = files
+        self.layouts = tuple(layouts)
+        self.layers = layers
+        self.nbytes = sum(layout.nbytes for layout in layouts)
+        self.resident: Resident | None = None
+        self.loading = False
+        self.users = 0
+        self.pinned = False
+        self.retired = False
+
+    @property
+    def name(self) -> str:
+        """Its name in the pool."""
+        return self.files.name
+
+
+class Tiers:
+    """The adapters' memory.
+
+    On the device, adapters in use and pinned ones stay, and of the others the backend decides.
+    What the host has is a copy, so that leaving the device costs nothing.
+
+    Args:
+        device_bytes: the cap there; None for none.
+        policy: the backend that chooses what leaves the device; it can pin and be resized.
+        host: of the host, or None to have none.
+        pinned: whether host memory is pinned.
+
+    Attributes:
+        lock: held while anything here is read or changed, never while an adapter is read.
+        hits: lookups of adapters that were on the device.
+        misses: the others.
+        loads: adapters brought to the device.
+        reads: of those, how many from their files.
+        evictions: adapters that left the device for others.
+        active: the routes in force.
+    """
+
+    def __init__(
+        self, device_bytes: int | None, policy: str, host: Backend | None, *, pinned: bool
+    ) -> None:
+        self.lock = threading.Condition()  # of a reentrant lock
+        self.hits = self.misses = self.loads = self.reads = self.evictions = 0
+        self.device_bytes = device_bytes
+        self.host = host
+        self._pinned = pinned
+        self._reserved = 0
+        self._device = create(policy, max_bytes=sys.maxsize)
+        self._device.on_evict(self._evicted)
+        self._present: dict[Hashable, Adapter] = {}
+        self._pinned_ones: set[Adapter] = set()
+        self.active: set[Route] = set()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes that adapters have on the device, those on their way included."""
+        return self._device.nbytes + self._reserved
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes that the host has."""
+        return 0 if self.host is None else self.host.nbytes
+
+    def on_host(self, adapter: Adapter) -> bool:
+        """Whether the host has an adapter."""
+        return self.host is not None and adapter.number in self.host.keys()
+
+    # The device
+
+    def acquire(self, wanted: Sequence[Adapter], outer: Route | None) -> None:
+        """Bring adapters to the device and keep them there until :meth:`release`.
+
+        All at once or none, so that two batches do not wait for each other.
+
+        Args:
+            wanted: distinct ones.
+            outer: the route around this one, whose adapters stay as well.
+
+        Raises:
+            CapError: they do not fit.
+            AdapterFileError: one cannot be read.
+        """
+        counted = False
+        while True:
+            with self.lock:
+                self._wait_for_room(wanted, outer)
+                missing = [one for one in wanted if one.resident is None and not one.loading]
+                if not counted:
+                    counted = True
+                    present = sum(one.resident is not None for one in wanted)
+                    self.hits += present
+                    self.misses += len(wanted) - present
+                for one in wanted:
+                    if one.resident is not None:
+                        self._device.get(one.number)  # a use, for the order of eviction
+                for one in missing:
+                    one.loading = True
+            try:
+                for index, one in enumerate(missing):
+                    try:
+                        self._bring(one)
+                    except BaseException:
+                        for other in missing[index + 1 :]:
+                            self._give_up(other)
+                        raise
+                with self.lock:
+                    while any(one.loading for one in wanted):
+                        self.lock.wait()
+                    if all(one.resident is not None for one in wanted):
+                        break
+            except BaseException:
+                self.release(wanted)
+                raise
+            self.release(wanted)  # another thread could not read one; try it here
+
+    def release(self, adapters: Sequence[Adapter]) -> None:
+        """Let go of adapters that :meth:`acquire` has brought."""
+        with self.lock:
+            for one in adapters:
+                self._use(one, -1)
+            self.lock.notify_all()
+
+    def _use(self, adapter: Adapter, change: int) -> None:
+        adapter.users += change
+        self._settle(adapter)
+
+    def _settle(self, adapter: Adapter) -> None:
+        """Do what follows from an adapter's users and pin."""
+        if adapter.retired and not adapter.users and not adapter.loading:
+            self._forget(adapter)
+        elif adapter.users or adapter.pinned:
+            self._device.pin(adapter.number)  # type: ignore[attr-defined]
+        else:
+            self._device.unpin(adapter.number)  # type: ignore[attr-defined]
+
+    def _forget(self, adapter: Adapter) -> None:
+        self._device.unpin(adapter.number)  # type: ignore[attr-defined]
+        self._device.delete(adapter.number)
+        self._left(adapter.number)
+        if self.host is not None:
+            self.host.delete(adapter.number)
+        adapter.files.close()
+
+    def _wait_for_room(self, wanted: Sequence[Adapter], outer: Route | None) -> None:
+        """Reserve what is missing of some adapters, and count a use of each."""
+        outers = []
+        while outer is not None:
+            outers.append(outer)
+            outer = outer.outer
+        try:
+            while True:
+                for one in wanted:
+                    self._use(one, 1)
+                missing = [one for one in wanted if one.resident is None and not one.loading]
+                need = sum(one.nbytes for one in missing)
+                if self._make_room(need):
+                    return
+                for one in wanted:
+                    self._use(one, -1)
+                for route in outers:
+                    route.blocked = True
+                # Nobody else will let go of anything.
+                if not self._reserved and all(route.blocked for route in self.active):
+                    raise CapError(self._too_much(wanted))
+                self.lock.wait()
+        finally:
+            for route in outers:
+                route.blocked = False
+
+    def _make_room(self, need: int) -> bool:
+        """Reserve bytes on the device, evicting what nobody uses; return whether they fit."""
+        if self.device_bytes is not None and need > self._room():
+            return False
+        self._reserved += need
+        self._apportion()
+        return True
+
+    def _room(self) -> int:
+        """Return the bytes that there are beside what is in use, pinned or on its way."""
+        assert self.device_bytes is not None  # noqa: S101 - asked by those who know
+        return self.device_bytes - self._reserved - self._kept()
+
+    def _kept(self) -> int:
+        present = self._present.values()
+        return sum(one.nbytes for one in present if one.users or one.pinned)
+
+    def _apportion(self) -> None:
+        """Have the device's backend evict what is above its part of the cap."""
+        if self.device_bytes is not None:
+            self._device.resize(self.device_bytes - self._reserved)  # type: ignore[attr-defined]
+
+    def _too_much(self, wanted: Sequence[Adapter]) -> str:
+        each = ", ".join(f"{one.name} {format_bytes(one.nbytes)}" for one in wanted)
+        others = [one for one in self._present.values() if one not in wanted]
+        kept = sum(one.nbytes for one in others if one.users or one.pinned)
+        beside = kept + self._reserved
+        cap = format_bytes(self.device_bytes or 0)
+        return (
+            f"the batch needs {format_bytes(sum(one.nbytes for one in wanted))} on the device "
+            f"({each}), the cap is device_bytes={cap}, and {format_bytes(beside)} of it are taken "
+            "by what is pinned or in use around it: use fewer adapters in one batch, "
+            "unpin some, or pool.resize(device_bytes=...)"
+        )
+
+    def _bring(self, adapter: Adapter) -> None:
+        """Bring an adapter, for which there is room, to the device."""
+        start = time.perf_counter()
+        try:
+            resident = self._load(adapter)
+        except BaseException:
+            self._give_up(adapter)
+            raise
+        entry = Entry(tuple(resident.memory), cost=time.perf_counter() - start)
+        with self.lock:
+            self._give_up(adapter)
+            adapter.resident = resident
+            self._present[adapter.number] = adapter
+            self.loads += 1
+            if not self._device.put(adapter.number, entry):
+                self._left(adapter.number)
+            self._settle(adapter)
+
+    def _give_up(self, adapter: Adapter) -> None:
+        """Take back what was reserved for an adapter."""
+        with self.lock:
+            adapter.loading = False
+            self._reserved -= adapter.nbytes
+            self._apportion()
+            self.lock.notify_all()
+
+    def _load(self, adapter: Adapter) -> Resident:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            packed = self._packed(adapter)
+            resident = Resident(adapter.layouts, adapter.layers)
+            for layout, weights in zip(adapter.layouts, packed, strict=True):
+                with self._loading_on(layout.device) as caller:
+                    resident.place(layout, weights)
+                    if caller is not None:  # which may have written the base weights
+                        torch.cuda.current_stream(layout.device).wait_stream(caller)
+                    resident.refresh(layout)
+                    resident.set_ready(layout.device)
+        return resident
+
+    @contextmanager
+    def _loading_on(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+        """Run copies to a device on a stream of their own; yield the caller's stream."""
+        if device.type != "cuda":
+            yield None
+            return
+        with self.lock:
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+        caller = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._streams[device]):
+            yield caller
+
+    def _packed(self, adapter: Adapter) -> tuple[Tensor, ...]:
+        """Return an adapter's weights from the host, or else from its files."""
+        number, entry = adapter.number, None
+        if self.host is not None:
+            with self.lock, self._forgiving():
+                entry = self.host.get(number)
+            if entry is not None:
+                return entry.tensors
+        start = time.perf_counter()
+        packed = tuple(
+            layout.pack(adapter.files, pinned=self._pinned) for layout in adapter.layouts
+        )
+        with self.lock:
+            self.reads += 1
+            if self.host is not None and not adapter.retired:
+                with self._forgiving():
+                    self.host.put(number, Entry(packed, cost=time.perf_counter() - start))
+        return packed
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Go on without the host where its backend fails."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises
+            kind = type(error).__name__
+            warn_once(f"the host's backend failed, adapters are read again: {kind}: {error}")
+
+    def _evicted(self, number: Hashable) -> None:
+        self.evictions += 1
+        self._left(number)
+
+    def _left(self, number: Hashable) -> None:
+        """Take note that an adapter is not on the device any more."""
+        adapter = self._present.pop(number, None)
+        if adapter is not None and adapter.resident is not None:
+            adapter.resident.leave()
+            adapter.resident = None
+
+    # Without a batch
+
+    def prefetch(self, adapter: Adapter) -> None:
+        """Bring an adapter to the device if there is room beside what is in use."""
+        with self.lock:
+            if adapter.resident is not None or adapter.loading or adapter.retired:
+                return
+            if not self._make_room(adapter.nbytes):
+                return
+            adapter.loading = True
+        self._bring(adapter)
+
+    def pin(self, adapter: Adapter, *, pinned: bool) -> None:
+        """Keep an adapter on the device, or let it go again.
+
+        Raises:
+            PinError: it does not fit beside what is pinned.
+        """
+        with self.lock:
+            others = (one for one in self._pinned_ones if one is not adapter)
+            taken = adapter.nbytes + sum(one.nbytes for one in others)
+            if pinned and self.device_bytes is not None and taken > self.device_bytes:
+                msg = (
+                    f"{adapter.name} takes {format_bytes(adapter.nbytes)}, and with what is pinned "
+                    f"that is more than device_bytes={format_bytes(self.device_bytes)}: unpin "
+                    "others, or pool.resize(device_bytes=...)"
+                )
+                raise PinError(msg)
+            adapter.pinned = pinned
+            (self._pinned_ones.add if pinned else self._pinned_ones.discard)(adapter)
+            self._settle(adapter)
+            self.lock.notify_all()
+
+    def retire(self, adapter: Adapter) -> None:
+        """Drop an adapter, once no batch uses it."""
+        with self.lock:
+            adapter.retired = True
+            adapter.pinned = False
+            self._pinned_ones.discard(adapter)
+            self._settle(adapter)
+            self.lock.notify_all()
+
+    def resize(self, device_bytes: int | None) -> None:
+        """Change the device's cap.
+
+        Raises:
+            CapError: what is in use or pinned takes more; nothing has changed.
+        """
+        with self.lock:
+            taken = self._reserved + self._kept()
+            if device_bytes is not None and device_bytes < taken:
+                msg = (
+                    f"device_bytes={format_bytes(device_bytes)} is less than the "
+                    f"{format_bytes(taken)} that are in use or pinned: unpin adapters, or resize "
+                    "outside `use`"
+                )
+                raise CapError(msg)
+            self.device_bytes = device_bytes
+            if device_bytes is None:
+                self._device.resize(sys.maxsize)  # type: ignore[attr-defined]
+            self._apportion()
+            self.lock.notify_all()
+
+    def close(self) -> None:
+        """Drop everything."""
+        with self.lock:
+            for number in list(self._present):
+                self._left(number)
+            self._device.close()
+            if self.host is not None:
+                self.host.close()
