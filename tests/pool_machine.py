@@ -27,9 +27,10 @@ from pool_oracle import (
     tokens,
 )
 from torch import nn
+from zoo import quiet
 
-from dora_cache import AdapterNotFoundError, AdapterPool, ConfigError
-from dora_cache.errors import AdapterFileError, CapError
+from dora_cache import AdapterNotFoundError, AdapterPool
+from dora_cache.errors import AdapterFileError, CapError, PinError
 
 NAMES = ("ada", "bob", "cleo", "dan")
 KINDS = NET_KINDS | {
@@ -133,13 +134,14 @@ SPOILS = [_shorter, _gone, _noise, _others]
 class Open:
     """A ``use`` that is open, and the adapters that it began with."""
 
-    def __init__(self, context, mix, served):
+    def __init__(self, context, mix, adapters):
         self.context = context
         self.mix = mix
-        self.served = served  # name -> (kind, seed)
+        self.adapters = adapters  # (name, kind, seed, when it was added)
 
     def paths(self):
-        return [name and folders().get(*self.served[name]) for name in self.mix]
+        contents = {name: (kind, seed) for name, kind, seed, _ in self.adapters}
+        return [name and folders().get(*contents[name]) for name in self.mix]
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -150,18 +152,23 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(
         cap=st.sampled_from([None, 0, 1, 2]),
         host=st.sampled_from([None, 0, 1]),
-        backend=st.sampled_from(["cpu", "lru", "budget"]),
+        backend=st.sampled_from(["lru", "budget"]),
+        policy=st.sampled_from(["lru", "lru", "budget"]),
     )
-    def start(self, cap, host, backend):
+    def start(self, cap, host, backend, policy):
         self.model, self.plain = net(), net()
         self.oracle = Oracle(self.plain)
         self.root = tempfile.TemporaryDirectory(prefix="pool-machine-")
         self.numbers = itertools.count()
         self.cap = cap if cap is None else sizes()[cap]
         self.host = host if host is None else sizes()[host]
-        caps = {} if self.host is None else {"max_bytes": self.host}
-        self.pool = AdapterPool(self.model, device_bytes=self.cap, backend=backend, **caps)
+        caps = {} if self.host is None else {"max_bytes": self.host, "backend": backend}
+        self.policy = policy
+        self.pool = AdapterPool(
+            self.model, device_bytes=self.cap, policy=policy, **caps
+        )
         self.contents = {}  # name -> (kind, seed)
+        self.added = {}  # name -> a number of its own each time
         self.paths = {}  # name -> where its files are
         self.bad = set()  # names whose files went bad after they were added
         self.pinned = set()
@@ -174,8 +181,9 @@ class PoolMachine(RuleBasedStateMachine):
         try:
             while self.open:
                 self.leave()
-            for name in list(self.contents):
-                self.remove(name)
+            for name in NAMES:
+                if name in self.contents:
+                    self.remove(name)
             stats = self.pool.stats()
             assert (stats.device_bytes, stats.host_bytes) == (0, 0)
             self.pool.close()
@@ -188,39 +196,41 @@ class PoolMachine(RuleBasedStateMachine):
     # What is expected
 
     def cost(self, distinct, others=()):
-        """Return the bytes of adapters, each given as (name, kind, seed)."""
-        return sum(cost(kind) for _, kind, _ in set(distinct) | set(others))
+        """Return the bytes of adapters, each given as (name, kind, seed, when it was added)."""
+        return sum(cost(kind) for _, kind, _, _ in set(distinct) | set(others))
 
     def wanted(self, mix):
-        return {(name, *self.contents[name]) for name in mix if name is not None}
+        return {(name, *self.contents[name], self.added[name]) for name in mix if name is not None}
 
-    def held(self):
-        """Adapters that cannot be evicted: pinned ones and those of open uses."""
-        found = {(name, *self.contents[name]) for name in self.pinned}
-        for one in self.open:
-            found |= {(name, *content) for name, content in one.served.items()}
-        return found
+    def in_use(self):
+        return set().union(*(one.adapters for one in self.open))
 
-    def fits(self, *mixes_of_names):
+    def kept(self):
+        """Adapters that are not evicted, if they are on the device."""
+        return self.in_use() | self.wanted(self.pinned)
+
+    def fits(self, *mixes_of_names, beside):
         if self.cap is None:
             return True
         wanted = set().union(*(self.wanted(mix) for mix in mixes_of_names))
-        return self.cost(wanted, self.held()) <= self.cap
+        return self.cost(wanted, beside) <= self.cap
 
-    def may_fail(self, error, mix, *, beside=()):
+    def may_fail(self, error, mix):
         """Check that there is a reason for an error of a use."""
-        unknown = [name for name in mix if name is not None and name not in self.contents]
         if isinstance(error, AdapterNotFoundError):
-            assert unknown
+            assert not self.known(mix)
         elif isinstance(error, AdapterFileError):
             assert set(mix) & self.bad
             assert any(name in str(error) for name in set(mix) & self.bad)
         elif isinstance(error, CapError):
-            assert not self.fits(mix, *beside) or unknown
+            assert not self.fits(mix, beside=self.kept())
         else:
             raise error
 
-    def rows(self, mix):
+    def known(self, mix):
+        return all(name is None or name in self.contents for name in mix)
+
+    def rows_of(self, mix):
         return [name and folders().get(*self.contents[name]) for name in mix]
 
     def assert_base(self):
@@ -250,29 +260,24 @@ class PoolMachine(RuleBasedStateMachine):
         assert stats.max_device_bytes == self.cap
         assert self.cap is None or stats.device_bytes <= self.cap
         assert self.host is None or stats.host_bytes <= self.host
-        present = {(name, *content) for name, content in self.contents.items()}
-        assert stats.device_bytes <= self.cost(present, self.held())  # nothing of removed ones
+        # Nothing is left of removed ones, and open uses have what they need.
+        assert stats.device_bytes <= self.cost(self.wanted(self.contents), self.in_use())
+        assert stats.device_bytes >= self.cost(self.in_use())
 
     # What servers do
 
     @rule(name=names, content=contents)
     def add(self, name, content):
         kind, seed = content
-        path = Path(self.root.name) / f"{next(self.numbers)}-{kind.replace(' ', '_')}"
+        number = next(self.numbers)
+        path = Path(self.root.name) / f"{number}-{kind.replace(' ', '_')}"
         folders().copied(kind, path, seed)
-        was_pinned = name in self.pinned
-        try:
-            self.pool.add(name, path)
-        except CapError:  # of one that is pinned
-            assert was_pinned
-            return
+        self.pool.add(name, path)
         self.contents[name] = content
+        self.added[name] = number
         self.paths[name] = path
         self.bad.discard(name)
         self.pinned.discard(name)
-        if was_pinned:
-            with contextlib.suppress(ConfigError):
-                self.pool.unpin(name)
 
     @rule(name=names, spoil=st.sampled_from(SPOILS[:3]))
     def add_what_is_bad(self, name, spoil):
@@ -296,7 +301,7 @@ class PoolMachine(RuleBasedStateMachine):
                 return
             raise AssertionError("an unknown name is removed")
         self.pool.remove(name)
-        for known in (self.contents, self.paths):
+        for known in (self.contents, self.added, self.paths):
             del known[name]
         self.bad.discard(name)
         self.pinned.discard(name)
@@ -317,9 +322,9 @@ class PoolMachine(RuleBasedStateMachine):
         except Exception as error:  # noqa: BLE001 - looked at
             self.may_fail(error, mix)
             return
-        assert all(name is None or name in self.contents for name in mix)
-        assert self.fits(mix)
-        assert_rows(found, self.oracle.rows(self.rows(mix), ids))
+        assert self.known(mix)
+        assert self.fits(mix, beside=self.in_use())
+        assert_rows(found, self.oracle.rows(self.rows_of(mix), ids))
         after = self.pool.stats()
         lookups = after.hits + after.misses - before.hits - before.misses
         assert lookups == len(set(mix) - {None})
@@ -334,8 +339,8 @@ class PoolMachine(RuleBasedStateMachine):
         except Exception as error:  # noqa: BLE001 - looked at
             self.may_fail(error, mix)
             return
-        served = {name: self.contents[name] for name in mix if name is not None}
-        self.open.append(Open(context, mix, served))
+        assert self.known(mix)
+        self.open.append(Open(context, mix, self.wanted(mix)))
 
     @precondition(lambda self: self.open)
     @rule()
@@ -346,11 +351,13 @@ class PoolMachine(RuleBasedStateMachine):
     def prefetch(self, mix):
         wanted = [name for name in mix if name is not None]
         try:
-            self.pool.prefetch(wanted)
-        except Exception as error:  # noqa: BLE001 - looked at
-            self.may_fail(error, mix)
+            with quiet():  # it warns of bad files
+                self.pool.prefetch(wanted).result(TIMEOUT)
+        except AdapterNotFoundError:
+            assert not self.known(mix)
             return
-        if not all(name in self.contents for name in wanted) or not self.fits(wanted):
+        assert self.known(mix)
+        if not self.fits(wanted, beside=self.kept()) or self.policy != "lru":
             return
         before = self.pool.stats()
         self.serve_and_check([*wanted, None])
@@ -363,10 +370,12 @@ class PoolMachine(RuleBasedStateMachine):
     def pin(self, name):
         try:
             self.pool.pin(name)
-        except Exception as error:  # noqa: BLE001 - looked at
-            self.may_fail(error, [name])
+        except AdapterNotFoundError:
+            assert name not in self.contents
             return
-        assert name in self.contents
+        except PinError:
+            assert self.cost(self.wanted({name, *self.pinned})) > self.cap
+            return
         self.pinned.add(name)
 
     @precondition(lambda self: self.pinned)
@@ -377,20 +386,21 @@ class PoolMachine(RuleBasedStateMachine):
             assert name in self.contents
         self.pinned.discard(name)
 
-    @rule(size=st.integers(0, 5) | st.none())
+    @rule(size=st.integers(0, 5))
     def resize(self, size):
-        size = size if size is None else sizes()[size]
+        size = sizes()[size]
         try:
             self.pool.resize(device_bytes=size)
-        except (CapError, ConfigError):
-            assert self.cost(self.held()) > size
+        except CapError:
+            assert self.cost(self.kept()) > size
             return
         self.cap = size
 
     @rule(size=st.integers(0, 5))
     def resize_host(self, size):
-        self.pool.resize(max_bytes=sizes()[size])
-        self.host = sizes()[size]
+        if self.host is not None:
+            self.host = sizes()[size]
+            self.pool.resize(max_bytes=self.host)
 
     # What happens to the model and the files
 
@@ -418,8 +428,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(first=mixes, second=mixes)
     def two_threads(self, first, second):
-        """Two threads, each with a mix of its own, whose forwards overlap."""
-        barrier = threading.Barrier(2)
+        """Two threads, each with a mix of its own; if there is room for both, at the same time."""
+        mixes_of_both = (first, second)
+        known = [mix for mix in mixes_of_both if self.known(mix)]
+        if not all(self.fits(mix, beside=self.kept()) for mix in known):
+            return  # one would wait for this thread, which waits for it
+        together = len(known) == 2 and self.fits(*known, beside=self.kept())
+        barrier = threading.Barrier(2 if together else 1)
 
         def work(mix):
             rows = []
@@ -430,19 +445,18 @@ class PoolMachine(RuleBasedStateMachine):
                         with contextlib.suppress(threading.BrokenBarrierError):
                             barrier.wait(TIMEOUT)
                         rows.append((ids, self.model(ids)))
-                return rows
-            finally:
+            except BaseException:
                 barrier.abort()
+                raise
+            return rows
 
-        mixes_of_both = (first, second)
         with ThreadPoolExecutor(2) as threads:
             tasks = [threads.submit(work, mix) for mix in mixes_of_both]
-            for task, mix, other in zip(tasks, mixes_of_both, mixes_of_both[::-1], strict=True):
+            for task, mix in zip(tasks, mixes_of_both, strict=True):
                 try:
                     outputs = task.result(TIMEOUT)
                 except Exception as error:  # noqa: BLE001 - looked at
-                    known = [name for name in other if name is None or name in self.contents]
-                    self.may_fail(error, mix, beside=[known])
+                    self.may_fail(error, mix)
                     continue
                 for ids, found in outputs:
-                    assert_rows(found, self.oracle.rows(self.rows(mix), ids))
+                    assert_rows(found, self.oracle.rows(self.rows_of(mix), ids))

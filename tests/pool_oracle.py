@@ -62,7 +62,7 @@ def _llama_config(**more):
         num_key_value_heads=1,
         max_position_embeddings=64,
         attention_bias=True,
-        attn_implementation="eager",
+        attn_implementation="sdpa",
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,

@@ -38,7 +38,8 @@ from torch import nn
 from zoo import quiet
 
 from dora_cache import AdapterNotFoundError, AdapterPool, ConfigError, DoraCacheError
-from dora_cache.errors import AdapterFileError, CapError
+from dora_cache.errors import AdapterFileError, CapError, PinError
+from dora_cache.units import format_bytes
 
 ALL_KINDS = NET_KINDS | MORE_NET_KINDS
 
@@ -116,10 +117,8 @@ def served(net_folders):
 
 def cost(folders, *kinds):
     """Return the bytes on the device that adapters take together."""
-    with Served(net, folders, kinds).pool as pool:
-        pool.prefetch(list(kinds))
-        with pool.use(list(kinds)):
-            return pool.stats().device_bytes
+    with Served(net, folders, kinds).pool as pool, pool.use(list(kinds)):
+        return pool.stats().device_bytes
 
 
 # Right
@@ -171,12 +170,12 @@ def test_one_name_for_all_rows(served):
 
 
 def test_rows_of_one_name(served):
-    """A batch of one row, and one that is a multiple of the names, as beams are."""
+    """A list of one name is for every row, as the name itself is."""
     served.check(["dora"])
-    ids = tokens(6)
-    with served.pool.use(["dora", "lora", None]), torch.no_grad():
+    ids = tokens(3)
+    with served.pool.use(["biases"]), torch.no_grad():
         found = served.model(ids)
-    assert_rows(found, served.expected(["dora", "dora", "lora", "lora", None, None], ids))
+    assert_rows(found, served.expected(["biases"] * 3, ids))
 
 
 def test_a_flat_batch_of_tokens(served):
@@ -196,15 +195,14 @@ def test_layers_called_by_themselves(served):
     """A layer gets the rows' adapters for inputs of two, three and four dimensions."""
     names = ["dora", None, "lora", "biases"]
     layer = served.model.body["layers"][0].up
-    for shape in ((4, 8), (4, 3, 8), (4, 3, 2, 8), (8, 8)):
+    for shape in ((4, 8), (4, 3, 8), (4, 3, 2, 8)):
         x = torch.randn(shape, dtype=torch.float64)
         with served.pool.use(names), torch.no_grad():
             found = layer(x)
-        per_row = shape[0] // 4
         for i, name in enumerate(names):
             model = served.oracle.model(name and served.folders[name])
             own = model.get_submodule(f"{'base_model.model.' if name else ''}body.layers.0.up")
-            rows = slice(i * per_row, (i + 1) * per_row)
+            rows = slice(i, i + 1)
             with torch.no_grad():
                 assert error(found[rows], own(x[rows])) <= 1e-9
 
@@ -228,12 +226,6 @@ def test_views_and_other_layouts(served):
                 expected = own.get_submodule("base_model.model.body.layers.0.up")(x[i : i + 1])
             assert error(found[i : i + 1], expected) <= 1e-9
         assert torch.equal(x, before)
-
-
-def test_an_empty_batch(served):
-    """No rows, no names: an empty output."""
-    with served.pool.use([]), torch.no_grad():
-        assert served.model(tokens(0)).shape == (0, 6, 5)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -353,7 +345,7 @@ def test_hits_and_misses(served):
 
 def test_prefetched_is_a_hit(served):
     """What has been prefetched is a hit when it is used, and right."""
-    served.pool.prefetch(["dora", "biases"])
+    served.pool.prefetch(["dora", "biases"]).result(60)
     served.check(["dora", "biases", None])
     stats = served.pool.stats()
     assert (stats.hits, stats.misses, stats.loads) == (2, 0, 2)
@@ -385,6 +377,9 @@ def test_pins_that_leave_no_room(net_folders):
     served = Served(net, net_folders, NET_KINDS, device_bytes=cap)
     served.pool.pin("dora")
     served.pool.pin("lora")
+    with pytest.raises(PinError, match="embedding"):
+        served.pool.pin("embedding")
+    served.check(["dora", "lora"])
     with pytest.raises(CapError, match="embedding"), served.pool.use(["embedding"]):
         pass
     served.check(["dora", "lora", None])
@@ -418,11 +413,10 @@ def test_a_resize_does_not_evict_what_is_used(served):
     ids = tokens(3)
     expected = served.expected(names, ids)
     with served.pool.use(names), torch.no_grad():
-        with contextlib.suppress(ConfigError, CapError):
+        with pytest.raises(CapError):
             served.pool.resize(device_bytes=1)
         assert_rows(served.model(ids), expected)
-    with contextlib.suppress(ConfigError, CapError):
-        served.pool.resize(device_bytes=1)
+    served.pool.resize(device_bytes=1)
     assert served.pool.stats().device_bytes <= 1
 
 
@@ -434,8 +428,8 @@ def test_a_batch_that_needs_more_than_the_cap(net_folders):
     before = served.pool.stats()
     with pytest.raises(CapError) as caught, served.pool.use(["dora", "lora", "embedding", None]):
         pass
-    for word in ("dora", "lora", "embedding", str(cap)):
-        assert word in str(caught.value).replace(",", "").replace("_", ""), caught.value
+    for word in ("dora", "lora", "embedding", format_bytes(cap)):
+        assert word in str(caught.value)
     after = served.pool.stats()
     assert (after.on_device, after.device_bytes) == (before.on_device, before.device_bytes)
     served.check(["dora", None, "lora"])
@@ -458,10 +452,10 @@ def test_nothing_is_left_of_what_is_removed(served):
         if kind != "lora":
             served.pool.remove(kind)
     gc.collect()
-    left = [one() for one in new if one() is not None and one().is_floating_point()]
+    left = [one() for one in new if one() is not None and one().numel() > 1]
     assert not [tuple(one.shape) for one in left]
     stats = served.pool.stats()
-    assert served.pool.names == ("lora",) or list(served.pool.names) == ["lora"]
+    assert served.pool.names == ["lora"]
     assert stats.on_device == 1
     assert stats.device_bytes == cost(served.made, "lora")
 
@@ -808,6 +802,7 @@ def test_a_write_past_the_counters_and_an_event(net_folders):
         model.eval()
 
     served.write(write)
+    fresh(served)
     served.check(names)
 
 
@@ -944,7 +939,7 @@ def test_an_unknown_name(names, served):
     unharmed(served)
 
 
-@pytest.mark.parametrize(("names", "rows"), [(3, 4), (4, 3), (4, 2), (4, 1), (4, 6), (0, 2)])
+@pytest.mark.parametrize(("names", "rows"), [(3, 4), (4, 3), (4, 2), (4, 1), (4, 6), (4, 8)])
 def test_names_that_do_not_match_the_batch(names, rows, served):
     """Names of which the batch is no multiple are refused at the forward, with both numbers."""
     given = ["dora", "lora", None, "biases"][:names]
@@ -953,7 +948,7 @@ def test_names_that_do_not_match_the_batch(names, rows, served):
     unharmed(served)
 
 
-@pytest.mark.parametrize("names", [3, [3], [["dora"]], {"dora": 1}, b"dora", [b"dora"]])
+@pytest.mark.parametrize("names", [[], (), 3, [3], [["dora"]], b"dora", [b"dora"]])
 def test_names_that_are_none(names, served):
     """What is not a name is refused."""
     with pytest.raises((DoraCacheError, TypeError)), served.pool.use(names):
@@ -1031,8 +1026,8 @@ def test_bad_files_when_loaded(spoil, served, net_folders, tmp_path):
     for _ in range(2):
         with pytest.raises(AdapterFileError, match="fresh"), served.pool.use(["fresh", None]):
             pass
-    with contextlib.suppress(AdapterFileError):
-        served.pool.prefetch(["fresh"])
+    with quiet():
+        served.pool.prefetch(["fresh"]).result(60)
     with pytest.raises(AdapterFileError, match="fresh"), served.pool.use(["dora", "fresh"]):
         pass
     assert_sums(served.pool)
@@ -1079,17 +1074,6 @@ def test_an_adapter_for_another_shape(served, tmp_path):
         served.pool.add("other", path)
     assert "6" in str(caught.value)
     assert "5" in str(caught.value)
-    unharmed(served)
-
-
-def test_an_adapter_of_too_high_a_rank(net_folders, tmp_path):
-    """A rank above the pool's limit is refused, with both numbers."""
-    served = Served(net, net_folders, ["dora", "lora", "biases"], max_rank=4)
-    path = save(net(), tmp_path / "high", target_modules=["up"], r=5)
-    with pytest.raises(DoraCacheError) as caught:
-        served.pool.add("high", path)
-    assert "5" in str(caught.value)
-    assert "4" in str(caught.value)
     unharmed(served)
 
 
@@ -1145,7 +1129,7 @@ def test_a_failing_forward_leaves_nothing_open(served):
         served.model(torch.full((2, 6), 99))
     served.pool.resize(device_bytes=0)
     assert served.pool.stats().device_bytes == 0
-    served.pool.resize(device_bytes=None)
+    served.pool.resize(device_bytes="1GiB")
     unharmed(served)
 
 
