@@ -110,7 +110,7 @@ PARAMETERS = [name for name, _ in net().named_parameters()]
 
 
 def _shorter(path, seed):
-    data = (path / WEIGHTS).read_bytes()
+    data = (path / WEIGHTS).read_bytes() if (path / WEIGHTS).exists() else b""
     (path / WEIGHTS).write_bytes(data[: len(data) // 2])
 
 
@@ -154,8 +154,9 @@ class PoolMachine(RuleBasedStateMachine):
         host=st.sampled_from([None, 0, 1]),
         backend=st.sampled_from(["lru", "budget"]),
         policy=st.sampled_from(["lru", "lru", "budget"]),
+        first=st.lists(contents, min_size=2, max_size=len(NAMES)),
     )
-    def start(self, cap, host, backend, policy):
+    def start(self, cap, host, backend, policy, first):
         self.model, self.plain = net(), net()
         self.oracle = Oracle(self.plain)
         self.root = tempfile.TemporaryDirectory(prefix="pool-machine-")
@@ -164,9 +165,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.host = host if host is None else sizes()[host]
         caps = {} if self.host is None else {"max_bytes": self.host, "backend": backend}
         self.policy = policy
-        self.pool = AdapterPool(
-            self.model, device_bytes=self.cap, policy=policy, **caps
-        )
+        self.pool = AdapterPool(self.model, device_bytes=self.cap, policy=policy, **caps)
         self.contents = {}  # name -> (kind, seed)
         self.added = {}  # name -> a number of its own each time
         self.paths = {}  # name -> where its files are
@@ -174,6 +173,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pinned = set()
         self.open = []
         self.seed = 0
+        for name, content in zip(NAMES, first, strict=False):
+            self.add(name, content)
 
     def teardown(self):
         if not hasattr(self, "pool"):

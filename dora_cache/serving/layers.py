@@ -126,11 +126,6 @@ class PooledLayer:
         module: Any = self._bases.module(self.index)
         return getattr(module, "original_module", module)
 
-    def _base_tensor(self, name: str) -> Tensor:
-        """Return a parameter or buffer by its name; the model may have moved to another dtype."""
-        owner, _, own = name.rpartition(".")
-        return getattr(self._base().get_submodule(owner), own)  # type: ignore[no-any-return]
-
     def device(self) -> torch.device:
         """Return the device that the layer computes on."""
         base = self._base()
@@ -329,10 +324,7 @@ class PooledLayer:
                     continue
                 rows = (x[where], *args[1:]) if args else ()
                 named = kwargs if args else kwargs | {next(iter(kwargs)): x[where]}
-                weights = {
-                    key: own.to(self._base_tensor(key).dtype) for key, own in placed.weights.items()
-                }
-                found = torch.func.functional_call(self._base(), weights, rows, named)
+                found = torch.func.functional_call(self._base(), placed.weights, rows, named)
                 output[where] = found.to(output.dtype)
         finally:
             routing.current.reset(outer)
