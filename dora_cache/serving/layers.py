@@ -56,7 +56,7 @@ class Bases:
 
         What adapters derive from the layer is kept with them; this tells whether it still holds.
         """
-        return torch.empty(1)
+        return torch.empty(1, dtype=torch.int64)
 
 
 def _rows_at_once(weight: Tensor) -> int:
@@ -98,6 +98,7 @@ class PooledLayer:
         dtype: of factors: the base weight's.
         accumulated: float32; float64 if that is the dtype.
         biased: whether the base layer has a bias.
+        device: where the layer computes.
     """
 
     def __init__(
@@ -117,8 +118,7 @@ class PooledLayer:
         self._wrapped = hasattr(module, "get_base_layer") or hasattr(module, "original_module")
         bases.modules.append(weakref.ref(module))
         self.kind = _kind_of(self._base())
-        self.dtype = _dtype_of(self._base())
-        self.accumulated = _accumulated(self.dtype)
+        self.look()
         self.outputs = 0 if self.kind == "other" else _outputs_of(self._base())
         self.biased = bias_of(self._base()) is not None
 
@@ -126,8 +126,15 @@ class PooledLayer:
         module: Any = self._bases.module(self.index)
         return getattr(module, "original_module", module)
 
-    def device(self) -> torch.device:
-        """Return the device that the layer computes on."""
+    def look(self) -> bool:
+        """Find out where and in which dtype the layer computes; return whether that has changed."""
+        before = getattr(self, "dtype", None), getattr(self, "device", None)
+        self.dtype = _dtype_of(self._base())
+        self.accumulated = _accumulated(self.dtype)
+        self.device = self._device()
+        return before != (self.dtype, self.device)
+
+    def _device(self) -> torch.device:
         base = self._base()
         hook = getattr(base, "_hf_hook", None)
         execution = getattr(hook, "execution_device", None)
@@ -147,7 +154,7 @@ class PooledLayer:
         is ``||W||^2 + 2 g <W, B A> + g^2 ||B A||^2``, and neither product needs ``B A``.
         """
         with torch.inference_mode(mode=False), torch.no_grad():
-            with torch.autocast(self.device().type, enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 self._derive(placed)
 
     def _derive(self, placed: Placed) -> None:

@@ -354,7 +354,7 @@ class Tiers:
         self._bring(adapter)
 
     def pin(self, adapter: Adapter, *, pinned: bool) -> None:
-        """Keep an adapter on the device, or let it go again.
+        """Keep an adapter that is on the device there, or let it go again.
 
         Raises:
             PinError: it does not fit beside what is pinned.
