@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,15 +29,19 @@ from dora_cache.errors import (
 from dora_cache.lifecycle import POOL, POOLED, Observer, observe
 from dora_cache.serving import routing
 from dora_cache.serving.files import open_adapter
-from dora_cache.serving.layers import Bases, PooledLayer, pooled_forward
+from dora_cache.serving.kernels import LARGEST_RANK
+from dora_cache.serving.layers import PooledLayer, pooled_forward
 from dora_cache.serving.residents import Layout
 from dora_cache.serving.routing import Batch, Route
 from dora_cache.serving.tiers import Adapter, Tiers
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import EllipsisType
+    from typing import Self
 
+    from dora_cache.cache import AdapterCache
     from dora_cache.serving.files import AdapterFiles
 
 __all__ = ["AdapterPool", "PoolStats"]
@@ -119,7 +124,7 @@ class AdapterPool(Uncopyable):
             none, or a registered one.
         options: further settings of that backend.
         policy: what leaves the device first: ``"lru"``, or ``"budget"``, by time to load per byte.
-        max_rank: the largest rank in CUDA graphs.
+        max_rank: the largest rank that an adapter may have; CUDA graphs keep room for it.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -137,7 +142,7 @@ class AdapterPool(Uncopyable):
         backend: str = "cpu",
         options: Mapping[str, Any] | None = None,
         policy: str = "lru",
-        max_rank: int = 64,
+        max_rank: int = LARGEST_RANK,
     ) -> None:
         if not isinstance(model, nn.Module):
             msg = f"the model is a {type(model).__name__}: give a torch.nn.Module"
@@ -145,8 +150,8 @@ class AdapterPool(Uncopyable):
         if policy not in {"lru", "budget"}:
             msg = f"policy is {policy!r}: give 'lru' or 'budget'"
             raise ConfigError(msg)
-        if not isinstance(max_rank, int) or max_rank < 1:
-            msg = f"max_rank is {max_rank!r}: give a positive whole number"
+        if not isinstance(max_rank, int) or not 1 <= max_rank <= LARGEST_RANK:
+            msg = f"max_rank is {max_rank!r}: give a whole number from 1 to {LARGEST_RANK}"
             raise ConfigError(msg)
         self.number = next(_numbers)
         self.max_rank = max_rank
@@ -166,16 +171,16 @@ class AdapterPool(Uncopyable):
         self._names: dict[str, Adapter] = {}
         self._layers: dict[str, PooledLayer] = {}
         self._by_index: list[PooledLayer] = []
-        self._bases = Bases()
+        self._bases = nn.ModuleList()
+        self._marks: AdapterCache | None = None
         self._static: dict[torch.device, Tensor] = {}
         self._captured = False
         self._executor: ThreadPoolExecutor | None = None
         self._undo = ExitStack()
         self._closed = False
+        self._stale = False  # whether layers are elsewhere than the adapters
         # The most layers that tables have a row for: they are as long for all adapters.
         self._count = sum(1 for _ in model.modules())
-        self._marks = attach(self._bases, backend="dict", max_bytes=None)
-        self._undo.callback(self._marks.detach)
         self._follow(model)
         routing.pools[self.number] = self
 
@@ -204,6 +209,13 @@ class AdapterPool(Uncopyable):
         model = self._model
         files = open_adapter(name, path, model)
         try:
+            rank = max((part.rank for part in files.parts), default=0)
+            if rank > self.max_rank:
+                msg = (
+                    f"adapter {name!r} has rank {rank}, and the pool takes ranks up to max_rank="
+                    f"{self.max_rank}: make the pool with a larger one (up to {LARGEST_RANK})"
+                )
+                raise AdapterFileError(msg)
             adapter = Adapter(files, self._layouts(model, files), self._count)
         except BaseException:
             files.close()
@@ -270,7 +282,7 @@ class AdapterPool(Uncopyable):
                 layer = self._layers.get(part.module)
                 if layer is None:
                     layer = self._add_layer(modules[part.module], part.module)
-                by_device.setdefault(layer.device(), []).append((layer, part))
+                by_device.setdefault(layer.device, []).append((layer, part))
         return [Layout(device, parts, self._count) for device, parts in by_device.items()]
 
     def _add_layer(self, module: nn.Module, name: str) -> PooledLayer:
@@ -279,11 +291,18 @@ class AdapterPool(Uncopyable):
             raise ConfigError(msg)
         names = name.split(".")
         nested = sum(part.isdigit() for part in names) > 1
-        layer = PooledLayer(self, self._bases, module, name, nested=nested)
+        layer = PooledLayer(self, len(self._by_index), module, name, nested=nested)
+        self._bases.append(layer.base)
+        if self._marks is None:  # later ones are attached as they come
+            self._marks = attach(self._bases, backend="dict", max_bytes=None)
+            self._undo.callback(self._marks.detach)
         module.__dict__[POOLED] = layer
-        forward = pooled_forward(type(module))
+        kind: Any = type(module)
+        forward = pooled_forward(kind)
         self._undo.callback(module.__dict__.pop, POOLED, None)
-        self._undo.callback(observe(module, Observer(), overrides={"forward": forward}))
+        # A switch may come with writes that nobody counts: the weights are looked at again.
+        observer = Observer(mode_switched=self._switched, moved=self._moved)
+        self._undo.callback(observe(module, observer, overrides={"forward": forward}))
         self._layers[name] = layer
         self._by_index.append(layer)
         return layer
@@ -295,15 +314,42 @@ class AdapterPool(Uncopyable):
             raise ConfigError(msg)
         model.__dict__[POOL] = self
         self._undo.callback(model.__dict__.pop, POOL, None)
-        overrides: dict[str, Callable[..., Any]] = {"forward": _noting_batch(type(model))}
-        if callable(getattr(type(model), "generate", None)):
-            overrides["generate"] = _expanding(type(model))
+        kind: Any = type(model)
+        overrides: dict[str, Callable[..., Any]] = {"forward": _noting_batch(kind)}
+        if callable(getattr(kind, "generate", None)):
+            overrides["generate"] = _expanding(kind)
         self._undo.callback(observe(model, Observer(), overrides=overrides))
+
+    def _switched(self, _: nn.Module) -> None:
+        """Have the weights be looked at again."""
+        if self._marks is not None:
+            self._marks.invalidate()
+
+    def _moved(self, module: nn.Module) -> None:
+        """Have adapters follow a layer that has gone to another device or dtype."""
+        layer = module.__dict__.get(POOLED)
+        if layer is not None and layer.look():
+            self._stale = True
+
+    def _follow_moves(self) -> None:
+        with self._tiers.lock:
+            if not self._stale:
+                return
+            self._stale = False
+            before = dict(self._names)
+            for name, one in before.items():
+                layouts = self._layouts(self._model, one.files)
+                after = self._names[name] = Adapter(one.files, layouts, self._count)
+                if one.pinned:
+                    self._tiers.retire(one)
+                    self._tiers.pin(after, pinned=True)
+                else:
+                    self._tiers.retire(one)
 
     # Batches
 
     @contextmanager
-    def use(self, names: str | None | Sequence[str | None]) -> Iterator[None]:
+    def use(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
         """Run the model with adapters, in this thread or task, within the block.
 
         Adapters that are not on the device are brought there first; they stay until the end. Enter
@@ -324,6 +370,8 @@ class AdapterPool(Uncopyable):
         self._check_open()
         each = _listed(names)
         outer = routing.current.get()
+        if self._stale:
+            self._follow_moves()
         with self._tiers.lock:
             distinct = {name: self._known(name) for name in each if name is not None}
         wanted = list(distinct.values())
@@ -414,13 +462,16 @@ class AdapterPool(Uncopyable):
     # The rest
 
     def pin(self, name: str) -> None:
-        """Keep an adapter on the device once it is there.
+        """Bring an adapter to the device, and keep it there.
 
         Raises:
             AdapterNotFoundError: there is none of that name.
+            AdapterFileError: it cannot be read.
             PinError: it does not fit beside what is pinned.
         """
-        self._tiers.pin(self._known(name), pinned=True)
+        self._check_open()
+        with self.use(name):
+            self._tiers.pin(self._known(name), pinned=True)
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave the device again.
@@ -431,26 +482,35 @@ class AdapterPool(Uncopyable):
         self._tiers.pin(self._known(name), pinned=False)
 
     def resize(
-        self, *, device_bytes: int | str | None = None, max_bytes: int | str | None = None
+        self,
+        *,
+        device_bytes: int | str | EllipsisType | None = ...,
+        max_bytes: int | str | EllipsisType = ...,
     ) -> None:
-        """Change caps; what is above them leaves at once. None leaves one as it is.
+        """Change the caps that are given; what is above them leaves at once.
+
+        Args:
+            device_bytes: the device's; None for none.
+            max_bytes: the host's.
 
         Raises:
             CapError: what is in use or pinned takes more; nothing has changed.
             ConfigError: a size is wrong, or the host's backend cannot be resized.
         """
         self._check_open()
-        device = _bytes("device_bytes", device_bytes, self._device)
-        host = _bytes("max_bytes", max_bytes, torch.device("cpu"))
         tiers = self._tiers
+        device, host = tiers.device_bytes, None
+        if device_bytes is not ...:
+            device = _bytes("device_bytes", device_bytes, self._device)
+        if max_bytes is not ...:
+            host = _bytes("max_bytes", max_bytes, torch.device("cpu"))
         with tiers.lock:
             if host is not None and not isinstance(tiers.host, Resizable):
                 msg = "the host's backend has no cap that can be changed: make the pool with one"
                 raise ConfigError(msg)
-            if device is not None:
-                tiers.resize(device)
+            tiers.resize(device)
             if host is not None:
-                tiers.host.resize(host)  # type: ignore[union-attr]
+                tiers.host.resize(host)
                 self._max_host = host
 
     def stats(self) -> PoolStats:
@@ -490,10 +550,10 @@ class AdapterPool(Uncopyable):
             f"device: {now.on_device} adapters, {format_bytes(now.device_bytes)} of {caps[0]}",
             f"host: {now.on_host} more, {format_bytes(now.host_bytes)} of {caps[1]}",
             f"files: {now.on_disk} more",
-            f"lookups: {now.lookups}, {now.hit_rate:.1%} hits; {now.loads} loads, of which "
-            f"{now.reads} from files; {now.evictions} evictions",
+            f"lookups: {now.lookups}, {now.hit_rate:.1%} hits",
+            f"loads: {now.loads}, {now.reads} from files; {now.evictions} evictions",
         ]
-        reasons = self._marks.stats().reasons
+        reasons = {} if self._marks is None else self._marks.stats().reasons
         lines += [f"scales derived at each forward: {name} ({n})" for name, n in reasons.items()]
         return "\n".join(lines)
 
@@ -525,7 +585,7 @@ class AdapterPool(Uncopyable):
             msg = "the pool is closed: make another one"
             raise DetachedError(msg)
 
-    def __enter__(self) -> AdapterPool:
+    def __enter__(self) -> Self:
         """Return the pool; it is closed at the end."""
         return self
 
@@ -554,13 +614,10 @@ def _bytes(name: str, size: int | str | None, device: torch.device) -> int | Non
         raise ConfigError(msg) from None
 
 
-def _listed(names: str | None | Sequence[str | None]) -> tuple[str | None, ...]:
+def _listed(names: str | Sequence[str | None] | None) -> tuple[str | None, ...]:
     if names is None or isinstance(names, str):
         return (names,)
-    try:
-        each = tuple(names)
-    except TypeError:
-        each = (names,)  # type: ignore[assignment]
+    each = tuple(names) if isinstance(names, Sequence) else ()
     if not each or not all(one is None or isinstance(one, str) for one in each):
         msg = f"use({names!r}): give a name, None, or a list of these with one for each row"
         raise ConfigError(msg)
@@ -568,8 +625,8 @@ def _listed(names: str | None | Sequence[str | None]) -> tuple[str | None, ...]:
 
 
 @functools.cache
-def _noting_batch(kind: type) -> Callable[..., Any]:
-    original: Any = kind.forward  # type: ignore[attr-defined]
+def _noting_batch(kind: Any) -> Callable[..., Any]:
+    original = kind.forward
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -598,8 +655,8 @@ def _noting_batch(kind: type) -> Callable[..., Any]:
 
 
 @functools.cache
-def _expanding(kind: type) -> Callable[..., Any]:
-    original: Any = kind.generate  # type: ignore[attr-defined]
+def _expanding(kind: Any) -> Callable[..., Any]:
+    original = kind.generate
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
