@@ -1077,6 +1077,15 @@ def test_an_adapter_for_another_shape(served, tmp_path):
     unharmed(served)
 
 
+def test_an_adapter_of_too_high_a_rank(net_folders, tmp_path):
+    """A rank above the pool's limit is refused, with both numbers."""
+    served = Served(net, net_folders, ["lora"], max_rank=4)
+    path = save(net(), tmp_path / "high", target_modules=["up"], r=5)
+    with pytest.raises(DoraCacheError, match=r"high.* 5.*=4"):
+        served.pool.add("high", path)
+    served.check(["lora", None])
+
+
 def test_an_adapter_of_another_kind(served, tmp_path):
     """A kind that the pool does not serve is refused by name or served right."""
     from peft import IA3Config, get_peft_model
