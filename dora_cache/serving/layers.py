@@ -254,11 +254,29 @@ class PooledLayer:
             own_rows = [output[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         else:
             own_rows = output.split(sizes)  # type: ignore[no-untyped-call]
+        # Factors first, since one call then scales the rows of all.
+        scaled, scales, shifted, shifts = [], [], [], []
+        plain = self.kind == "linear" and output.dtype is x.dtype is self.accumulated
         parts = zip(residents, own_rows, x.split(sizes), strict=True)  # type: ignore[no-untyped-call]
         for resident, part, own in parts:
             placed = None if resident is None else resident.placed[self.index]
-            if placed is not None and placed.whole is None:
+            if placed is None or placed.whole is not None:
+                continue
+            if not plain:
                 self._change(part, own, placed)
+                continue
+            if placed.a is not None:
+                part.addmm_(own.mm(placed.a_transposed), placed.b_transposed, alpha=placed.scaling)
+            if placed.scale is not None:
+                scaled.append(part)
+                scales.append(placed.scale)
+            if placed.shift is not None:
+                shifted.append(part)
+                shifts.append(placed.shift)
+        if scaled:
+            torch._foreach_mul_(scaled, scales)
+        if shifted:
+            torch._foreach_add_(shifted, shifts)
         return output if order is None else whole.index_copy(0, order, output)
 
     def adapt_captured(self, output: Tensor, x: Tensor, rows: Tensor, max_rank: int) -> None:
