@@ -30,7 +30,7 @@ from torch import nn
 from zoo import quiet
 
 from dora_cache import AdapterNotFoundError, AdapterPool
-from dora_cache.errors import AdapterFileError, CapError, PinError
+from dora_cache.errors import AdapterFileError, CapError
 
 NAMES = ("ada", "bob", "cleo", "dan")
 KINDS = NET_KINDS | {
@@ -374,8 +374,8 @@ class PoolMachine(RuleBasedStateMachine):
         except AdapterNotFoundError:
             assert name not in self.contents
             return
-        except PinError:
-            assert self.cost(self.wanted({name, *self.pinned})) > self.cap
+        except (AdapterFileError, CapError) as error:
+            self.may_fail(error, [name])
             return
         self.pinned.add(name)
 

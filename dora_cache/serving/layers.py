@@ -354,19 +354,34 @@ class PooledLayer:
             if placed is not None and placed.whole is not None:
                 rows = (x[where], *args[1:]) if args else ()
                 named = kwargs if args else kwargs | {next(iter(kwargs)): x[where]}
+                self._follow(placed.whole, placed.weights)
                 output[where] = placed.whole(*rows, **named).to(output.dtype)
         return output
 
     def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return a copy of the base layer with other parameters."""
+        """Return a copy of the base layer with other parameters and buffers."""
         base = self.base.module()
-        known: dict[int, Any] = {id(one): one for one in base.buffers()}
-        for name, parameter in base.named_parameters():
-            other = weights.get(name)
-            known[id(parameter)] = (
-                parameter if other is None else nn.Parameter(other, requires_grad=False)
-            )
+        known: dict[int, Any] = {}
+        for name, own in (*base.named_parameters(), *base.named_buffers()):
+            other = weights.get(name, own).to(own.dtype)
+            if name in weights and isinstance(own, nn.Parameter):
+                other = nn.Parameter(other, requires_grad=False)
+            known[id(own)] = own if name not in weights else other
         return copy.deepcopy(base, known)
+
+    def _follow(self, whole: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Have a copy share again what it has of the base layer: others may be there since."""
+        own = dict(self.base.module().named_modules())
+        for prefix, module in whole.named_modules():
+            base = own[prefix]
+            if module.training is not base.training:
+                module.training = base.training
+            pairs = ((module._parameters, base._parameters), (module._buffers, base._buffers))
+            for tensors, others in pairs:
+                for name, other in others.items():
+                    key = f"{prefix}.{name}" if prefix else name
+                    if key not in weights and tensors.get(name) is not other:
+                        tensors[name] = other
 
 
 def _over_outputs(vector: Tensor, output: Tensor) -> Tensor:
