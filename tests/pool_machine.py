@@ -30,7 +30,7 @@ from torch import nn
 from zoo import quiet
 
 from dora_cache import AdapterNotFoundError, AdapterPool
-from dora_cache.errors import AdapterFileError, CapError
+from dora_cache.errors import AdapterFileError, CapError, PinError
 
 NAMES = ("ada", "bob", "cleo", "dan")
 KINDS = NET_KINDS | {
@@ -373,6 +373,9 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.pin(name)
         except AdapterNotFoundError:
             assert name not in self.contents
+            return
+        except PinError:
+            assert self.cost(self.wanted({name, *self.pinned})) > self.cap
             return
         except (AdapterFileError, CapError) as error:
             self.may_fail(error, [name])

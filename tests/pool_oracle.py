@@ -286,6 +286,7 @@ class Folders:
         self.kinds = kinds
         self.root = Path(root)
         self.made = {}
+        self.oracle = Oracle(base)
 
     def __getitem__(self, kind):
         return self.get(kind)
