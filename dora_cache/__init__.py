@@ -12,6 +12,7 @@ from dora_cache.cache import AdapterCache
 from dora_cache.config import CacheConfig
 from dora_cache.decorator import CacheInfo, cached
 from dora_cache.errors import (
+    AdapterFileError,
     AdapterNotFoundError,
     AlreadyAttachedError,
     BackendError,
@@ -33,6 +34,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "AdapterCache",
+    "AdapterFileError",
     "AdapterNotFoundError",
     "AlreadyAttachedError",
     "BackendError",

@@ -6,6 +6,7 @@ import warnings
 from contextlib import suppress
 
 __all__ = [
+    "AdapterFileError",
     "AdapterNotFoundError",
     "AlreadyAttachedError",
     "BackendError",
@@ -57,6 +58,10 @@ class AdapterNotFoundError(DoraCacheError, KeyError):
     def __str__(self) -> str:
         """Return the message itself; ``KeyError`` would show its ``repr``."""
         return str(self.args[0]) if self.args else ""
+
+
+class AdapterFileError(DoraCacheError, ValueError):
+    """An adapter's files are missing, damaged, unsupported, or made for another model."""
 
 
 class CacheWarning(UserWarning):
