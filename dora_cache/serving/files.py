@@ -361,14 +361,14 @@ class _Reader:
         )
         self.tied = self.find_tied()
         adapters, replaced = self.sort_keys()
-        self.check_tied(adapters, replaced)
         parts: dict[str, Part] = {}
-        for module, keys in adapters.items():
-            parts[module] = self.adapter_part(module, keys)
+        for module in sorted(adapters, key=len):
+            parts[module] = self.adapter_part(module, adapters[module])
             self.require_one_name(module)
         for module, keys in replaced.items():
             parts[module] = self.replaced_part(module, keys)
             self.require_one_name(module)
+        self.check_tied(adapters, replaced)
         if not parts:
             self.refuse(f"{WEIGHTS} has no adapter's weights; save the adapter again.")
         self.files.parts = tuple(parts[module] for module in self.places if module in parts)
@@ -459,8 +459,6 @@ class _Reader:
             if short in keys:
                 self.refuse(f"it has both {keys[short]} and {key}; remove one.")
             keys[short] = key
-        for module in adapters:
-            self.place(module)
         wrapped = frozenset(adapters)
         for key, body in rest:
             owner = self.replaced_module(body)
@@ -565,7 +563,7 @@ class _Reader:
         base = place.module
         kind = _kind(base)
         why = _why_unserved(place, dora=self.config["use_dora"])
-        if kind is not None and why:
+        if why:
             self.refuse(f"it has weights for {module}, and {why}.")
         if keys.keys() == {"bias"}:
             shape = tuple(base.bias.shape)  # type: ignore[arg-type]
@@ -797,8 +795,9 @@ def _why_unserved(place: _Place, *, dora: bool) -> str:
     if isinstance(place.parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"{type(place.parent).__name__} reads that layer's weight and may not call it"
     if isinstance(base, nn.Embedding):
-        if type(base).forward is not nn.Embedding.forward:
-            return f"{type(base).__name__} has a forward of its own, not nn.Embedding's"
+        # PEFT multiplies what the adapter adds by embed_scale, too.
+        if type(base).forward is not nn.Embedding.forward or hasattr(base, "embed_scale"):
+            return f"{type(base).__name__} has a forward or scale of its own, not nn.Embedding's"
         if base.max_norm is not None:
             return "that embedding has max_norm, which changes weights in its forward"
     elif isinstance(base, _CONVOLUTIONS):
