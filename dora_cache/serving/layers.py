@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dora_cache.serving.residents import Placed
     from dora_cache.serving.routing import Route
 
-__all__ = ["PooledLayer", "pooled_forward"]
+__all__ = ["PooledLayer", "Substitute", "pooled_forward"]
 
 _AT_ONCE = 1 << 24
 """Elements of a base weight that are brought to a larger dtype at once."""
@@ -357,16 +357,40 @@ class PooledLayer:
                 output[where] = placed.whole(*rows, **named).to(output.dtype)
         return output
 
-    def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def copy_with(self, weights: Mapping[str, Tensor]) -> Substitute:
         """Return a copy of the base layer with other parameters."""
-        base = self.base.module()
-        known: dict[int, Any] = {id(one): one for one in base.buffers()}
-        for name, parameter in base.named_parameters():
-            other = weights.get(name)
-            known[id(parameter)] = (
-                parameter if other is None else nn.Parameter(other, requires_grad=False)
+        return Substitute(self.base.module(), weights)
+
+
+class Substitute:
+    """A copy of a module with parameters of its own; the others, and buffers, are the module's.
+
+    A copy, since parameters that are swapped for a call would be seen by other threads.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        tensors: dict[int, Any] = {id(one): one for one in module.buffers()}
+        self._shared: list[tuple[dict[str, Any], nn.Module, str, str]] = []
+        for name, parameter in module.named_parameters():
+            own = weights.get(name)
+            tensors[id(parameter)] = (
+                parameter if own is None else nn.Parameter(own, requires_grad=False)
             )
-        return copy.deepcopy(base, known)
+        self._copy = copy.deepcopy(module, tensors)
+        parts = zip(module.named_modules(), self._copy.modules(), strict=True)
+        for (path, theirs), own_part in parts:
+            prefix = f"{path}." if path else ""
+            for kind in ("_parameters", "_buffers"):
+                held = getattr(own_part, kind)
+                self._shared += [
+                    (held, theirs, kind, name) for name in held if prefix + name not in weights
+                ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        for held, theirs, kind, name in self._shared:  # those may have been replaced
+            held[name] = getattr(theirs, kind)[name]
+        return self._copy(*args, **kwargs)
 
 
 def _over_outputs(vector: Tensor, output: Tensor) -> Tensor:
