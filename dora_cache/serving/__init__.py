@@ -1,0 +1,1 @@
+"""Many adapters in one batch, under one cap."""
