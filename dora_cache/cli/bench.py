@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from dora_cache.cli.loading import (
     parse_device,
 )
 from dora_cache.cli.measuring import measure, measure_more, save, show, show_more
+from dora_cache.cli.mixed import FILE, mixed, parse_numbers
 from dora_cache.cli.options import (
     DTYPES,
     AdapterOption,
@@ -39,6 +40,9 @@ from dora_cache.lab import bench as measurement
 from dora_cache.lab.machine import describe_machine
 from dora_cache.lab.models import random_dora
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["bench"]
 
 _PROMPT_TOKENS = 16
@@ -56,10 +60,13 @@ def bench(
     ] = None,
     adapter: AdapterOption = None,
     rank: Annotated[
-        int, typer.Option(min=1, help="Without --adapter: rank of two random DoRA adapters.")
+        int, typer.Option(min=1, help="Without --adapter: rank of the random adapters.")
     ] = 8,
     adapter_dtype: Annotated[
-        Dtype | None, typer.Option(help="Without --adapter: dtype of these; fp32 as with PEFT.")
+        Dtype | None,
+        typer.Option(
+            help="Without --adapter: dtype of these; fp32 as with PEFT, with --mixed the model's."
+        ),
     ] = None,
     ways: Annotated[
         str | None, typer.Option(metavar="LIST", help="Only these, e.g. lora,peft,dora-cache.")
@@ -81,6 +88,29 @@ def bench(
         str | None,
         typer.Option(metavar="WAY", help="Measure nothing; profile a few tokens of this way."),
     ] = None,
+    mixed_rows: Annotated[
+        str | None,
+        typer.Option(
+            "--mixed",
+            metavar="N,...",
+            help="Measure batches of N rows with N adapters instead: PEFT's LoRA, and a pool.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(metavar="R,...", help="With --mixed: a pool of these ranks in turn, too."),
+    ] = None,
+    prompt: Annotated[
+        int,
+        typer.Option(min=1, metavar="LENGTH", help="With --mixed: time prompts so long, too."),
+    ] = 0,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="With --mixed, on CUDA: time CUDA graphs, too.")
+    ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --mixed: for each phase, if --rounds take longer."),
+    ] = None,
     out: OutOption = Path("out"),
     device: DeviceOption = None,
 ) -> None:
@@ -90,6 +120,44 @@ def bench(
     with too little for all adapters), and cpu.
     """
     with reported():
+        others = given(
+            adapter=adapter,
+            backend=backend,
+            max_bytes=max_bytes,
+            device_bytes=device_bytes,
+            numerics=numerics,
+            prefill=prefill,
+            compiled=compiled or None,
+            profile=profile,
+        )
+        own = given(ranks=ranks, prompt=prompt or None, graphs=graphs or None, seconds=seconds)
+        if mixed_rows is not None:
+            _refuse(others, "has no meaning with --mixed: leave it out")
+            check_source(model, shape, layers)
+            counts = sorted(parse_numbers("--mixed", mixed_rows))
+            each = () if ranks is None else parse_numbers("--ranks", ranks)
+            where = parse_device(device)
+            if graphs and where.type != "cuda":
+                raise CliError(f"--graphs is for CUDA devices: leave it out on {where}")
+            folder = make_folder(out, FILE)
+            with spinner("loading"):
+                base = _base(model, shape, where, layers, dtype)
+            settings = {"tokens": tokens, "rounds": rounds, "seconds": seconds, "prompt": prompt}
+            mixed(
+                results(),
+                base,
+                counts,
+                folder,
+                rank=rank,
+                ranks=each,
+                dtype=adapter_dtype,
+                ways=ways,
+                about=_about(base, model, shape),
+                graphs=graphs,
+                **settings,
+            )
+            return
+        _refuse(own, "is for --mixed: write, e.g., --mixed 1,4,16")
         paths = parse_adapters(adapter or [])
         _check(model, shape, layers, adapter_dtype, adapters=bool(paths))
         prompts = parse_prefill(prefill)
@@ -102,13 +170,9 @@ def bench(
         if profile:
             _one(choose_ways(known, profile, shape=bool(shape)))
         where = parse_device(device)
-        folder = None if profile else make_folder(out, "bench.json", "bench.png")
+        target = None if profile else make_folder(out, "bench.json", "bench.png")
         with spinner("loading"):
-            usual: Dtype | None = "bf16" if shape and where.type == "cuda" else None
-            kind = dtype or usual
-            base = load_base(
-                model, shape, where, layers=layers, dtype=None if kind is None else DTYPES[kind]
-            )
+            base = _base(model, shape, where, layers, dtype)
             names = tuple(paths) or _RANDOM
             with quiet():
                 wrapped = (
@@ -120,7 +184,7 @@ def bench(
         known = all_ways(backend, max_bytes or _cap(sizes), settings)
         input_ids = measurement.random_prompt(base, 1, _PROMPT_TOKENS)
         console = results()
-        if folder is None:
+        if target is None:
             way = _one(choose_ways(known, profile, shape=bool(shape)))
             with quiet():
                 found = measurement.profile(wrapped, input_ids, adapter=names[0], way=way)
@@ -150,10 +214,7 @@ def bench(
         show(console, decoded, next((limit for limit in limits if limit is not None), None))
         everything = (measurement.phase_of(decoded), *phases.phases)
         show_more(console, everything, phases.memory, {way.name: way.label for way in chosen})
-        more = {
-            "model": shape or _name(model),
-            "layers": getattr(base.config, "num_hidden_layers", None),
-            "dtype": str(base.dtype).removeprefix("torch."),
+        more = _about(base, model, shape) | {
             "adapter_dtype": None if paths else adapter_dtype or "fp32",
             "rank": None if paths else rank,
             "machine": describe_machine(where),
@@ -163,11 +224,39 @@ def bench(
         save(
             console,
             decoded,
-            folder,
+            target,
             "bench",
             title=f"{more['model']}: unmerged adapters",
             more=more,
         )
+
+
+def _base(
+    model: Path | None,
+    shape: str | None,
+    where: torch.device,
+    layers: int | None,
+    dtype: Dtype | None,
+) -> Any:
+    usual: Dtype | None = "bf16" if shape and where.type == "cuda" else None
+    kind = dtype or usual
+    return load_base(
+        model, shape, where, layers=layers, dtype=None if kind is None else DTYPES[kind]
+    )
+
+
+def _about(base: Any, model: Path | None, shape: str | None) -> dict[str, Any]:
+    """Return what is to be known of the model beside the numbers."""
+    return {
+        "model": shape or _name(model),
+        "layers": getattr(base.config, "num_hidden_layers", None),
+        "dtype": str(base.dtype).removeprefix("torch."),
+    }
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name in options:
+        raise CliError(f"--{name.replace('_', '-')} {why}")
 
 
 def _check(
