@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,12 @@ from dora_cache.recipes.peft_layers import base_layer, weights_of
 from dora_cache.serving import kernels, routing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from dora_cache.serving.residents import Placed
     from dora_cache.serving.routing import Route
 
-__all__ = ["Bases", "PooledLayer", "pooled_forward"]
+__all__ = ["PooledLayer", "pooled_forward"]
 
 _AT_ONCE = 1 << 24
 """Elements of a base weight that are brought to a larger dtype at once."""
@@ -31,27 +33,30 @@ _AT_ONCE = 1 << 24
 _FLOATING = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
-class Bases:
-    """The base layers, and what all adapters of one share."""
+class Base(nn.Module):
+    """Tells whether a base layer is still what adapters' scales were derived from."""
 
-    def __init__(self) -> None:
-        self.modules: list[weakref.ref[nn.Module]] = []
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = weakref.ref(module)
+        self.eval()
 
-    def module(self, layer: int) -> Any:
-        """Return the module of a layer that computes ``base(x)``."""
-        module = self.modules[layer]()
+    def module(self) -> Any:
+        """Return the module that computes ``base(x)``."""
+        module: Any = self._module()
         if module is None:
             msg = "the pool's model is gone"
             raise ReferenceError(msg)
-        return base_layer(module) if hasattr(module, "get_base_layer") else module
+        module = base_layer(module) if hasattr(module, "get_base_layer") else module
+        return getattr(module, "original_module", module)
 
-    def depends_on(self, layer: int) -> list[object]:
-        """Return what :meth:`squares` is derived from, and the bias, which others rest on."""
-        base = self.module(layer)
+    def depends_on(self) -> list[object]:
+        """Return what determines the weight, and the bias."""
+        base = self.module()
         return [*weights_of(base), bias_of(base)]
 
     @cached("base weights", depends_on=depends_on, detach=True)
-    def mark(self, layer: int) -> Tensor:  # noqa: ARG002 - it is in the key
+    def mark(self) -> Tensor:
         """Return a tensor that is another one whenever the base layer has changed.
 
         What adapters derive from the layer is kept with them; this tells whether it still holds.
@@ -85,15 +90,15 @@ class PooledLayer:
 
     Args:
         pool: names the pool; see :func:`dora_cache.serving.routing.find`.
-        bases: of the pool.
+        index: its number.
         module: the layer; a PEFT layer, for a model that PEFT has wrapped.
         name: of the module.
         nested: see :meth:`Route.check`.
 
     Attributes:
-        index: its number.
-        kind: ``"linear"``, ``"embedding"`` or ``"conv"``; ``"other"`` if no adapter can have factors
-            for it.
+        base: of the layer.
+        kind: ``"linear"``, ``"embedding"`` or ``"conv"``; ``"other"`` if adapters can only replace
+            it.
         outputs: how many it has, channels for convolutions; 0 for ``"other"``.
         dtype: of factors: the base weight's.
         accumulated: float32; float64 if that is the dtype.
@@ -104,7 +109,7 @@ class PooledLayer:
     def __init__(
         self,
         pool: Any,
-        bases: Bases,
+        index: int,
         module: nn.Module,
         name: str,
         *,
@@ -112,30 +117,25 @@ class PooledLayer:
     ) -> None:
         self.pool = pool
         self.name = name
-        self.index = len(bases.modules)
-        self._bases = bases
+        self.index = index
+        self.base = Base(module)
         self._nested = nested
         self._wrapped = hasattr(module, "get_base_layer") or hasattr(module, "original_module")
-        bases.modules.append(weakref.ref(module))
-        self.kind = _kind_of(self._base())
+        self.kind = _kind_of(self.base.module())
         self.look()
-        self.outputs = 0 if self.kind == "other" else _outputs_of(self._base())
-        self.biased = bias_of(self._base()) is not None
-
-    def _base(self) -> Any:
-        module: Any = self._bases.module(self.index)
-        return getattr(module, "original_module", module)
+        self.outputs = 0 if self.kind == "other" else _outputs_of(self.base.module())
+        self.biased = bias_of(self.base.module()) is not None
 
     def look(self) -> bool:
         """Find out where and in which dtype the layer computes; return whether that has changed."""
         before = getattr(self, "dtype", None), getattr(self, "device", None)
-        self.dtype = _dtype_of(self._base())
+        self.dtype = _dtype_of(self.base.module())
         self.accumulated = _accumulated(self.dtype)
         self.device = self._device()
         return before != (self.dtype, self.device)
 
     def _device(self) -> torch.device:
-        base = self._base()
+        base = self.base.module()
         hook = getattr(base, "_hf_hook", None)
         execution = getattr(hook, "execution_device", None)
         if execution is not None:
@@ -143,22 +143,18 @@ class PooledLayer:
         tensor = next((t for t in (*base.parameters(), *base.buffers())), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
-    def mark(self) -> Tensor:
-        """Return a tensor that is another one whenever the base layer has changed."""
-        return self._bases.mark(self.index)
-
     def derive(self, placed: Placed) -> None:
         """Fill an adapter's scale and shift from the base layer's weight and bias.
 
         DoRA's scale is ``m / ||W + g B A||``, row by row (Liu et al., 2024); the square of the norm
         is ``||W||^2 + 2 g <W, B A> + g^2 ||B A||^2``, and neither product needs ``B A``.
         """
-        with torch.inference_mode(mode=False), torch.no_grad():
-            with torch.autocast(self.device.type, enabled=False):
-                self._derive(placed)
+        exact = torch.autocast(self.device.type, enabled=False)
+        with torch.inference_mode(mode=False), torch.no_grad(), exact:
+            self._derive(placed)
 
     def _derive(self, placed: Placed) -> None:
-        base = self._base()
+        base = self.base.module()
         scale: Tensor | float = 1.0
         weights, wide = placed.weights, self.accumulated
         if placed.scale is not None:
@@ -168,7 +164,8 @@ class PooledLayer:
             weight = rows_of(base)
             step = _rows_at_once(weight)
             squares, mixed = [], []
-            for part, factors in zip(weight.split(step), b.split(step), strict=True):
+            pairs = zip(torch.split(weight, step), torch.split(b, step), strict=True)
+            for part, factors in pairs:
                 rows = part.to(wide)
                 squares.append(torch.linalg.vector_norm(rows, dim=1).square())
                 mixed.append(((rows @ a.T) * factors).sum(1))
@@ -215,7 +212,7 @@ class PooledLayer:
 
     def _without(self, module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return the layer without any adapter: the base layer, where PEFT has wrapped it."""
-        return self._base() if self._wrapped else functools.partial(original, module)
+        return self.base.module() if self._wrapped else functools.partial(original, module)
 
     def adapt(self, output: Tensor, x: Tensor, route: Route) -> Tensor:
         """Add what adapters add to a base layer's output, in place if it can be.
@@ -230,7 +227,7 @@ class PooledLayer:
         shape = x.shape[:1] if convolved else leading
         route.check(self.name, shape, nested=self._nested, positions=not convolved)
         if route.derived >> self.index & 1:
-            mark = self.mark()
+            mark = self.base.mark()
             if route.checked.get(self.index) is not mark:
                 for one in route.distinct:
                     placed = one.placed[self.index]
@@ -238,24 +235,36 @@ class PooledLayer:
                         placed.refresh(mark)
                 route.checked[self.index] = mark
         if convolved:
-            for placed, where in route.groups(self.index, len(output), output.device):
-                if not placed.whole:
-                    self._change(output, where, self._delta_of_conv(placed, x[where]), placed)
-            return output
+            return self._sorted(output, x, route)
         rows = shape.numel()
         flat = output.view(rows, -1) if output.is_contiguous() else output.reshape(rows, -1)
-        if self.kind == "embedding":
-            ids = x.reshape(-1)
-            for placed, where in route.groups(self.index, rows, output.device):
-                if placed.a is not None:
-                    self._change(flat, where, functional.embedding(ids[where], placed.a.T), placed)
-        else:
-            x = x.reshape(rows, -1)
-            if not self._launched(flat, x, route):
-                for placed, where in route.groups(self.index, rows, output.device):
-                    if not placed.whole:
-                        self._change(flat, where, _first(placed, x[where]), placed)
+        x = x.reshape(-1) if self.kind == "embedding" else x.reshape(rows, -1)
+        if not self._launched(flat, x, route):
+            flat = self._sorted(flat, x, route)
         return flat.view(output.shape)
+
+    def _sorted(self, output: Tensor, x: Tensor, route: Route) -> Tensor:
+        """Add what adapters add, one adapter after the other, in place if rows are sorted.
+
+        Args:
+            output: shape (rows, out, ...).
+            x: shape (rows, ...).
+            route: which row has which.
+        """
+        order, sizes, residents = route.plan(len(x), x.device)
+        if order is not None:
+            whole, output, x = output, output.index_select(0, order), x.index_select(0, order)
+        if output.requires_grad:  # autograd takes no writes to what is split
+            ends = list(itertools.accumulate(sizes))
+            own_rows = [output[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        else:
+            own_rows = output.split(sizes)  # type: ignore[no-untyped-call]
+        parts = zip(residents, own_rows, x.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        for resident, part, own in parts:
+            placed = None if resident is None else resident.placed[self.index]
+            if placed is not None and placed.whole is None:
+                self._change(part, own, placed)
+        return output if order is None else whole.index_copy(0, order, output)
 
     def adapt_captured(self, output: Tensor, x: Tensor, rows: Tensor, max_rank: int) -> None:
         """Have a CUDA graph add what the adapters add that ``rows`` names when it is replayed."""
@@ -284,39 +293,35 @@ class PooledLayer:
         rows = route.rows(flat.device)
         return kernels.adapt_(flat, x.contiguous(), rows, self.index, route.max_rank)
 
-    def _delta_of_conv(self, placed: Placed, x: Tensor) -> Tensor | None:
-        if placed.a is None:
-            return None
-        return self._base()._conv_forward(x.to(placed.a.dtype), placed.a, None)  # type: ignore[no-any-return]
-
-    def _change(
-        self, output: Tensor, where: slice | Tensor, reduced: Tensor | None, placed: Placed
-    ) -> None:
-        """Change some rows of a base layer's output to ``scale * (row + g B reduced) + shift``.
+    def _change(self, part: Tensor, x: Tensor, placed: Placed) -> None:
+        """Change rows of a base layer's output to ``scale * (row + g B A x) + shift``, in place.
 
         Args:
-            output: shape (rows, out, ...).
-            where: which rows.
-            reduced: shape (rows, rank, ...); None for none.
+            part: shape (rows, out, ...).
+            x: shape (rows, ...).
             placed: what the adapter has here.
         """
-        part = output[where]
-        work = part.to(self.accumulated)
-        if reduced is not None:
-            assert placed.b is not None  # noqa: S101 - files has checked it
-            if work.dim() > 2:  # noqa: PLR2004 - a convolution's
-                delta = torch.einsum("nr...,or->no...", reduced, placed.b)
-                work.add_(delta, alpha=placed.scaling)
-            elif reduced.dtype is work.dtype:
-                work.addmm_(reduced, placed.b.T, alpha=placed.scaling)
+        work = part if part.dtype is self.accumulated else part.to(self.accumulated)
+        a, b, scaling = placed.a, placed.b, placed.scaling
+        if a is not None and b is not None:
+            if self.kind == "embedding":
+                reduced = functional.embedding(x, a.T)
+            elif self.kind == "conv":
+                reduced = self.base.module()._conv_forward(x.to(a.dtype), a, None)
             else:
-                work.add_(reduced @ placed.b.T, alpha=placed.scaling)
+                reduced = (x if x.dtype is a.dtype else x.to(a.dtype)) @ a.T
+            if self.kind == "conv":
+                work.add_(torch.einsum("nr...,or->no...", reduced, b), alpha=scaling)
+            elif reduced.dtype is work.dtype:
+                work.addmm_(reduced, b.T, alpha=scaling)
+            else:
+                work.add_(reduced @ b.T, alpha=scaling)
         if placed.scale is not None:
             work.mul_(_over_outputs(placed.scale, work))
         if placed.shift is not None:
             work.add_(_over_outputs(placed.shift, work))
-        if work is not part or not isinstance(where, slice):
-            output[where] = work
+        if work is not part:
+            part.copy_(work)
 
     def _replace(self, route: Route, output: Any, args: Any, kwargs: Any) -> Tensor:
         """Compute the rows of adapters that have parameters of their own for the whole module."""
@@ -329,26 +334,32 @@ class PooledLayer:
             raise ConfigError(msg)
         route.check(self.name, x.shape[:1], nested=self._nested, positions=False)
         output = output.clone()
-        outer = routing.current.set(None)
-        try:
-            for placed, where in route.groups(self.index, len(x), x.device):
-                if not placed.whole:
-                    continue
+        order, sizes, residents = route.plan(len(x), x.device)
+        places = torch.arange(len(x), device=x.device) if order is None else order
+        for resident, where in zip(residents, torch.split(places, sizes), strict=True):
+            placed = None if resident is None else resident.placed[self.index]
+            if placed is not None and placed.whole is not None:
                 rows = (x[where], *args[1:]) if args else ()
                 named = kwargs if args else kwargs | {next(iter(kwargs)): x[where]}
-                found = torch.func.functional_call(self._base(), placed.weights, rows, named)
-                output[where] = found.to(output.dtype)
-        finally:
-            routing.current.reset(outer)
+                output[where] = placed.whole(*rows, **named).to(output.dtype)
         return output
+
+    def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a copy of the base layer with other parameters."""
+        base = self.base.module()
+        known: dict[int, Any] = {id(one): one for one in base.buffers()}
+        for name, parameter in base.named_parameters():
+            other = weights.get(name)
+            known[id(parameter)] = (
+                parameter if other is None else nn.Parameter(other, requires_grad=False)
+            )
+        return copy.deepcopy(base, known)
 
 
 def _over_outputs(vector: Tensor, output: Tensor) -> Tensor:
+    if output.dim() == 2:  # noqa: PLR2004 - it fits as it is
+        return vector
     return vector.view(-1, *[1] * (output.dim() - 2))
-
-
-def _first(placed: Placed, x: Tensor) -> Tensor | None:
-    return None if placed.a is None else x.to(placed.a.dtype) @ placed.a.T
 
 
 def _kind_of(base: nn.Module) -> str:
@@ -383,7 +394,7 @@ def _outputs_of(base: Any) -> int:
 
 
 @functools.cache
-def pooled_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+def pooled_forward(kind: Any) -> Callable[..., Any]:
     """Return the forward of a class's modules that may be on a pool."""
     original = kind.forward
 

@@ -30,7 +30,7 @@ from dora_cache.lifecycle import POOL, POOLED, Observer, observe
 from dora_cache.serving import routing
 from dora_cache.serving.files import open_adapter
 from dora_cache.serving.kernels import LARGEST_RANK
-from dora_cache.serving.layers import Bases, PooledLayer, pooled_forward
+from dora_cache.serving.layers import PooledLayer, pooled_forward
 from dora_cache.serving.residents import Layout
 from dora_cache.serving.routing import Batch, Route
 from dora_cache.serving.tiers import Adapter, Tiers
@@ -39,7 +39,9 @@ from dora_cache.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import EllipsisType
+    from typing import Self
 
+    from dora_cache.cache import AdapterCache
     from dora_cache.serving.files import AdapterFiles
 
 __all__ = ["AdapterPool", "PoolStats"]
@@ -169,7 +171,8 @@ class AdapterPool(Uncopyable):
         self._names: dict[str, Adapter] = {}
         self._layers: dict[str, PooledLayer] = {}
         self._by_index: list[PooledLayer] = []
-        self._bases = Bases()
+        self._bases = nn.ModuleList()
+        self._marks: AdapterCache | None = None
         self._static: dict[torch.device, Tensor] = {}
         self._captured = False
         self._executor: ThreadPoolExecutor | None = None
@@ -178,8 +181,6 @@ class AdapterPool(Uncopyable):
         self._stale = False  # whether layers are elsewhere than the adapters
         # The most layers that tables have a row for: they are as long for all adapters.
         self._count = sum(1 for _ in model.modules())
-        self._marks = attach(self._bases, backend="dict", max_bytes=None)
-        self._undo.callback(self._marks.detach)
         self._follow(model)
         routing.pools[self.number] = self
 
@@ -290,12 +291,17 @@ class AdapterPool(Uncopyable):
             raise ConfigError(msg)
         names = name.split(".")
         nested = sum(part.isdigit() for part in names) > 1
-        layer = PooledLayer(self, self._bases, module, name, nested=nested)
+        layer = PooledLayer(self, len(self._by_index), module, name, nested=nested)
+        self._bases.append(layer.base)
+        if self._marks is None:  # later ones are attached as they come
+            self._marks = attach(self._bases, backend="dict", max_bytes=None)
+            self._undo.callback(self._marks.detach)
         module.__dict__[POOLED] = layer
-        forward = pooled_forward(type(module))
+        kind: Any = type(module)
+        forward = pooled_forward(kind)
         self._undo.callback(module.__dict__.pop, POOLED, None)
         # A switch may come with writes that nobody counts: the weights are looked at again.
-        observer = Observer(mode_switched=lambda _: self._marks.invalidate(), moved=self._moved)
+        observer = Observer(mode_switched=self._switched, moved=self._moved)
         self._undo.callback(observe(module, observer, overrides={"forward": forward}))
         self._layers[name] = layer
         self._by_index.append(layer)
@@ -308,10 +314,16 @@ class AdapterPool(Uncopyable):
             raise ConfigError(msg)
         model.__dict__[POOL] = self
         self._undo.callback(model.__dict__.pop, POOL, None)
-        overrides: dict[str, Callable[..., Any]] = {"forward": _noting_batch(type(model))}
-        if callable(getattr(type(model), "generate", None)):
-            overrides["generate"] = _expanding(type(model))
+        kind: Any = type(model)
+        overrides: dict[str, Callable[..., Any]] = {"forward": _noting_batch(kind)}
+        if callable(getattr(kind, "generate", None)):
+            overrides["generate"] = _expanding(kind)
         self._undo.callback(observe(model, Observer(), overrides=overrides))
+
+    def _switched(self, _: nn.Module) -> None:
+        """Have the weights be looked at again."""
+        if self._marks is not None:
+            self._marks.invalidate()
 
     def _moved(self, module: nn.Module) -> None:
         """Have adapters follow a layer that has gone to another device or dtype."""
@@ -337,7 +349,7 @@ class AdapterPool(Uncopyable):
     # Batches
 
     @contextmanager
-    def use(self, names: str | None | Sequence[str | None]) -> Iterator[None]:
+    def use(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
         """Run the model with adapters, in this thread or task, within the block.
 
         Adapters that are not on the device are brought there first; they stay until the end. Enter
@@ -472,7 +484,7 @@ class AdapterPool(Uncopyable):
     def resize(
         self,
         *,
-        device_bytes: int | str | None | EllipsisType = ...,
+        device_bytes: int | str | EllipsisType | None = ...,
         max_bytes: int | str | EllipsisType = ...,
     ) -> None:
         """Change the caps that are given; what is above them leaves at once.
@@ -498,7 +510,7 @@ class AdapterPool(Uncopyable):
                 raise ConfigError(msg)
             tiers.resize(device)
             if host is not None:
-                tiers.host.resize(host)  # type: ignore[union-attr]
+                tiers.host.resize(host)
                 self._max_host = host
 
     def stats(self) -> PoolStats:
@@ -538,10 +550,10 @@ class AdapterPool(Uncopyable):
             f"device: {now.on_device} adapters, {format_bytes(now.device_bytes)} of {caps[0]}",
             f"host: {now.on_host} more, {format_bytes(now.host_bytes)} of {caps[1]}",
             f"files: {now.on_disk} more",
-            f"lookups: {now.lookups}, {now.hit_rate:.1%} hits; {now.loads} loads, of which "
-            f"{now.reads} from files; {now.evictions} evictions",
+            f"lookups: {now.lookups}, {now.hit_rate:.1%} hits",
+            f"loads: {now.loads}, {now.reads} from files; {now.evictions} evictions",
         ]
-        reasons = self._marks.stats().reasons
+        reasons = {} if self._marks is None else self._marks.stats().reasons
         lines += [f"scales derived at each forward: {name} ({n})" for name, n in reasons.items()]
         return "\n".join(lines)
 
@@ -573,7 +585,7 @@ class AdapterPool(Uncopyable):
             msg = "the pool is closed: make another one"
             raise DetachedError(msg)
 
-    def __enter__(self) -> AdapterPool:
+    def __enter__(self) -> Self:
         """Return the pool; it is closed at the end."""
         return self
 
@@ -602,7 +614,7 @@ def _bytes(name: str, size: int | str | None, device: torch.device) -> int | Non
         raise ConfigError(msg) from None
 
 
-def _listed(names: str | None | Sequence[str | None]) -> tuple[str | None, ...]:
+def _listed(names: str | Sequence[str | None] | None) -> tuple[str | None, ...]:
     if names is None or isinstance(names, str):
         return (names,)
     each = tuple(names) if isinstance(names, Sequence) else ()
@@ -613,8 +625,8 @@ def _listed(names: str | None | Sequence[str | None]) -> tuple[str | None, ...]:
 
 
 @functools.cache
-def _noting_batch(kind: type) -> Callable[..., Any]:
-    original: Any = kind.forward  # type: ignore[attr-defined]
+def _noting_batch(kind: Any) -> Callable[..., Any]:
+    original = kind.forward
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -643,8 +655,8 @@ def _noting_batch(kind: type) -> Callable[..., Any]:
 
 
 @functools.cache
-def _expanding(kind: type) -> Callable[..., Any]:
-    original: Any = kind.generate  # type: ignore[attr-defined]
+def _expanding(kind: Any) -> Callable[..., Any]:
+    original = kind.generate
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:

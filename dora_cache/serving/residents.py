@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +112,7 @@ class Placed:
         shift: shape (out,); None for 0.
         scaling: LoRA's.
         weights: the other tensors of the adapter, by name.
-        whole: whether these are the parameters of the whole module instead.
+        whole: what stands in for the whole module, instead of all these; else None.
         derives: fills ``scale`` and ``shift``, which rest on the base layer; None without them.
         rests_on: the base layer's mark as it was then.
     """
@@ -124,8 +124,7 @@ class Placed:
         weights: dict[str, Tensor],
         derived: Mapping[str, Tensor],
         scaling: float,
-        *,
-        whole: bool,
+        whole: nn.Module | None,
     ) -> None:
         self.whole = whole
         self.a = weights.get("A")
@@ -160,7 +159,6 @@ class Resident:
     """An adapter on the device.
 
     Args:
-        layouts: of the adapter, one for each device.
         layers: how many the model has.
 
     Attributes:
@@ -172,7 +170,7 @@ class Resident:
         max_rank: the largest of its ranks.
     """
 
-    def __init__(self, layouts: Sequence[Layout], layers: int) -> None:
+    def __init__(self, layers: int) -> None:
         self.memory: list[Tensor] = []
         self.placed: list[Placed | None] = [None] * layers
         self.touched = self.derived = self.replaced = self.max_rank = 0
@@ -196,15 +194,14 @@ class Resident:
         for (layer, part), of_weights, of_derived in fields:
             weights = {name: field.of(memory) for name, field in of_weights.items()}
             derived = {name: field.of(memory) for name, field in of_derived.items()}
-            placed = self.placed[layer.index] = Placed(
-                weights, derived, part.scaling, whole=part.kind == "replaced"
-            )
+            whole = layer.copy_with(weights) if part.kind == "replaced" else None
+            placed = self.placed[layer.index] = Placed(weights, derived, part.scaling, whole)
             self.touched |= 1 << layer.index
             self.max_rank = max(self.max_rank, placed.rank)
             if derived:
                 placed.derives = layer.derive
                 self.derived |= 1 << layer.index
-            if placed.whole:
+            if whole is not None:
                 self.replaced |= 1 << layer.index
             else:
                 start = layer.index * _ROW
@@ -218,7 +215,7 @@ class Resident:
         for layer, _ in layout.parts:
             placed = self.placed[layer.index]
             if placed is not None and placed.derives is not None:
-                placed.refresh(layer.mark())
+                placed.refresh(layer.base.mark())
 
     def set_ready(self, device: torch.device) -> None:
         """Note that all has been launched, on a device's current stream, that is to be there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,11 +13,9 @@ from torch import Tensor
 from dora_cache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from dora_cache.serving.residents import Resident
 
-    from dora_cache.serving.residents import Placed, Resident
-
-__all__ = ["Batch", "Route", "batch", "current", "expanded", "find", "pools"]
+__all__ = ["Batch", "Plan", "Route", "batch", "current", "expanded", "find", "pools"]
 
 
 class Batch(NamedTuple):
@@ -45,6 +44,20 @@ pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Pools by number, for compiled code."""
 
 
+class Plan(NamedTuple):
+    """How rows are sorted by adapter.
+
+    Attributes:
+        order: the rows in this order, int64; None if they are sorted.
+        sizes: how many each adapter has then.
+        residents: the adapters; None for the base model.
+    """
+
+    order: Tensor | None
+    sizes: list[int]
+    residents: list[Resident | None]
+
+
 class Route:
     """The adapters of a batch's rows.
 
@@ -64,7 +77,7 @@ class Route:
     """
 
     __slots__ = (
-        "_groups",
+        "_plans",
         "_rows",
         "blocked",
         "checked",
@@ -94,7 +107,7 @@ class Route:
         self.checked: dict[int, Tensor] = {}
         self.blocked = False
         self._rows: dict[torch.device, Tensor] = {}
-        self._groups: dict[tuple[int, torch.device], list[tuple[Resident, slice | Tensor]]] = {}
+        self._plans: dict[tuple[int, torch.device], Plan] = {}
 
     def addresses(self, device: torch.device) -> list[int]:
         """Return the number of names, and of each the address of its adapter's table, or 0."""
@@ -109,35 +122,29 @@ class Route:
             rows = self._rows[device] = pinned.to(device, non_blocking=True)
         return rows
 
-    def groups(self, layer: int, rows: int, device: torch.device) -> Iterator[tuple[Placed, Any]]:
-        """Yield what adapters have on a layer, and which rows of its input are theirs.
+    def plan(self, rows: int, device: torch.device) -> Plan:
+        """Return how rows are sorted by adapter.
 
         Args:
-            layer: its number.
-            rows: rows of the layer's input; a multiple of the number of names.
-            device: where the rows are.
+            rows: of a layer's input; a multiple of the number of names.
+            device: where they are.
         """
-        groups = self._groups.get((rows, device))
-        if groups is None:
-            groups = self._groups[rows, device] = self._group(rows, device)
-        for resident, where in groups:
-            placed = resident.placed[layer]
-            if placed is not None:
-                yield placed, where
+        plan = self._plans.get((rows, device))
+        if plan is None:
+            plan = self._plans[rows, device] = self._plan(rows, device)
+        return plan
 
-    def _group(self, rows: int, device: torch.device) -> list[tuple[Resident, slice | Tensor]]:
+    def _plan(self, rows: int, device: torch.device) -> Plan:
         each = rows // len(self.residents)
-        found: list[tuple[Resident, slice | Tensor]] = []
-        for one in self.distinct:
-            places = [index for index, other in enumerate(self.residents) if other is one]
-            first, last = places[0], places[-1]
-            if last - first + 1 == len(places):
-                found.append((one, slice(first * each, (last + 1) * each)))
-            else:
-                starts = torch.tensor(places, device=device)[:, None] * each
-                where = starts + torch.arange(each, device=device)
-                found.append((one, where.reshape(-1)))
-        return found
+        runs = [(one, len(list(same))) for one, same in itertools.groupby(self.residents)]
+        order = None
+        if len(runs) > len(set(self.residents)):
+            first = {one: place for place, one in reversed(list(enumerate(self.residents)))}
+            places = sorted(range(len(self.residents)), key=lambda i: (first[self.residents[i]], i))
+            starts = torch.tensor(places, device=device)[:, None] * each
+            order = (starts + torch.arange(each, device=device)).reshape(-1)
+            runs = [(one, self.residents.count(one)) for one in dict.fromkeys(self.residents)]
+        return Plan(order, [count * each for _, count in runs], [one for one, _ in runs])
 
     def check(self, name: str, shape: torch.Size, *, nested: bool, positions: bool) -> None:
         """Check that the rows of a layer's input are the batch's, in its order.
@@ -164,9 +171,10 @@ class Route:
                 return
             if expanded.get() and rows and rows % count == 0:
                 return
-            if called is not None and tokens % count == 0 and tokens:
-                if tokens == called.tokens or (len(shape) > 1 and rows % called.rows == 0):
-                    return
+            windows = called is not None and len(shape) > 1 and rows % called.rows == 0
+            known = windows or (called is not None and tokens == called.tokens)
+            if known and tokens and tokens % count == 0:
+                return
         msg = (
             f"{name} got an input of {tuple(shape)} rows, and {count} names are in use: which row "
             "has which adapter is known only where rows are in the order of the batch, not sorted "

@@ -111,7 +111,7 @@ class Tiers:
 
     def on_host(self, adapter: Adapter) -> bool:
         """Whether the host has an adapter."""
-        return self.host is not None and adapter.number in self.host.keys()
+        return self.host is not None and adapter.number in self.host.keys()  # noqa: SIM118 - no mapping
 
     # The device
 
@@ -279,7 +279,7 @@ class Tiers:
     def _load(self, adapter: Adapter) -> Resident:
         with torch.inference_mode(mode=False), torch.no_grad():
             packed = self._packed(adapter)
-            resident = Resident(adapter.layouts, adapter.layers)
+            resident = Resident(adapter.layers)
             for layout, weights in zip(adapter.layouts, packed, strict=True):
                 with self._loading_on(layout.device) as caller:
                     resident.place(layout, weights)
@@ -297,7 +297,7 @@ class Tiers:
             return
         with self.lock:
             if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         caller = torch.cuda.current_stream(device)
         with torch.cuda.stream(self._streams[device]):
             yield caller
