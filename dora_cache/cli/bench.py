@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dora_cache.cli.choosing import all_ways, choose_ways, parse_prefill
 from dora_cache.cli.console import CliError, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
+    about,
     check_source,
     load_adapters,
-    load_base,
+    load_measured,
     parse_adapters,
     parse_device,
 )
 from dora_cache.cli.measuring import measure, measure_more, save, show, show_more
-from dora_cache.cli.mixed import FILE, mixed, parse_numbers
+from dora_cache.cli.mixed import mixed
 from dora_cache.cli.options import (
     DTYPES,
     AdapterOption,
@@ -39,9 +40,6 @@ from dora_cache.config import CacheConfig
 from dora_cache.lab import bench as measurement
 from dora_cache.lab.machine import describe_machine
 from dora_cache.lab.models import random_dora
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["bench"]
 
@@ -133,28 +131,22 @@ def bench(
         own = given(ranks=ranks, prompt=prompt or None, graphs=graphs or None, seconds=seconds)
         if mixed_rows is not None:
             _refuse(others, "has no meaning with --mixed: leave it out")
-            check_source(model, shape, layers)
-            counts = sorted(parse_numbers("--mixed", mixed_rows))
-            each = () if ranks is None else parse_numbers("--ranks", ranks)
-            where = parse_device(device)
-            if graphs and where.type != "cuda":
-                raise CliError(f"--graphs is for CUDA devices: leave it out on {where}")
-            folder = make_folder(out, FILE)
-            with spinner("loading"):
-                base = _base(model, shape, where, layers, dtype)
-            settings = {"tokens": tokens, "rounds": rounds, "seconds": seconds, "prompt": prompt}
             mixed(
+                model,
+                shape,
+                mixed_rows,
                 results(),
-                base,
-                counts,
-                folder,
+                out,
+                parse_device(device),
+                layers=layers,
+                dtype=dtype,
+                adapter_dtype=adapter_dtype,
                 rank=rank,
-                ranks=each,
-                dtype=adapter_dtype,
+                ranks=ranks,
                 ways=ways,
-                about=_about(base, model, shape),
                 graphs=graphs,
-                **settings,
+                settings={"tokens": tokens, "rounds": rounds, "prompt": prompt},
+                seconds=seconds,
             )
             return
         _refuse(own, "is for --mixed: write, e.g., --mixed 1,4,16")
@@ -172,7 +164,7 @@ def bench(
         where = parse_device(device)
         target = None if profile else make_folder(out, "bench.json", "bench.png")
         with spinner("loading"):
-            base = _base(model, shape, where, layers, dtype)
+            base = load_measured(model, shape, where, layers=layers, dtype=dtype)
             names = tuple(paths) or _RANDOM
             with quiet():
                 wrapped = (
@@ -214,7 +206,7 @@ def bench(
         show(console, decoded, next((limit for limit in limits if limit is not None), None))
         everything = (measurement.phase_of(decoded), *phases.phases)
         show_more(console, everything, phases.memory, {way.name: way.label for way in chosen})
-        more = _about(base, model, shape) | {
+        more = about(base, model, shape) | {
             "adapter_dtype": None if paths else adapter_dtype or "fp32",
             "rank": None if paths else rank,
             "machine": describe_machine(where),
@@ -229,29 +221,6 @@ def bench(
             title=f"{more['model']}: unmerged adapters",
             more=more,
         )
-
-
-def _base(
-    model: Path | None,
-    shape: str | None,
-    where: torch.device,
-    layers: int | None,
-    dtype: Dtype | None,
-) -> Any:
-    usual: Dtype | None = "bf16" if shape and where.type == "cuda" else None
-    kind = dtype or usual
-    return load_base(
-        model, shape, where, layers=layers, dtype=None if kind is None else DTYPES[kind]
-    )
-
-
-def _about(base: Any, model: Path | None, shape: str | None) -> dict[str, Any]:
-    """Return what is to be known of the model beside the numbers."""
-    return {
-        "model": shape or _name(model),
-        "layers": getattr(base.config, "num_hidden_layers", None),
-        "dtype": str(base.dtype).removeprefix("torch."),
-    }
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:
@@ -279,10 +248,6 @@ def _one(ways: list[measurement.Way]) -> measurement.Way:
         names = ", ".join(way.name for way in ways)
         raise CliError(f"--profile takes one way: choose from {names}")
     return ways[0]
-
-
-def _name(model: Path | None) -> str:
-    return "" if model is None else model.resolve().name
 
 
 def _cap(sizes: dict[str, int]) -> int:

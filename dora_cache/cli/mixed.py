@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from dora_cache.cli.choosing import choose_ways
 from dora_cache.cli.console import CliError, progress_bar, quiet, spinner
+from dora_cache.cli.loading import about, check_source, load_measured
 from dora_cache.cli.options import DTYPES
-from dora_cache.cli.output import writing
+from dora_cache.cli.output import make_folder, writing
 from dora_cache.lab import bench
 from dora_cache.lab.machine import describe_machine
 from dora_cache.units import format_bytes
@@ -20,84 +21,72 @@ from dora_cache.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from rich.console import Console
 
     from dora_cache.cli.options import Dtype
 
-__all__ = ["FILE", "mixed", "parse_numbers"]
+__all__ = ["mixed"]
 
-FILE = "mixed.json"
+_FILE = "mixed.json"
 _LEGEND = (
     "Medians, with the quartiles; times relative to those of one LoRA adapter for all rows are of "
     "the same turn. Decode and CUDA graph: a step of the whole batch, one token a row."
 )
 
 
-def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Read whole numbers such as ``1,4,16``.
-
-    Raises:
-        CliError: it is something else.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise CliError(f"{option} {text!r} is no list of numbers: write, e.g., {option} 1,4,16")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
 def mixed(
+    model: Path | None,
+    shape: str | None,
+    rows: str,
     console: Console,
-    base: Any,
-    counts: Sequence[int],
-    folder: Path,
+    out: Path,
+    device: torch.device,
     *,
-    rank: int,
-    ranks: Sequence[int],
+    layers: int | None,
     dtype: Dtype | None,
+    adapter_dtype: Dtype | None,
+    rank: int,
+    ranks: str | None,
     ways: str | None,
-    about: dict[str, Any],
     graphs: bool,
-    tokens: int,
-    rounds: int,
+    settings: dict[str, int],
     seconds: float | None,
-    prompt: int,
 ) -> None:
     """Measure batches of several sizes, print what was found, and write it to a folder.
 
     Args:
+        model: its folder; None for a shape.
+        shape: the shape's name.
+        rows: of the batches, and adapters, such as ``1,4,16``.
         console: to print on.
-        base: the model.
-        counts: rows of the batches, and adapters.
-        folder: exists already.
+        out: the folder to write to.
+        device: to measure on.
+        layers: of a shape, how many.
+        dtype: of the weights; by default the usual one.
+        adapter_dtype: of adapters; by default the model's.
         rank: of LoRA and DoRA adapters.
-        ranks: of further DoRA adapters, in turn.
-        dtype: of adapters; by default the model's.
+        ranks: of further DoRA adapters, in turn, such as ``8,16,64``.
         ways: those that are wanted, by name; by default all.
-        about: what else goes into the file.
-        graphs: see :func:`dora_cache.lab.bench.measure_mixed`, also for what follows.
-        tokens: likewise.
-        rounds: likewise.
-        seconds: likewise; None for no limit.
-        prompt: likewise.
+        graphs: whether to measure CUDA graphs as well.
+        settings: more of :func:`dora_cache.lab.bench.measure_mixed`.
+        seconds: for each phase; None for no limit.
 
     Raises:
-        CliError: a way is not known, the model has no linear layers, or an output is wrong.
+        CliError: something that was asked for is not possible, or an output is wrong.
     """
-    device = base.device
+    check_source(model, shape, layers)
+    counts = sorted(_numbers("--mixed", rows))
+    each = () if ranks is None else _numbers("--ranks", ranks)
+    if graphs and device.type != "cuda":
+        raise CliError(f"--graphs is for CUDA devices: leave it out on {device}")
+    folder = make_folder(out, _FILE)
+    with spinner("loading"):
+        base = load_measured(model, shape, device, layers=layers, dtype=dtype)
     found: dict[int, bench.Mixed] = {}
     with TemporaryDirectory(prefix="dora-cache-") as adapters, quiet():
         with spinner("making adapters"):
-            try:
-                made = bench.mixture(
-                    base,
-                    Path(adapters),
-                    max(counts),
-                    rank=rank,
-                    ranks=ranks,
-                    dtype=None if dtype is None else DTYPES[dtype],
-                )
-            except ValueError as error:
-                raise CliError(f"--mixed: {error}") from None
+            made = _made(base, Path(adapters), max(counts), rank, each, adapter_dtype)
             chosen = choose_ways(bench.mixed_ways(made), ways, shape=False)
             per_second = bench.bandwidth(device)
         for count in counts:
@@ -106,10 +95,8 @@ def mixed(
                     made,
                     count,
                     ways=chosen,
-                    tokens=tokens,
-                    rounds=rounds,
+                    **settings,
                     seconds=math.inf if seconds is None else seconds,
-                    prompt=prompt,
                     graphs=graphs,
                     per_second=per_second,
                     on_step=move,
@@ -128,15 +115,13 @@ def mixed(
     for check in checks:
         console.print(_check(check, labels), markup=False)
     data = {
-        **about,
+        **about(base, model, shape),
+        **settings,
+        "adapter_dtype": adapter_dtype,
         "rank": rank,
-        "ranks": list(ranks),
-        "adapter_dtype": dtype,
-        "rows": list(counts),
-        "tokens": tokens,
-        "rounds": rounds,
+        "ranks": list(each),
+        "rows": counts,
         "seconds": seconds,
-        "prompt": prompt,
         "machine": describe_machine(device),
         "bytes_per_second": per_second,
         "labels": labels,
@@ -144,13 +129,35 @@ def mixed(
         "limits": [asdict(limit) for limit in limits],
         "checks": [asdict(check) | {"right": check.right} for check in checks],
     }
-    path = folder / FILE
+    path = folder / _FILE
     with writing(path, "folder as --out"):
         path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"\nnumbers: {path}", soft_wrap=True, markup=False)
     wrong = sum(not check.right for check in checks)
     if wrong:
         raise CliError(f"{wrong} of {len(checks)} outputs of a pool are wrong: report this, please")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers such as ``1,4,16``.
+
+    Raises:
+        CliError: it is something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise CliError(f"{option} {text!r} is no list of numbers: write, e.g., {option} 1,4,16")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _made(
+    base: Any, folder: Path, count: int, rank: int, ranks: Sequence[int], dtype: Dtype | None
+) -> bench.Mixture:
+    kind = None if dtype is None else DTYPES[dtype]
+    try:
+        return bench.mixture(base, folder, count, rank=rank, ranks=ranks, dtype=kind)
+    except ValueError as error:
+        raise CliError(f"--mixed: {error}") from None
 
 
 def _limit(limit: bench.Limit, labels: dict[str, str], per_second: float) -> str:

@@ -444,7 +444,7 @@ def _graphs(
             reasons[way] = f"{type(error).__name__}: {' '.join(str(error).split())}"
 
     def job(way: str, _: int) -> list[float]:
-        graph, _ = recorded[way]
+        graph = recorded[way][0]
 
         def replay() -> None:
             for _ in range(_TURN):
