@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dora_cache.serving.residents import Placed
     from dora_cache.serving.routing import Route
 
-__all__ = ["PooledLayer", "pooled_forward"]
+__all__ = ["PooledLayer", "Substitute", "pooled_forward"]
 
 _AT_ONCE = 1 << 24
 """Elements of a base weight that are brought to a larger dtype at once."""
@@ -259,11 +259,29 @@ class PooledLayer:
             own_rows = [output[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         else:
             own_rows = output.split(sizes)  # type: ignore[no-untyped-call]
+        # Factors first, since one call then scales the rows of all.
+        scaled, scales, shifted, shifts = [], [], [], []
+        plain = self.kind == "linear" and output.dtype is x.dtype is self.accumulated
         parts = zip(residents, own_rows, x.split(sizes), strict=True)  # type: ignore[no-untyped-call]
         for resident, part, own in parts:
             placed = None if resident is None else resident.placed[self.index]
-            if placed is not None and placed.whole is None:
+            if placed is None or placed.whole is not None:
+                continue
+            if not plain:
                 self._change(part, own, placed)
+                continue
+            if placed.a is not None:
+                part.addmm_(own.mm(placed.a_transposed), placed.b_transposed, alpha=placed.scaling)
+            if placed.scale is not None:
+                scaled.append(part)
+                scales.append(placed.scale)
+            if placed.shift is not None:
+                shifted.append(part)
+                shifts.append(placed.shift)
+        if scaled:
+            torch._foreach_mul_(scaled, scales)
+        if shifted:
+            torch._foreach_add_(shifted, shifts)
         return output if order is None else whole.index_copy(0, order, output)
 
     def adapt_captured(self, output: Tensor, x: Tensor, rows: Tensor, max_rank: int) -> None:
@@ -344,16 +362,40 @@ class PooledLayer:
                 output[where] = placed.whole(*rows, **named).to(output.dtype)
         return output
 
-    def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def copy_with(self, weights: Mapping[str, Tensor]) -> Substitute:
         """Return a copy of the base layer with other parameters."""
-        base = self.base.module()
-        known: dict[int, Any] = {id(one): one for one in base.buffers()}
-        for name, parameter in base.named_parameters():
-            other = weights.get(name)
-            known[id(parameter)] = (
-                parameter if other is None else nn.Parameter(other, requires_grad=False)
+        return Substitute(self.base.module(), weights)
+
+
+class Substitute:
+    """A copy of a module with parameters of its own; the others, and buffers, are the module's.
+
+    A copy, since parameters that are swapped for a call would be seen by other threads.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        tensors: dict[int, Any] = {id(one): one for one in module.buffers()}
+        self._shared: list[tuple[dict[str, Any], nn.Module, str, str]] = []
+        for name, parameter in module.named_parameters():
+            own = weights.get(name)
+            tensors[id(parameter)] = (
+                parameter if own is None else nn.Parameter(own, requires_grad=False)
             )
-        return copy.deepcopy(base, known)
+        self._copy = copy.deepcopy(module, tensors)
+        parts = zip(module.named_modules(), self._copy.modules(), strict=True)
+        for (path, theirs), own_part in parts:
+            prefix = f"{path}." if path else ""
+            for kind in ("_parameters", "_buffers"):
+                held = getattr(own_part, kind)
+                self._shared += [
+                    (held, theirs, kind, name) for name in held if prefix + name not in weights
+                ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        for held, theirs, kind, name in self._shared:  # those may have been replaced
+            held[name] = getattr(theirs, kind)[name]
+        return self._copy(*args, **kwargs)
 
 
 def _over_outputs(vector: Tensor, output: Tensor) -> Tensor:

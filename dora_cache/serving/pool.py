@@ -470,8 +470,14 @@ class AdapterPool(Uncopyable):
             PinError: it does not fit beside what is pinned.
         """
         self._check_open()
-        with self.use(name):
-            self._tiers.pin(self._known(name), pinned=True)
+        adapter = self._known(name)
+        self._tiers.pin(adapter, pinned=True)
+        try:
+            with self.use(name):
+                pass
+        except BaseException:
+            self._tiers.pin(adapter, pinned=False)
+            raise
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave the device again.

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dora_cache.serving.files import AdapterFiles, Part
-    from dora_cache.serving.layers import PooledLayer
+    from dora_cache.serving.layers import PooledLayer, Substitute
 
 __all__ = ["Layout", "Placed", "Resident"]
 
@@ -108,6 +108,8 @@ class Placed:
     Attributes:
         a: shape (rank, in).
         b: shape (out, rank).
+        a_transposed: shape (in, rank).
+        b_transposed: shape (rank, out).
         scale: shape (out,); None for 1.
         shift: shape (out,); None for 0.
         scaling: LoRA's.
@@ -117,18 +119,33 @@ class Placed:
         rests_on: the base layer's mark as it was then.
     """
 
-    __slots__ = ("a", "b", "derives", "rests_on", "scale", "scaling", "shift", "weights", "whole")
+    __slots__ = (
+        "a",
+        "a_transposed",
+        "b",
+        "b_transposed",
+        "derives",
+        "rests_on",
+        "scale",
+        "scaling",
+        "shift",
+        "weights",
+        "whole",
+    )
 
     def __init__(
         self,
         weights: dict[str, Tensor],
         derived: Mapping[str, Tensor],
         scaling: float,
-        whole: nn.Module | None,
+        whole: Substitute | None,
     ) -> None:
         self.whole = whole
         self.a = weights.get("A")
         self.b = weights.get("B")
+        if self.a is not None and self.b is not None:
+            self.a_transposed = self.a.flatten(1).T
+            self.b_transposed = self.b.T
         self.weights = weights
         self.scale = derived.get("scale")
         self.shift = derived.get("shift")
