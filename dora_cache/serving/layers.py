@@ -196,6 +196,11 @@ class PooledLayer:
         if route is None:
             return original(module, *args, **kwargs)
         output = self._without(module, original)(*args, **kwargs)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # The graph is to serve other adapters, too, which may be on other layers.
+            x = args[0] if args else next(iter(kwargs.values()))
+            self.pool.adapt_(output, x, self.pool.static_rows(x.device), self.index)
+            return output
         if not route.touched >> self.index & 1:
             return output
         if self.kind != "other":
