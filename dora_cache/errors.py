@@ -53,10 +53,6 @@ class PinError(ConfigError):
     """What is pinned would take more than the cap."""
 
 
-class AdapterFileError(DoraCacheError, ValueError):
-    """tmp"""
-
-
 class CapError(DoraCacheError):
     """A batch needs more of the device than the pool's cap leaves."""
 
@@ -67,6 +63,10 @@ class AdapterNotFoundError(DoraCacheError, KeyError):
     def __str__(self) -> str:
         """Return the message itself; ``KeyError`` would show its ``repr``."""
         return str(self.args[0]) if self.args else ""
+
+
+class AdapterFileError(DoraCacheError, ValueError):
+    """An adapter's files are missing, damaged, unsupported, or made for another model."""
 
 
 class CacheWarning(UserWarning):

@@ -363,8 +363,9 @@ def test_other_recipes_detach_exactly(make):
 def test_importing_the_library_imports_neither_peft_nor_transformers():
     """Importing dora_cache stays quick: PEFT and transformers are loaded by recipes alone."""
     code = (
-        "import sys, dora_cache, dora_cache.backends;"
+        "import sys, dora_cache, dora_cache.backends, dora_cache.serving.files;"
         "unwanted = {'peft', 'lycoris', 'transformers', 'accelerate', 'rich', 'typer'};"
+        "unwanted.add('safetensors');"
         "print(sorted(unwanted & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

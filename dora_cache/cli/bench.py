@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dora_cache.cli.choosing import all_ways, choose_ways, parse_prefill
 from dora_cache.cli.console import CliError, quiet, reported, results, spinner
 from dora_cache.cli.loading import (
+    about,
     check_source,
     load_adapters,
-    load_base,
+    load_measured,
     parse_adapters,
     parse_device,
 )
 from dora_cache.cli.measuring import measure, measure_more, save, show, show_more
+from dora_cache.cli.mixed import mixed
 from dora_cache.cli.options import (
     DTYPES,
     AdapterOption,
@@ -56,10 +58,13 @@ def bench(
     ] = None,
     adapter: AdapterOption = None,
     rank: Annotated[
-        int, typer.Option(min=1, help="Without --adapter: rank of two random DoRA adapters.")
+        int, typer.Option(min=1, help="Without --adapter: rank of the random adapters.")
     ] = 8,
     adapter_dtype: Annotated[
-        Dtype | None, typer.Option(help="Without --adapter: dtype of these; fp32 as with PEFT.")
+        Dtype | None,
+        typer.Option(
+            help="Without --adapter: dtype of these; fp32 as with PEFT, with --mixed the model's."
+        ),
     ] = None,
     ways: Annotated[
         str | None, typer.Option(metavar="LIST", help="Only these, e.g. lora,peft,dora-cache.")
@@ -81,6 +86,29 @@ def bench(
         str | None,
         typer.Option(metavar="WAY", help="Measure nothing; profile a few tokens of this way."),
     ] = None,
+    mixed_rows: Annotated[
+        str | None,
+        typer.Option(
+            "--mixed",
+            metavar="N,...",
+            help="Measure batches of N rows with N adapters instead: PEFT's LoRA, and a pool.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(metavar="R,...", help="With --mixed: a pool of these ranks in turn, too."),
+    ] = None,
+    prompt: Annotated[
+        int,
+        typer.Option(min=1, metavar="LENGTH", help="With --mixed: time prompts so long, too."),
+    ] = 0,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="With --mixed, on CUDA: time CUDA graphs, too.")
+    ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --mixed: for each phase, if --rounds take longer."),
+    ] = None,
     out: OutOption = Path("out"),
     device: DeviceOption = None,
 ) -> None:
@@ -90,6 +118,38 @@ def bench(
     with too little for all adapters), and cpu.
     """
     with reported():
+        others = given(
+            adapter=adapter,
+            backend=backend,
+            max_bytes=max_bytes,
+            device_bytes=device_bytes,
+            numerics=numerics,
+            prefill=prefill,
+            compiled=compiled or None,
+            profile=profile,
+        )
+        own = given(ranks=ranks, prompt=prompt or None, graphs=graphs or None, seconds=seconds)
+        if mixed_rows is not None:
+            _refuse(others, "has no meaning with --mixed: leave it out")
+            mixed(
+                model,
+                shape,
+                mixed_rows,
+                results(),
+                out,
+                parse_device(device),
+                layers=layers,
+                dtype=dtype,
+                adapter_dtype=adapter_dtype,
+                rank=rank,
+                ranks=ranks,
+                ways=ways,
+                graphs=graphs,
+                settings={"tokens": tokens, "rounds": rounds, "prompt": prompt},
+                seconds=seconds,
+            )
+            return
+        _refuse(own, "is for --mixed: write, e.g., --mixed 1,4,16")
         paths = parse_adapters(adapter or [])
         _check(model, shape, layers, adapter_dtype, adapters=bool(paths))
         prompts = parse_prefill(prefill)
@@ -102,13 +162,9 @@ def bench(
         if profile:
             _one(choose_ways(known, profile, shape=bool(shape)))
         where = parse_device(device)
-        folder = None if profile else make_folder(out, "bench.json", "bench.png")
+        target = None if profile else make_folder(out, "bench.json", "bench.png")
         with spinner("loading"):
-            usual: Dtype | None = "bf16" if shape and where.type == "cuda" else None
-            kind = dtype or usual
-            base = load_base(
-                model, shape, where, layers=layers, dtype=None if kind is None else DTYPES[kind]
-            )
+            base = load_measured(model, shape, where, layers=layers, dtype=dtype)
             names = tuple(paths) or _RANDOM
             with quiet():
                 wrapped = (
@@ -120,7 +176,7 @@ def bench(
         known = all_ways(backend, max_bytes or _cap(sizes), settings)
         input_ids = measurement.random_prompt(base, 1, _PROMPT_TOKENS)
         console = results()
-        if folder is None:
+        if target is None:
             way = _one(choose_ways(known, profile, shape=bool(shape)))
             with quiet():
                 found = measurement.profile(wrapped, input_ids, adapter=names[0], way=way)
@@ -150,10 +206,7 @@ def bench(
         show(console, decoded, next((limit for limit in limits if limit is not None), None))
         everything = (measurement.phase_of(decoded), *phases.phases)
         show_more(console, everything, phases.memory, {way.name: way.label for way in chosen})
-        more = {
-            "model": shape or _name(model),
-            "layers": getattr(base.config, "num_hidden_layers", None),
-            "dtype": str(base.dtype).removeprefix("torch."),
+        more = about(base, model, shape) | {
             "adapter_dtype": None if paths else adapter_dtype or "fp32",
             "rank": None if paths else rank,
             "machine": describe_machine(where),
@@ -163,11 +216,16 @@ def bench(
         save(
             console,
             decoded,
-            folder,
+            target,
             "bench",
             title=f"{more['model']}: unmerged adapters",
             more=more,
         )
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name in options:
+        raise CliError(f"--{name.replace('_', '-')} {why}")
 
 
 def _check(
@@ -190,10 +248,6 @@ def _one(ways: list[measurement.Way]) -> measurement.Way:
         names = ", ".join(way.name for way in ways)
         raise CliError(f"--profile takes one way: choose from {names}")
     return ways[0]
-
-
-def _name(model: Path | None) -> str:
-    return "" if model is None else model.resolve().name
 
 
 def _cap(sizes: dict[str, int]) -> int:

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_cache.cli.console import CliError, quiet
+from dora_cache.cli.options import DTYPES
 from dora_cache.lab.shapes import SHAPES, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dora_cache.cli.options import Dtype
+
 __all__ = [
+    "about",
     "check_source",
     "load_adapters",
     "load_base",
+    "load_measured",
     "load_model",
     "parse_adapters",
     "parse_device",
@@ -162,6 +167,35 @@ def load_base(
     except torch.OutOfMemoryError:
         msg = f"{shape} does not fit in the memory of {device}: give fewer layers, as --layers 8"
         raise CliError(msg) from None
+
+
+def load_measured(
+    model: Path | None,
+    shape: str | None,
+    device: torch.device,
+    *,
+    layers: int | None,
+    dtype: Dtype | None,
+) -> Any:
+    """Load a model as :func:`load_base` does; a shape's weights are bfloat16 on a GPU by default.
+
+    Raises:
+        CliError: as there.
+    """
+    usual: Dtype | None = "bf16" if shape and device.type == "cuda" else None
+    kind = dtype or usual
+    return load_base(
+        model, shape, device, layers=layers, dtype=None if kind is None else DTYPES[kind]
+    )
+
+
+def about(base: Any, model: Path | None, shape: str | None) -> dict[str, Any]:
+    """Return what is to be known of a model beside what was measured with it."""
+    return {
+        "model": shape or ("" if model is None else model.resolve().name),
+        "layers": getattr(base.config, "num_hidden_layers", None),
+        "dtype": str(base.dtype).removeprefix("torch."),
+    }
 
 
 def tokenizer_of(path: Path) -> Any:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from peft import PeftModel
 
-__all__ = ["plain_lora", "random_dora", "twin"]
+__all__ = ["plain_lora", "random_dora", "twin", "write_adapter"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -116,6 +117,73 @@ def random_dora(
         for name in adapters:
             _cast(wrapped, name, dtype)
     return wrapped.eval()
+
+
+@torch.no_grad()
+def write_adapter(
+    model: Any,
+    folder: Path,
+    *,
+    rank: int = _DEFAULT_RANK,
+    dora: bool = False,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> None:
+    """Write a random adapter on all linear layers, as PEFT's ``save_pretrained`` would.
+
+    That is done without a PEFT model, which takes longer to make than the numbers do.
+
+    Args:
+        model: a Transformers model without adapters; it is only looked at.
+        folder: is made.
+        rank: of the adapter.
+        dora: whether it has magnitudes; they are not those that PEFT begins with.
+        dtype: of the weights; by default the model's.
+        seed: of the weights.
+
+    Raises:
+        ValueError: the model has no ``nn.Linear`` other than its output layer.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    last = model.get_output_embeddings()
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not last
+    }
+    if not layers:
+        raise ValueError("the model has no linear layers to put adapters on")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    tensors = {}
+
+    def save(name: str, tensor: torch.Tensor) -> None:
+        tensors[f"base_model.model.{name}"] = tensor.to("cpu", dtype or model.dtype)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        """Return numbers that keep the size of what they are multiplied with, or make it less."""
+        bound = shape[1] ** -0.5
+        found = torch.empty(shape, device=model.device)
+        return found.uniform_(-bound, bound, generator=generator)
+
+    for name, module in layers.items():
+        save(f"{name}.lora_A.weight", uniform(rank, module.in_features))
+        save(f"{name}.lora_B.weight", uniform(module.out_features, rank))
+        if dora:
+            norms = torch.linalg.vector_norm(module.weight, dim=1, dtype=torch.float32)
+            shake = torch.randn(norms.shape, device=norms.device, generator=generator)
+            save(f"{name}.lora_magnitude_vector", norms * (1 + _SHAKE * shake))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
+        use_dora=dora,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()

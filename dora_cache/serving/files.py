@@ -27,7 +27,7 @@ from dora_cache.errors import AdapterFileError
 from dora_cache.lifecycle import plain_class
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["AdapterFiles", "Part", "open_adapter"]
 
@@ -40,8 +40,8 @@ _HARMLESS = frozenset({
     # what made the adapter, and for what
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "runtime_config", "task_type",
-    # which modules have it: the file's tensors say so
-    "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules",
+    # which modules have it, and which a bias: the file's tensors say so
+    "bias", "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules",
     # training, and the first values of what the file has
     "corda_config", "eva_config", "lora_dropout", "lora_ga_config", "loftq_config",
     # PEFT goes by the class of the layer
@@ -50,9 +50,16 @@ _HARMLESS = frozenset({
     "megatron_core", "qalora_group_size",
 })  # fmt: skip
 _SERVED = frozenset({
-    "alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha", "lora_bias",
+    "alpha_pattern", "ensure_weight_tying", "init_lora_weights", "lora_alpha", "lora_bias",
     "modules_to_save", "peft_type", "r", "rank_pattern", "use_dora", "use_rslora",
 })  # fmt: skip
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT adds to ``modules_to_save`` for a task."""
+
 _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _WRITING_INITS = ("pissa", "corda", "olora", "lora_ga")
 """Kinds of ``init_lora_weights`` with which PEFT changes the base weight on loading."""
@@ -114,19 +121,21 @@ class Part:
     shapes: Mapping[str, tuple[int, ...]] = field(hash=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Place:
     """A module of the base model.
 
     Attributes:
         outer: its name in the model, or that of PEFT's layer around it.
         module: the module itself, out of PEFT's layers.
-        names: how many parents, or names of one, have it.
+        parent: what it was found in.
+        shared: whether it was found in several places.
     """
 
     outer: str
     module: nn.Module
-    names: int = 1
+    parent: nn.Module | None
+    shared: bool = False
 
 
 @dataclass(slots=True)
@@ -177,16 +186,19 @@ class AdapterFiles:
                 if self._weights is None:
                     self._weights = _safe_open(self.path / WEIGHTS)
                 self._require_base_weights()
+                # What get_tensor returns is a view of the mapped file.
                 found = {
                     name: self._weights.get_tensor(key).clone() for name, key in source.keys.items()
                 }
+            except AdapterFileError:
+                raise
             except _damage() as error:
                 self.refuse(f"{WEIGHTS} cannot be read ({error}); save the adapter again.")
             # What was copied while another process wrote it is of no use.
             self._require_unchanged()
         if source.groups > 1 and "B" in found:
             blocks = found["B"].flatten(1).chunk(source.groups)
-            found["B"] = torch.block_diag(*blocks)
+            found["B"] = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         return {name: tensor.reshape(part.shapes[name]) for name, tensor in found.items()}
 
     def close(self) -> None:
@@ -209,25 +221,13 @@ class AdapterFiles:
         PEFT writes them into the model, which does nothing where they are the same already.
         """
         for key, module, name in self._carried:
-            owner = module()
-            own: Any = None if owner is None else getattr(owner, name, None)
-            rows = self._weights.get_slice(key)
-            step = 1 if own is None else max(1, _CHUNK // max(1, own[:1].numel()))
-            if (
-                own is None
-                or own.device.type == "meta"
-                or any(
-                    not torch.equal(
-                        rows[start : start + step].to(own.dtype),
-                        own[start : start + step].detach().cpu(),
-                    )
-                    for start in range(0, own.shape[0], step)
-                )
-            ):
+            own = getattr(module(), name, None)
+            if own is None or own.device.type == "meta" or not _same(self._weights, key, own):
                 self.refuse(
-                    f"it has {key}, a weight of the base model that is not this model's. If it was "
-                    f"trained, train it by modules_to_save; otherwise save the adapter with "
-                    f"save_pretrained(..., save_embedding_layers=False)."
+                    f"it has {key}, a weight of the base model, which differs from this model's or "
+                    "cannot be compared with it. If it was trained, train it by modules_to_save; "
+                    "otherwise save the adapter with save_pretrained(..., "
+                    "save_embedding_layers=False)."
                 )
         self._carried.clear()
 
@@ -265,6 +265,18 @@ def _stamp(path: Path) -> tuple[tuple[int, ...], ...]:
     except OSError:
         return ()
     return tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+
+
+def _same(weights: Any, key: str, own: Tensor) -> bool:
+    """Whether a tensor of the file, in the dtype of the model's, has its values."""
+    if own.ndim == 0:
+        return torch.equal(weights.get_tensor(key).to(own.dtype), own.detach().cpu())
+    rows = weights.get_slice(key)
+    step = max(1, _CHUNK * len(own) // max(1, own.numel()))
+    return all(
+        torch.equal(rows[at : at + step].to(own.dtype), own[at : at + step].detach().cpu())
+        for at in range(0, len(own), step)
+    )
 
 
 def _safe_open(path: Path) -> Any:
@@ -344,15 +356,20 @@ class _Reader:
     def read(self) -> None:
         self.check_config()
         self.places = _places(self.model)
+        self.saved = (
+            *(self.config["modules_to_save"] or ()),
+            *_HEADS.get(str(self.config["task_type"]), ()),
+        )
+        self.tied = self.find_tied()
         adapters, replaced = self.sort_keys()
-        self.check_tied(adapters, replaced)
         parts: dict[str, Part] = {}
-        for module, keys in adapters.items():
-            parts[module] = self.adapter_part(module, keys)
+        for module in sorted(adapters, key=len):
+            parts[module] = self.adapter_part(module, adapters[module])
             self.require_one_name(module)
         for module, keys in replaced.items():
             parts[module] = self.replaced_part(module, keys)
             self.require_one_name(module)
+        self.check_tied(adapters, replaced)
         if not parts:
             self.refuse(f"{WEIGHTS} has no adapter's weights; save the adapter again.")
         self.files.parts = tuple(parts[module] for module in self.places if module in parts)
@@ -443,8 +460,6 @@ class _Reader:
             if short in keys:
                 self.refuse(f"it has both {keys[short]} and {key}; remove one.")
             keys[short] = key
-        for module in adapters:
-            self.place(module)
         wrapped = frozenset(adapters)
         for key, body in rest:
             owner = self.replaced_module(body)
@@ -473,7 +488,8 @@ class _Reader:
                 f"{PREFIX}{path}.base_layer.bias."
             )
         owner = self.place(path).module
-        own = _state(owner).get(leaf)
+        own: Tensor | None = owner._parameters.get(leaf)
+        own = owner._buffers.get(leaf) if own is None else own
         if own is None:
             self.refuse(
                 f"{key} is neither of an adapter nor of the model, whose {path} has no {leaf}; "
@@ -487,9 +503,6 @@ class _Reader:
 
     def replaced_module(self, body: str) -> str | None:
         """Return the module named by ``modules_to_save`` that a key of the file is of."""
-        saved = self.saved
-        if not saved:
-            return None
         steps = body.split(".")
         for count in range(1, len(steps)):
             module = ".".join(steps[:count])
@@ -497,17 +510,12 @@ class _Reader:
                 return module
         return None
 
-    @property
-    def saved(self) -> tuple[str, ...]:
-        """How the names of the modules end that the adapter has a copy of."""
-        return tuple(self.config["modules_to_save"] or ())
-
     def is_saved(self, module: str) -> bool:
-        return bool(self.saved) and (module.endswith(self.saved) or module in self.tied)
+        """Whether the adapter has a copy of a module of its own."""
+        return module.endswith(self.saved) or module in self.tied
 
-    @property
-    def tied(self) -> frozenset[str]:
-        """The modules that share the weight of a saved one, where they are to stay tied."""
+    def find_tied(self) -> frozenset[str]:
+        """Return what shares its weight with a saved module, where that is to stay so."""
         if not self.config["ensure_weight_tying"]:
             return frozenset()
         saved = [module for module in self.places if module.endswith(self.saved)]
@@ -554,13 +562,16 @@ class _Reader:
     def adapter_part(self, module: str, keys: dict[str, str]) -> Part:
         place = self.place(module)
         base = place.module
-        if not keys.keys() & {"A", "B", "magnitude", "bias_B"}:  # a bias alone
-            kind = _kind(base) or "replaced"
-            shape = tuple(base.bias.shape)  # type: ignore[union-attr,arg-type]
-            self.require(keys["bias"], shape, module)
-            return self.part(module, kind, 0, 1.0, {"bias": shape}, _Source(keys))
-        self.require_complete(module, keys)
         kind = _kind(base)
+        why = _why_unserved(place, dora=self.config["use_dora"])
+        if why:
+            self.refuse(f"it has weights for {module}, and {why}.")
+        if keys.keys() == {"bias"}:
+            shape = tuple(base.bias.shape)  # type: ignore[arg-type]
+            self.require(keys["bias"], shape, module)
+            alone = kind if kind in {"linear", "conv"} else "replaced"
+            return self.part(module, alone, 0, 1.0, {"bias": shape}, _Source(keys))
+        self.require_complete(module, keys)
         spelled = "lora_embedding_" in keys["A"]
         if kind is None or spelled != ("lora_embedding_" in keys["B"]):
             self.refuse_layer(module, base)
@@ -569,10 +580,10 @@ class _Reader:
                 f"{keys['A']} is for {'an embedding' if spelled else 'another kind of layer'}, but "
                 f"{module} is {type(base).__name__}; add it to the model that it was trained for."
             )
-        why = _why_unserved(base, dora=self.config["use_dora"])
-        if why:
-            self.refuse(f"it has weights for {module}, and {why}.")
         rank, scaling = self.resolve(module)
+        groups = base.groups if isinstance(base, _CONVOLUTIONS) else 1
+        if rank % groups:
+            self.refuse(f"its rank for {module} is {rank}, no multiple of its {groups} groups.")
         needed = _file_shapes(base, rank)
         for short, key in keys.items():
             self.require(key, needed[short], module)
@@ -581,7 +592,6 @@ class _Reader:
             short: inner if short == "A" else (out, rank) if short == "B" else (out,)
             for short in keys
         }
-        groups = base.groups if kind == "conv" else 1
         return self.part(module, kind, rank, scaling, shapes, _Source(keys, groups))
 
     def replaced_part(self, module: str, keys: dict[str, str]) -> Part:
@@ -658,7 +668,7 @@ class _Reader:
             )
 
     def require_one_name(self, module: str) -> None:
-        if self.place(module).names > 1:
+        if self.place(module).shared:
             self.refuse(
                 f"it has weights for {module}, which the model has under several names; PEFT "
                 "adapts only one of them, and a pool cannot tell them apart."
@@ -703,34 +713,30 @@ def _places(model: nn.Module) -> dict[str, _Place]:
         (AuxiliaryTrainingWrapper, "original_module"),
     )
     found: dict[str, _Place] = {}
-    first: dict[int, str] = {}
+    seen: dict[int, _Place] = {}
 
-    def step(outer: str, module: nn.Module) -> tuple[str, nn.Module] | None:
-        for kind, attribute in around:
-            inner = module._modules.get(attribute)
-            if inner is not None and isinstance(module, kind):
-                return f"{outer}.{attribute}".removeprefix("."), inner
-        return None
-
-    def visit(name: str, outer: str, module: nn.Module) -> None:
-        base_name, base = outer, module
-        while (further := step(base_name, base)) is not None:
-            if isinstance(base, OptimizedModule):
-                outer = further[0]
-            base_name, base = further
-        if id(module) in first:
-            for one in (first[id(module)], name):
-                known = found.get(one, found[first[id(module)]])
-                found[one] = dataclasses.replace(known, names=known.names + 1)
+    def visit(name: str, outer: str, module: nn.Module, parent: nn.Module | None) -> None:
+        place = seen.get(id(module))
+        if place is not None:
+            place.shared = True
+            found[name] = place
             return
-        first[id(module)] = name
-        found[name] = _Place(outer, base)
-        for child_name, child in base._modules.items():
+        base, base_name = module, outer
+        while attribute := next((one for kind, one in around if isinstance(base, kind)), ""):
+            inner = base._modules.get(attribute)
+            if inner is None:
+                break
+            base_name = f"{base_name}.{attribute}".removeprefix(".")
+            if isinstance(base, OptimizedModule):
+                outer = base_name
+            base = inner
+        found[name] = seen[id(module)] = _Place(outer, base, parent)
+        for step, child in base._modules.items():
             if child is not None:
-                visit(f"{name}.{child_name}".removeprefix("."),
-                      f"{base_name}.{child_name}".removeprefix("."), child)  # fmt: skip
+                inner_name = f"{name}.{step}".removeprefix(".")
+                visit(inner_name, f"{base_name}.{step}".removeprefix("."), child, base)
 
-    visit("", "", model)
+    visit("", "", model, None)
     return found
 
 
@@ -765,38 +771,39 @@ def _features(base: Any) -> tuple[int, int] | None:
 
 def _file_shapes(base: Any, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes that the tensors of an adapter on a layer have in the file."""
-    magnitude: Callable[[int], tuple[int, ...]] = lambda out: (out,)  # noqa: E731
     kernel: tuple[int, ...] = ()
     groups = 1
     if isinstance(base, nn.Embedding):
         inner, out = base.num_embeddings, base.embedding_dim
     elif isinstance(base, _CONVOLUTIONS):
-        inner, out, kernel, groups = (
-            base.in_channels, base.out_channels, tuple(base.kernel_size), base.groups,
-        )  # fmt: skip
-        magnitude = lambda out: (1, out, *(1 for _ in kernel))  # noqa: E731
+        inner, out, groups = base.in_channels, base.out_channels, base.groups
+        kernel = tuple(base.kernel_size)
     else:
-        inner, out = _features(base) or tuple(base.weight.shape)
-    ones = tuple(1 for _ in kernel)
+        inner, out = _features(base)  # type: ignore[misc]
+    ones = (1,) * len(kernel)
     return {
         "A": (rank, inner, *kernel),
         "B": (out, rank // groups, *ones),
-        "magnitude": magnitude(out),
+        "magnitude": (1, out, *ones) if kernel else (out,),
         "bias_B": (out,),
         "bias": (out,),
     }
 
 
-def _why_unserved(base: Any, *, dora: bool) -> str:
+def _why_unserved(place: _Place, *, dora: bool) -> str:
     """Say what about a layer of a known kind would make a pool's output other than PEFT's."""
+    base: Any = place.module
+    if isinstance(place.parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"{type(place.parent).__name__} reads that layer's weight and may not call it"
     if isinstance(base, nn.Embedding):
-        if plain_class(type(base)).forward is not nn.Embedding.forward:
-            return f"{type(base).__name__} has a forward of its own, not nn.Embedding's"
+        # PEFT multiplies what the adapter adds by embed_scale, too.
+        if _forward_of(base) is not nn.Embedding.forward or hasattr(base, "embed_scale"):
+            return f"{type(base).__name__} has a forward or scale of its own, not nn.Embedding's"
         if base.max_norm is not None:
-            return "its embedding has max_norm, which renormalizes weights in its forward"
+            return "that embedding has max_norm, which changes weights in its forward"
     elif isinstance(base, _CONVOLUTIONS):
         plain = next(one for one in _CONVOLUTIONS if isinstance(base, one))
-        if (plain_class(type(base)).forward, type(base)._conv_forward) != (
+        if (_forward_of(base), type(base)._conv_forward) != (
             plain.forward,
             plain._conv_forward,
         ):
@@ -805,6 +812,10 @@ def _why_unserved(base: Any, *, dora: bool) -> str:
             return "it has a dilation or padding_mode that PEFT's own layers do not follow"
         if base.groups > 1 and dora:
             return "PEFT's norm of a grouped convolution is not that of its weight"
-    elif isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads that layer's weight and does not call it"
     return ""
+
+
+def _forward_of(base: nn.Module) -> Any:
+    """Return the forward of a module's class, whether or not a pool or a cache stands in for it."""
+    kind: Any = plain_class(type(base))
+    return kind.forward

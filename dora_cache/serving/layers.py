@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dora_cache.serving.residents import Placed
     from dora_cache.serving.routing import Route
 
-__all__ = ["PooledLayer", "pooled_forward"]
+__all__ = ["PooledLayer", "Substitute", "pooled_forward"]
 
 _AT_ONCE = 1 << 24
 """Elements of a base weight that are brought to a larger dtype at once."""
@@ -196,6 +196,11 @@ class PooledLayer:
         if route is None:
             return original(module, *args, **kwargs)
         output = self._without(module, original)(*args, **kwargs)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # The graph is to serve other adapters, too, which may be on other layers.
+            x = args[0] if args else next(iter(kwargs.values()))
+            self.pool.adapt_(output, x, self.pool.static_rows(x.device), self.index)
+            return output
         if not route.touched >> self.index & 1:
             return output
         if self.kind != "other":
@@ -354,34 +359,43 @@ class PooledLayer:
             if placed is not None and placed.whole is not None:
                 rows = (x[where], *args[1:]) if args else ()
                 named = kwargs if args else kwargs | {next(iter(kwargs)): x[where]}
-                self._follow(placed.whole, placed.weights)
                 output[where] = placed.whole(*rows, **named).to(output.dtype)
         return output
 
-    def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return a copy of the base layer with other parameters and buffers."""
-        base = self.base.module()
-        known: dict[int, Any] = {}
-        for name, own in (*base.named_parameters(), *base.named_buffers()):
-            other = weights.get(name, own).to(own.dtype)
-            if name in weights and isinstance(own, nn.Parameter):
-                other = nn.Parameter(other, requires_grad=False)
-            known[id(own)] = own if name not in weights else other
-        return copy.deepcopy(base, known)
+    def copy_with(self, weights: Mapping[str, Tensor]) -> Substitute:
+        """Return a copy of the base layer with other parameters."""
+        return Substitute(self.base.module(), weights)
 
-    def _follow(self, whole: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Have a copy share again what it has of the base layer: others may be there since."""
-        own = dict(self.base.module().named_modules())
-        for prefix, module in whole.named_modules():
-            base = own[prefix]
-            if module.training is not base.training:
-                module.training = base.training
-            pairs = ((module._parameters, base._parameters), (module._buffers, base._buffers))
-            for tensors, others in pairs:
-                for name, other in others.items():
-                    key = f"{prefix}.{name}" if prefix else name
-                    if key not in weights and tensors.get(name) is not other:
-                        tensors[name] = other
+
+class Substitute:
+    """A copy of a module with parameters of its own; the others, and buffers, are the module's.
+
+    A copy, since parameters that are swapped for a call would be seen by other threads.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        tensors: dict[int, Any] = {id(one): one for one in module.buffers()}
+        self._shared: list[tuple[dict[str, Any], nn.Module, str, str]] = []
+        for name, parameter in module.named_parameters():
+            own = weights.get(name)
+            tensors[id(parameter)] = (
+                parameter if own is None else nn.Parameter(own, requires_grad=False)
+            )
+        self._copy = copy.deepcopy(module, tensors)
+        parts = zip(module.named_modules(), self._copy.modules(), strict=True)
+        for (path, theirs), own_part in parts:
+            prefix = f"{path}." if path else ""
+            for kind in ("_parameters", "_buffers"):
+                held = getattr(own_part, kind)
+                self._shared += [
+                    (held, theirs, kind, name) for name in held if prefix + name not in weights
+                ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        for held, theirs, kind, name in self._shared:  # those may have been replaced
+            held[name] = getattr(theirs, kind)[name]
+        return self._copy(*args, **kwargs)
 
 
 def _over_outputs(vector: Tensor, output: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dora_cache.serving.files import AdapterFiles, Part
-    from dora_cache.serving.layers import PooledLayer
+    from dora_cache.serving.layers import PooledLayer, Substitute
 
 __all__ = ["Layout", "Placed", "Resident"]
 
@@ -138,7 +138,7 @@ class Placed:
         weights: dict[str, Tensor],
         derived: Mapping[str, Tensor],
         scaling: float,
-        whole: nn.Module | None,
+        whole: Substitute | None,
     ) -> None:
         self.whole = whole
         self.a = weights.get("A")

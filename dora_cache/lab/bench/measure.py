@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "Decoded",
+    "Decoding",
     "Result",
     "Spread",
+    "blocks",
     "compare",
     "decode",
     "figure",
@@ -234,8 +236,8 @@ def _side_by_side(
             decodings = {}
             for way in ways:
                 running[way.name].select(name)
-                decodings[way.name] = _Decoding(running[way.name].model, input_ids)
-            for block, size in enumerate(_blocks(tokens)):
+                decodings[way.name] = Decoding(running[way.name].model, input_ids)
+            for block, size in enumerate(blocks(tokens)):
                 for way in rotated(ways, turn + block):
                     with running[way.name].turn():
                         for _ in range(size):
@@ -259,7 +261,7 @@ def _side_by_side(
             )
 
 
-def _blocks(tokens: int) -> list[int]:
+def blocks(tokens: int) -> list[int]:
     """Split a generation into turns: the pass over the prompt, then a few tokens each."""
     rest = tokens - 1
     return [1, *[_TURN] * (rest // _TURN), *([rest % _TURN] if rest % _TURN else [])]
@@ -273,14 +275,19 @@ def decode(model: Any, input_ids: Tensor, tokens: int) -> Decoded:
         input_ids: the prompt, int64, shape (1, length).
         tokens: how many to generate, one or more.
     """
-    decoding = _Decoding(model, input_ids)
+    decoding = Decoding(model, input_ids)
     for _ in range(tokens):
         decoding.step()
     return decoding.so_far()
 
 
-class _Decoding:
-    """A greedy generation under way."""
+class Decoding:
+    """A greedy generation under way.
+
+    Args:
+        model: as of :func:`decode`.
+        input_ids: the prompts, int64, shape (batch, length).
+    """
 
     def __init__(self, model: Any, input_ids: Tensor) -> None:
         self._model = model
@@ -290,8 +297,8 @@ class _Decoding:
         self._milliseconds: list[float] = []
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Generate one more token."""
+    def step(self) -> float:
+        """Generate one more token of each prompt; return the milliseconds."""
         synchronize(self._ids.device)
         began = time.perf_counter()
         output = self._model(input_ids=self._ids, past_key_values=self._past, use_cache=True)
@@ -300,8 +307,10 @@ class _Decoding:
         synchronize(self._ids.device)
         self._milliseconds.append(1e3 * (time.perf_counter() - began))
         self._found.append(self._ids)
+        return self._milliseconds[-1]
 
     def so_far(self) -> Decoded:
+        """Return what the first prompt has got."""
         first, *others = self._milliseconds
         return Decoded(tuple(torch.cat(self._found, dim=1)[0].tolist()), first, tuple(others))
 
