@@ -104,9 +104,6 @@ class Soak:
             )
             self.found.counts["unknown"] += 1
             return
-        except CapError:
-            self.found.counts["beyond the cap"] += 1
-            return
         self.found.counts["served"] += 1
         for place, (history, row) in enumerate(zip(histories, rows, strict=True)):
             if history is None:

@@ -545,6 +545,64 @@ def test_tasks_do_not_see_each_others(served):
         assert_rows(found, served.expected([kind, None], ids))
 
 
+def test_tasks_that_need_more_than_the_cap_together(net_folders):
+    """A task is refused rather than stop the thread in which another one holds the memory."""
+    served = Served(net, net_folders, NET_KINDS, device_bytes=cost(net_folders, "dora"))
+
+    async def serve(name):
+        with served.pool.use([name]):
+            await asyncio.sleep(0)
+            with torch.no_grad():
+                return served.model(tokens(1))
+
+    async def serve_both():
+        return await asyncio.gather(serve("dora"), serve("lora"), return_exceptions=True)
+
+    with ThreadPoolExecutor(1) as threads:
+        first, second = threads.submit(asyncio.run, serve_both()).result(60)
+    assert isinstance(second, CapError)
+    assert_rows(first, served.expected(["dora"], tokens(1)))
+    served.check(["lora"])
+
+
+def test_threads_wait_for_each_other(net_folders):
+    """Threads whose batches fit one at a time are all served, none is refused."""
+    cap = max(cost(net_folders, kind) for kind in NET_KINDS)
+    served = Served(net, net_folders, NET_KINDS, device_bytes=cap)
+    start = threading.Barrier(6)
+
+    def work(number):
+        start.wait(30)
+        for kind in [*NET_KINDS, *NET_KINDS][number : number + 6]:
+            served.check([kind, None])
+
+    with ThreadPoolExecutor(6) as threads:
+        for one in [threads.submit(work, number) for number in range(6)]:
+            one.result(60)
+
+
+def test_a_batch_that_waits_within_another(net_folders):
+    """A nested batch waits for other threads, and is refused once nobody else can let go."""
+    cap = cost(net_folders, "dora", "embedding")
+    served = Served(net, net_folders, NET_KINDS, device_bytes=cap)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with served.pool.use("embedding"):
+            entered.set()
+            assert leave.wait(60)
+
+    with ThreadPoolExecutor(1) as threads, served.pool.use(["dora"]):
+        holding = threads.submit(hold)
+        assert entered.wait(60)
+        threading.Timer(0.1, leave.set).start()
+        served.check(["lora", None])  # waits for the other thread
+        holding.result(60)
+        with pytest.raises(CapError), served.pool.use(["biases", "embedding"]):
+            pass
+    served.check(["biases"])
+
+
 # Adding, removing, closing
 
 
