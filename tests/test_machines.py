@@ -12,6 +12,7 @@ from model_machine import (
     FastModelMachine,
     ModelMachine,
 )
+from pool_machine import PoolMachine
 
 # Runs in the quick profile and in the deep one, and tests that the latter are divided among, for as
 # many workers. The model's machine has two rows, for two workers in the quick profile.
@@ -25,6 +26,7 @@ MACHINES = [
     (CompiledModelMachine, 2, 40, 5),  # it compiles again and again
     (KindsMachine, 12, 250, 5),
     (FastKindsMachine, 5, 100, 5),
+    (PoolMachine, 20, 1000, 5),
 ]
 
 

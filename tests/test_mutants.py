@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from model_machine import AuditedModelMachine, ModelMachine
-from mutants import MUTANTS
+from pool_machine import PoolMachine
+from pool_mutants import MUTANTS
 from zoo import quiet
 
 from dora_cache import DoraCacheError
@@ -76,6 +77,7 @@ def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
         (InferenceMachine, 300),
         (ModelMachine, 25),
         (AuditedModelMachine, 4),
+        (PoolMachine, 40),
     ],
 )
 def test_without_a_bug_the_same_search_finds_none(machine, examples):
