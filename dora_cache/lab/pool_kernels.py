@@ -54,9 +54,7 @@ class _Layers:
         self.x = torch.randn(rows, width, device="cuda", dtype=dtype)
         number = max(2, _BYTES // (width * columns * dtype.itemsize))
         self.weights = [_random(dtype, columns, width) for _ in range(number)]
-        self.first = [
-            [_random(dtype, rank, width) for _ in range(number)] for _ in range(distinct)
-        ]
+        self.first = [[_random(dtype, rank, width) for _ in range(number)] for _ in range(distinct)]
         self.last = [
             [_random(dtype, columns, rank) for _ in range(number)] for _ in range(distinct)
         ]
@@ -161,7 +159,7 @@ def sweep(
     try:
         with torch.inference_mode():
             for how in plans:
-                kernels.plan = lambda *_, how=how: how  # type: ignore[assignment, misc]
+                kernels.plan = lambda *_, how=how: how
                 kernels._adapter.cache_clear()
                 try:
                     times = _gpu({"": layers.pool}, rounds)[""]
@@ -191,7 +189,8 @@ def _gpu(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[f
         graphs[name].replay()
     times: dict[str, list[float]] = {name: [] for name in ways}
     for name in _turns(list(ways), rounds):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
         graphs[name].replay()
         ended.record()
@@ -232,7 +231,9 @@ def _bandwidth() -> float:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m dora_cache.lab.pool_kernels")
+    parser = argparse.ArgumentParser(
+        description=__doc__, prog="python -m dora_cache.lab.pool_kernels"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 8192])
     parser.add_argument("--distinct", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rank", type=int, default=16)

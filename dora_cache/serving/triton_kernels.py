@@ -1,5 +1,5 @@
 """The kernels themselves; imports Triton. See ``kernels.py`` for what they compute."""
-# ruff: noqa: ANN001, ANN201, ANN202, PLR2004 - Triton reads annotations as its own
+# ruff: noqa: ANN001, ANN201, ANN202 - Triton reads annotations as its own
 
 import triton
 import triton.language as tl
@@ -142,31 +142,20 @@ def _add(
     ranks: tl.constexpr,
     early: tl.constexpr,
 ):
-    """Add what some ranks have: the sums of the splits times rows of the last factor.
-
-    Args:
-        total: shape (tile, columns) for a tile of rows, or (columns,) for one row, whose number is
-            ``row``.
-    """
+    """Add what some ranks have: the sums of the splits times rows of the last factor."""
     number = start + tl.arange(0, ranks)
     known = number < rank
     where = column.to(tl.int64)[:, None] * rank + number[None, :]
-    factor = tl.load(last + where, inside[:, None] & known[None, :], other=0.0).to(tl.float32)
+    factor = tl.load(last + where, inside[:, None] & known[None, :], other=0.0)
     if early:
         gdc_wait()
     stride = count.to(tl.int64) * max_rank
-    if tile == 1:
-        where = row * max_rank + number[None, :] + tl.arange(0, splits)[:, None] * stride
-        hidden = tl.sum(tl.load(space_pointer + where, known[None, :], other=0.0), 0)
-        total += tl.sum(factor * hidden[None, :], 1)
-    else:
-        where = row.to(tl.int64)[:, None] * max_rank + number[None, :]
-        some = here[:, None] & known[None, :]
-        hidden = tl.zeros([tile, ranks], dtype=tl.float32)
-        for split in tl.static_range(splits):
-            hidden += tl.load(space_pointer + split * stride + where, some, other=0.0)
-        total = tl.dot(hidden, tl.trans(factor), total, input_precision=precision)
-    return total
+    where = row.to(tl.int64)[:, None] * max_rank + number[None, :]
+    some = here[:, None] & known[None, :]
+    hidden = tl.zeros([tile, ranks], dtype=tl.float32)
+    for split in tl.static_range(splits):
+        hidden += tl.load(space_pointer + split * stride + where, some, other=0.0)
+    return tl.dot(hidden, tl.trans(factor.to(tl.float32)), total, input_precision=precision)
 
 
 @triton.jit
@@ -188,12 +177,10 @@ def _sums(
     early: tl.constexpr,
 ):
     """Add what all ranks have, see :func:`_add`."""
-    odd: tl.constexpr = 8 if tile == 1 else _FEW_RANKS  # narrow loads take many registers
     if rank % 8 == 0:
         even = rank // 8 * 8  # so the compiler sees that loads can be wide
-        step: tl.constexpr = _FEW_RANKS if tile == 1 else wide
-        for start in range(0, even, step):
-            if tile == 1 or wide == _FEW_RANKS:
+        for start in range(0, even, wide):
+            if wide == _FEW_RANKS:
                 total = _add(
                     total, space_pointer, last, row, here, column, inside, start, even, count,
                     max_rank, splits, precision, tile, _FEW_RANKS, early,
@@ -209,10 +196,10 @@ def _sums(
                     max_rank, splits, precision, tile, _FEW_RANKS, early,
                 )  # fmt: skip
     else:
-        for start in range(0, rank, odd):
+        for start in range(0, rank, _FEW_RANKS):
             total = _add(
                 total, space_pointer, last, row, here, column, inside, start, rank, count,
-                max_rank, splits, precision, tile, odd, early,
+                max_rank, splits, precision, tile, _FEW_RANKS, early,
             )  # fmt: skip
     return total
 
@@ -236,16 +223,11 @@ def _change(
     wide: tl.constexpr,
     early: tl.constexpr,
 ):
-    """Write some columns of the rows of a tile that have one adapter; or, ``tile`` 1, of a row."""
+    """Write some columns of the rows of a tile that have one adapter."""
     inside = column < columns
-    if tile == 1:
-        place = row.to(tl.int64) * columns + column
-        some = inside
-        total = tl.zeros([block], dtype=tl.float32)
-    else:
-        place = row.to(tl.int64)[:, None] * columns + column[None, :]
-        some = here[:, None] & inside[None, :]
-        total = tl.zeros([tile, block], dtype=tl.float32)
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    some = here[:, None] & inside[None, :]
+    total = tl.zeros([tile, block], dtype=tl.float32)
     y = tl.load(y_pointer + place, some, other=0.0).to(tl.float32)
     entry = (table + layer * 64).to(tl.pointer_type(tl.int64))
     last = tl.load(entry + 1).to(tl.pointer_type(y_pointer.dtype.element_ty))
@@ -262,9 +244,7 @@ def _change(
         total, space_pointer, last, row, here, column, inside, rank, count, max_rank, splits,
         precision, tile, wide, early,
     )  # fmt: skip
-    if tile != 1:
-        scale, shift = scale[None, :], shift[None, :]
-    y = ((y + scaling * total) * scale + shift).to(y_pointer.dtype.element_ty)
+    y = ((y + scaling * total) * scale[None, :] + shift[None, :]).to(y_pointer.dtype.element_ty)
     changes = (rank > 0) | (scale_address != 0) | (shift_address != 0)
     tl.store(y_pointer + place, y, some & changes)
 
@@ -294,13 +274,14 @@ def pool_expand(
     while table != _NONE:
         here = left == table
         alone = False
-        if each:  # then registers are for as many columns as can be; a product takes 16 rows' worth
+        if each:  # a row alone takes fewer registers, which leaves them for more columns at once
             alone = tl.sum(here.to(tl.int32), 0) == 1
         if alone:
+            one = tl.program_id(0) + tl.arange(0, 1)
             _change(
-                y_pointer, space_pointer, table, tl.program_id(0), here,
-                first + tl.arange(0, block), columns, max_rank, count, layer, splits, precision, 1,
-                block, wide, early,
+                y_pointer, space_pointer, table, one, one < count, first + tl.arange(0, block),
+                columns, max_rank, count, layer, splits, precision, 1, block,
+                _FEW_RANKS, early,
             )  # fmt: skip
         else:
             for start in range(first, tl.minimum(first + block, columns), piece):
