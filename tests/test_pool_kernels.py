@@ -79,6 +79,11 @@ class Adapter:
         y = y if self.scale is None else self.scale.double() * y
         return y if self.shift is None else y + self.shift.double()
 
+    def size(self, x):
+        """Return how large the terms of the second product are together."""
+        hidden = x.double() @ self.first.double().T
+        return abs(self.scaling) * (hidden.abs() @ self.last.double().abs().T)
+
 
 def table_of(adapters, capacity=0):
     """Return the rows that name these adapters, None for the base model."""
@@ -97,6 +102,16 @@ def expected_of(y, x, adapters):
     return torch.cat(parts)
 
 
+def sizes_of(y, x, adapters):
+    """Return how large what is added to each row is, its terms together, in float64."""
+    each = len(y) // len(adapters)
+    parts = []
+    for index, adapter in enumerate(adapters):
+        rows = slice(index * each, (index + 1) * each)
+        parts.append(y[rows].double() * 0 if adapter is None else adapter.size(x[rows]))
+    return torch.cat(parts)
+
+
 def inputs(generator, count, width, columns, dtype):
     return (
         torch.randn(count, columns, generator=generator).to(DEVICE, dtype),
@@ -112,12 +127,13 @@ def check(adapters, count, width, columns, dtype, *, layer=1, max_rank=64, seed=
     found = around[1:-1]
     found.copy_(y)
     assert kernels.adapt_(found, x, table_of(adapters, len(adapters) + 3), layer, max_rank)
-    # Of numbers of about 1: one rounding of the output, and of the intermediate numbers. (The
-    # interpreter rounds bfloat16 towards zero.)
+    # Relative to the output and to the terms of its sum, which are rounded before. (The interpreter
+    # rounds bfloat16 towards zero.)
     error = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     if INTERPRETED and dtype is torch.bfloat16:
         error = 2**-7
-    error = (found.double() - expected).abs() / (error * (2 + expected.abs()))
+    size = 2 + expected.abs() + sizes_of(y, x, adapters)
+    error = (found.double() - expected).abs() / (error * size)
     assert error.max() < 1, (error.max(), error.argmax())
     each = count // len(adapters)
     for index, adapter in enumerate(adapters):

@@ -100,7 +100,7 @@ def bench(
     ] = None,
     prompt: Annotated[
         int,
-        typer.Option(min=1, metavar="LENGTH", help="With --mixed: time prompts so long, too."),
+        typer.Option(min=0, metavar="LENGTH", help="With --mixed: time prompts so long, too."),
     ] = 0,
     graphs: Annotated[
         bool, typer.Option("--graphs", help="With --mixed, on CUDA: time CUDA graphs, too.")

@@ -303,6 +303,7 @@ class AdapterPool(Uncopyable):
         # A switch may come with writes that nobody counts: the weights are looked at again.
         observer = Observer(mode_switched=self._switched, moved=self._moved)
         self._undo.callback(observe(module, observer, overrides={"forward": forward}))
+        self.static_rows(layer.device)  # a CUDA graph that is captured cannot make them
         self._layers[name] = layer
         self._by_index.append(layer)
         return layer
