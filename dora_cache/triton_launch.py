@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dora_cache.ambient import raw_stream
+from dora_cache.errors import CacheWarning
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "broken"]
+
+broken: set[str] = set()
+"""Names of kernels that failed, and so are not launched any more."""
+
+_OPTIONS = {
+    "num_warps": 4,
+    "enable_fp_fusion": False,  # a fused multiply-add rounds once, not twice
+}
 
 
 class Launcher:
@@ -29,9 +39,19 @@ class Launcher:
         across: programs in the second dimension of the grid.
         sizes: integers.
         constants: values of its ``tl.constexpr`` parameters.
+        options: of the compiler.
     """
 
-    __slots__ = ("_compiled", "_constants", "_device", "_kernel", "_known", "_sizes", "across")
+    __slots__ = (
+        "_compiled",
+        "_constants",
+        "_device",
+        "_kernel",
+        "_known",
+        "_options",
+        "_sizes",
+        "across",
+    )
 
     def __init__(
         self,
@@ -40,14 +60,38 @@ class Launcher:
         across: int,
         sizes: tuple[int, ...],
         constants: tuple[object, ...],
+        **options: object,
     ) -> None:
         self.across = across
         self._kernel = kernel
         self._device = device
         self._sizes = sizes
         self._constants = constants
+        self._options = _OPTIONS | options
         self._compiled: Any = None
         self._known = False  # whether it was compiled for aligned pointers
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self._kernel.__name__
+
+    def __call__(self, down: int, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> bool:
+        """Launch the kernel; return whether it was launched, else it will not be any more."""
+        if broken and self.name in broken:
+            return False
+        try:
+            self.launch(down, tensors, numbers)
+        except Exception as error:  # noqa: BLE001 - it compiles at the first launch, by a compiler
+            broken.add(self.name)  # for the whole process: the next launch would fail as well
+            kind = type(error).__name__
+            text = (
+                f"Triton kernel {self.name!r} failed, so PyTorch's operations run: {kind}: {error}"
+            )
+            with suppress(CacheWarning):  # never an error, whatever the filters
+                warnings.warn(text, CacheWarning, stacklevel=2)
+            return False
+        return True
 
     def launch(self, down: int, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> None:
         """Launch the kernel on the current stream; the device must be the current one.
@@ -80,8 +124,7 @@ class Launcher:
             *self._sizes,
             *numbers,
             *self._constants,
-            num_warps=4,
-            enable_fp_fusion=False,  # a fused multiply-add rounds once, not twice
+            **self._options,
         )
         if aligned and not self._known:
             self._known = True

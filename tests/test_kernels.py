@@ -7,6 +7,7 @@ import torch
 from zoo import dora_model, run, sample
 
 import dora_cache
+from dora_cache import triton_launch
 from dora_cache.recipes.dora import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -175,7 +176,7 @@ def test_a_launcher_that_has_changed():
     for _ in range(3):
         assert torch.equal(kernels.combine(result, delta, scale, None, 0.7), expected)
     assert launch._compiled is None
-    assert not kernels._broken
+    assert not triton_launch.broken
 
 
 def test_layers_use_them(monkeypatch):
@@ -186,7 +187,7 @@ def test_layers_use_them(monkeypatch):
     launched = []
     launch = kernels.Launch.__call__
     monkeypatch.setattr(
-        kernels.Launch, "__call__", lambda *args: launched.append(args[0]._name) or launch(*args)
+        kernels.Launch, "__call__", lambda *args: launched.append(args[0].name) or launch(*args)
     )
     with dora_cache.attach(model, numerics="fast"):
         for _ in range(4):
@@ -215,7 +216,7 @@ def test_layers_use_them(monkeypatch):
         try:
             with pytest.warns(dora_cache.CacheWarning, match="Triton kernel 'combine' failed"):
                 assert torch.equal(run(model, x), expected)
-            assert kernels._broken == {"combine"}
+            assert triton_launch.broken == {"combine"}
             assert torch.equal(run(model, x), expected)
         finally:
-            kernels._broken.clear()
+            triton_launch.broken.clear()

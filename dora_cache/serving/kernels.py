@@ -1,23 +1,192 @@
-"""Kernels of mixed batches."""
+"""Adds each row's own adapter to a linear layer's output, by two CUDA kernels written in Triton.
+
+Which adapter a row has, where its factors are and what rank they have, the kernels read from
+memory, so one CUDA graph serves every mix. The first kernel multiplies rows by their adapters'
+first factors, the second one by the last factors, and scales and adds. Both have two forms. For few
+rows, as in decoding, there is a program for each row, so distinct adapters are read at the same
+time; for many, as in prefill, a program for each tile of rows, which does its adapters in turn.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dora_cache.ambient import current_device
+from dora_cache.triton_launch import Launcher
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-__all__ = ["LARGEST_RANK", "adapt_", "available"]
+__all__ = ["LARGEST_RANK", "adapt_", "available", "max_workspace"]
 
 LARGEST_RANK = 256
 
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_FEW_ROWS = 128  # the most that have a program each
+_MOST_SPLITS = 16
+_PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
+"""Of the second product: of float32 numbers with factors of these dtypes."""
 
-def available(device: torch.device, *dtypes: torch.dtype) -> bool:  # noqa: ARG001
-    """Whether there are kernels."""
-    return False
+
+class Plan(NamedTuple):
+    """How the work of one layer is divided.
+
+    Args:
+        each: whether each row has a program, else each tile.
+        tile: rows of a tile, 16 or more. All sizes are powers of two.
+        splits: ranges of the inputs that are summed apart.
+        shrink: inputs at once.
+        expand: outputs of a program.
+        piece: outputs at once for rows that share an adapter.
+        shrink_warps: of a program of the first kernel.
+        expand_warps: of the second one.
+        stages: of the pipeline that reads inputs and first factors.
+        early: whether the second kernel starts before the first has ended (from sm_90 on).
+    """
+
+    each: bool
+    tile: int
+    splits: int
+    shrink: int
+    expand: int
+    piece: int
+    shrink_warps: int = 4
+    expand_warps: int = 4
+    stages: int = 3
+    early: bool = False
 
 
-def adapt_(y: Tensor, x: Tensor, rows: Tensor, layer: int, max_rank: int) -> bool:  # noqa: ARG001
-    """Change y in place."""
-    return False
+def plan(count: int, width: int, dtype: torch.dtype) -> Plan:
+    """Divide the work of a layer of ``width`` inputs on ``count`` rows."""
+    splits = min(_most_splits(count), 1 << max(0, (width // 256).bit_length() - 1))
+    narrow = 1 if dtype.itemsize < 4 else 4  # noqa: PLR2004 - float32: no tensor cores
+    if count <= _FEW_ROWS:
+        return Plan(True, 16, splits, 256 // narrow, 128 if count <= 16 else 256, 64)  # noqa: FBT003, PLR2004
+    tile = 16 if count <= 1024 else 64  # noqa: PLR2004
+    return Plan(False, tile, splits, 128 // narrow, 128 // narrow, 128 // narrow)  # noqa: FBT003
+
+
+def available(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether there are kernels for a device and these dtypes."""
+    return device.type == "cuda" and _DTYPES.issuperset(dtypes) and _kernels() is not None
+
+
+def max_workspace(count: int, max_rank: int) -> int:
+    """Return the most bytes that :func:`adapt_` allocates while it runs.
+
+    Args:
+        count: rows.
+        max_rank: as there.
+    """
+    return _most_splits(count) * count * max_rank * 4
+
+
+def adapt_(y: Tensor, x: Tensor, rows: Tensor, layer: int, max_rank: int) -> bool:
+    """Write ``s * (y + g * (x @ A.T @ B.T)) + t`` to ``y``, with each row's own adapter.
+
+    An adapter's table is int64, shape (layers, 8), contiguous. Its row is the addresses of ``A``
+    (rank, in), ``B`` (out, rank), ``s`` (out,) and ``t`` (out,), the rank, ``g`` as the bits of a
+    float64, and two zeros. ``A`` and ``B`` are contiguous, of the dtype of ``x``; ``s`` and ``t``
+    are float32, or their address is 0, for 1 and 0. All are aligned to 16 bytes. Where the rank is
+    0, ``A`` and ``B`` are not read.
+
+    Sums are accumulated in float32. The order in which they are depends on the shapes alone. A row
+    that no adapter changes stays as it is, to the bit.
+
+    Args:
+        y: shape (M, out), contiguous; float32, bfloat16 or float16, on a CUDA device.
+        x: shape (M, in), contiguous, likewise. Neither may be a negative view.
+        rows: int64, contiguous: ``n``, and the addresses of the tables of ``n`` adapters, 0 for no
+            adapter. Row ``m`` of ``M`` has adapter ``m * n // M``. ``n`` is positive and divides
+            ``M``; this is not checked.
+        layer: which row of the tables.
+        max_rank: the most that the ranks may be, at most :data:`LARGEST_RANK`; not checked.
+
+    Returns:
+        Whether it was done. Else a kernel failed, which is warned about once; ``y`` is unchanged.
+    """
+    count, width = x.shape
+    device = y.get_device()
+    if device != current_device():
+        with torch.cuda.device(device):
+            return adapt_(y, x, rows, layer, max_rank)
+    if not count:
+        return True
+    found = _adapter(device, x.dtype, count, width, y.shape[1], max_rank)
+    space = torch.empty(found.size, dtype=torch.float32, device=y.device)
+    numbers = count, layer
+    return found.shrink(found.down, (x, rows, space), numbers) and found.expand(
+        found.down, (y, rows, space), numbers
+    )
+
+
+class _Adapter(NamedTuple):
+    shrink: Launcher
+    expand: Launcher
+    down: int
+    size: int  # of the workspace, in float32 numbers
+
+
+@functools.lru_cache(maxsize=4096)
+def _adapter(
+    device: int, dtype: torch.dtype, count: int, width: int, columns: int, max_rank: int
+) -> _Adapter:
+    how = plan(count, width, dtype)
+    shrink, expand = _launchers(device, dtype, width, columns, max_rank, how)
+    down = count if how.each else -(-count // how.tile)
+    return _Adapter(shrink, expand, down, how.splits * count * max_rank)
+
+
+@functools.cache
+def _launchers(
+    device: int, dtype: torch.dtype, width: int, columns: int, max_rank: int, how: Plan
+) -> tuple[Launcher, Launcher]:
+    kernels = _kernels()
+    wide = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64  # noqa: PLR2004
+    common = how.each, how.tile, how.splits
+    shrink = Launcher(
+        kernels.pool_shrink,
+        device,
+        how.splits,
+        (width, max_rank),
+        (*common, how.shrink, wide, "ieee", how.early),
+        num_warps=how.shrink_warps,
+        num_stages=how.stages,
+        enable_fp_fusion=True,
+    )
+    expand = Launcher(
+        kernels.pool_expand,
+        device,
+        -(-columns // how.expand),
+        (columns, max_rank),
+        (*common, how.expand, how.piece, min(wide, 32), _PRECISION[dtype], how.early),
+        num_warps=how.expand_warps,
+        num_stages=1,
+        enable_fp_fusion=True,
+        launch_pdl=how.early,
+    )
+    return shrink, expand
+
+
+def _most_splits(count: int) -> int:
+    """Return enough ranges for all multiprocessors to have work, for a wide layer."""
+    if count <= 16:  # noqa: PLR2004
+        return _MOST_SPLITS
+    if count <= _FEW_ROWS:
+        return 8
+    return 8 if count <= 4096 else 4 if count <= 16384 else 1  # noqa: PLR2004
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Import the kernels; None where Triton is not there or does not know the device."""
+    try:
+        if not torch.cuda.is_available() or torch.version.hip:
+            return None
+        from dora_cache.serving import triton_kernels
+    except Exception:  # noqa: BLE001 - whatever is wrong with Triton, PyTorch's operations do
+        return None
+    return triton_kernels

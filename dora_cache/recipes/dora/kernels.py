@@ -11,18 +11,12 @@ a :class:`Launch`, which a bound layer keeps.
 from __future__ import annotations
 
 import functools
-import warnings
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_cache.errors import CacheWarning
 from dora_cache.triton_launch import Launcher
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = [
     "FEW_ROWS",
@@ -46,7 +40,6 @@ _BLOCK = 1024
 _LARGEST_RANK = 256
 _LARGEST_RANK_OF_NORMS = 64
 _ROWS_AT_ONCE = 16
-_broken: set[str] = set()
 
 
 class Launch(Launcher):
@@ -60,7 +53,7 @@ class Launch(Launcher):
         constants: values of its ``tl.constexpr`` parameters.
     """
 
-    __slots__ = ("_name",)
+    __slots__ = ()
 
     def __init__(
         self,
@@ -71,24 +64,6 @@ class Launch(Launcher):
         constants: tuple[object, ...],
     ) -> None:
         super().__init__(getattr(_kernels(), name), device, across, sizes, constants)
-        self._name = name
-
-    def __call__(self, down: int, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> bool:
-        """Launch the kernel; return whether it was launched, else it will not be any more."""
-        if self._name in _broken:
-            return False
-        try:
-            self.launch(down, tensors, numbers)
-        except Exception as error:  # noqa: BLE001 - it compiles at the first launch, by a compiler
-            _broken.add(self._name)  # for the whole process: the next launch would fail as well
-            kind = type(error).__name__
-            text = (
-                f"Triton kernel {self._name!r} failed, so PyTorch's operations run: {kind}: {error}"
-            )
-            with suppress(CacheWarning):  # never an error, whatever the filters
-                warnings.warn(text, CacheWarning, stacklevel=2)
-            return False
-        return True
 
 
 def available(device: torch.device, *dtypes: torch.dtype) -> bool:
