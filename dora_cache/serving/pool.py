@@ -432,8 +432,9 @@ class AdapterPool(Uncopyable):
         """Return what compiled code gets in place of a route's rows: they are at one address."""
         rows = self._static.get(device)
         if rows is None:
-            rows = torch.zeros(1 + _MOST_ROWS, dtype=torch.int64, device=device)
-            rows[0] = 1
+            with torch.inference_mode(mode=False):  # it is written to outside of it as well
+                rows = torch.zeros(1 + _MOST_ROWS, dtype=torch.int64, device=device)
+                rows[0] = 1
             self._static[device] = rows
         return rows
 

@@ -162,7 +162,11 @@ def _loaded(base: Any, folder: Path, names: Sequence[str]) -> Any:
     """Return a PEFT model of a twin, with adapters from files in the files' dtype."""
     from peft import PeftModel
 
-    how: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+    how: dict[str, Any] = {
+        "autocast_adapter_dtype": False,
+        "low_cpu_mem_usage": True,
+        "torch_device": str(base.device),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(twin(base), str(folder / names[0]), names[0], **how)
