@@ -368,22 +368,27 @@ class PooledLayer:
 
 
 class Substitute:
-    """A copy of a module with parameters of its own; the others, and buffers, are the module's.
+    """A copy of a module with parameters and buffers of its own; the others are the module's.
 
     A copy, since parameters that are swapped for a call would be seen by other threads.
     """
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        tensors: dict[int, Any] = {id(one): one for one in module.buffers()}
-        self._shared: list[tuple[dict[str, Any], nn.Module, str, str]] = []
-        for name, parameter in module.named_parameters():
+        tensors: dict[int, Any] = {}
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             own = weights.get(name)
-            tensors[id(parameter)] = (
-                parameter if own is None else nn.Parameter(own, requires_grad=False)
-            )
+            if own is None:
+                tensors[id(tensor)] = tensor
+            elif isinstance(tensor, nn.Parameter):
+                tensors[id(tensor)] = nn.Parameter(own, requires_grad=False)
+            else:
+                tensors[id(tensor)] = own.to(tensor.dtype)
         self._copy = copy.deepcopy(module, tensors)
+        self._parts: list[tuple[nn.Module, nn.Module]] = []
+        self._shared: list[tuple[dict[str, Any], nn.Module, str, str]] = []
         parts = zip(module.named_modules(), self._copy.modules(), strict=True)
         for (path, theirs), own_part in parts:
+            self._parts.append((own_part, theirs))
             prefix = f"{path}." if path else ""
             for kind in ("_parameters", "_buffers"):
                 held = getattr(own_part, kind)
@@ -393,6 +398,9 @@ class Substitute:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
+        for own_part, theirs in self._parts:
+            if own_part.training is not theirs.training:
+                own_part.training = theirs.training
         for held, theirs, kind, name in self._shared:  # those may have been replaced
             held[name] = getattr(theirs, kind)[name]
         return self._copy(*args, **kwargs)

@@ -376,15 +376,13 @@ class AdapterPool(Uncopyable):
         with self._tiers.lock:
             distinct = {name: self._known(name) for name in each if name is not None}
         wanted = list(distinct.values())
-        self._tiers.acquire(wanted, outer)
+        thread = self._tiers.acquire(wanted)
         try:
             residents = {name: one.resident for name, one in distinct.items()}
             for resident in residents.values():
                 resident.join()  # type: ignore[union-attr]
             chosen = tuple(None if name is None else residents[name] for name in each)
             route = Route(self, chosen, outer)
-            with self._tiers.lock:
-                self._tiers.active.add(route)
             token = routing.current.set(route)
             try:
                 if self._captured:
@@ -392,10 +390,8 @@ class AdapterPool(Uncopyable):
                 yield
             finally:
                 routing.current.reset(token)
-                with self._tiers.lock:
-                    self._tiers.active.discard(route)
         finally:
-            self._tiers.release(wanted)
+            self._tiers.release(wanted, thread)
 
     def prefetch(self, names: str | Iterable[str]) -> Future[None]:
         """Begin to bring adapters to the device, if there is room beside what is in use.
@@ -574,7 +570,7 @@ class AdapterPool(Uncopyable):
         if self._closed:
             return
         with self._tiers.lock:
-            if self._tiers.active:
+            if self._tiers.in_use:
                 msg = "the pool is in use: leave all `use` blocks first"
                 raise ConfigError(msg)
             self._closed = True

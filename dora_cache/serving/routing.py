@@ -73,13 +73,11 @@ class Route:
         replaced: bit i is set if a row's adapter has parameters for the whole of layer i.
         checked: by layer, what the derived values of the adapters here were last seen to rest on.
         max_rank: the largest rank.
-        blocked: whether its thread waits for memory.
     """
 
     __slots__ = (
         "_plans",
         "_rows",
-        "blocked",
         "checked",
         "derived",
         "distinct",
@@ -105,7 +103,6 @@ class Route:
             self.replaced |= one.replaced
             self.max_rank = max(self.max_rank, one.max_rank)
         self.checked: dict[int, Tensor] = {}
-        self.blocked = False
         self._rows: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[int, torch.device], Plan] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from dora_cache.backends import Backend
     from dora_cache.serving.files import AdapterFiles
     from dora_cache.serving.residents import Layout
-    from dora_cache.serving.routing import Route
 
 __all__ = ["Adapter", "Tiers"]
 
@@ -80,7 +80,6 @@ class Tiers:
         loads: adapters brought to the device.
         reads: of those, how many from their files.
         evictions: adapters that left the device for others.
-        active: the routes in force.
     """
 
     def __init__(
@@ -96,7 +95,8 @@ class Tiers:
         self._device.on_evict(self._evicted)
         self._present: dict[Hashable, Adapter] = {}
         self._pinned_ones: set[Adapter] = set()
-        self.active: set[Route] = set()
+        self._holding: Counter[int] = Counter()  # uses, by the thread that began them
+        self._waiting: set[int] = set()  # threads that wait for memory
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -115,23 +115,32 @@ class Tiers:
 
     # The device
 
-    def acquire(self, wanted: Sequence[Adapter], outer: Route | None) -> None:
+    @property
+    def in_use(self) -> bool:
+        """Whether adapters have been acquired and not been released."""
+        return self._holding.total() > 0
+
+    def acquire(self, wanted: Sequence[Adapter]) -> int:
         """Bring adapters to the device and keep them there until :meth:`release`.
 
         All at once or none, so that two batches do not wait for each other.
 
         Args:
             wanted: distinct ones.
-            outer: the route around this one, whose adapters stay as well.
+
+        Returns:
+            What tells :meth:`release` who it was.
 
         Raises:
             CapError: they do not fit.
             AdapterFileError: one cannot be read.
         """
         counted = False
+        thread = threading.get_ident()
         while True:
             with self.lock:
-                self._wait_for_room(wanted, outer)
+                self._wait_for_room(wanted)
+                self._holding[thread] += 1
                 missing = [one for one in wanted if one.resident is None and not one.loading]
                 if not counted:
                     counted = True
@@ -155,15 +164,18 @@ class Tiers:
                     while any(one.loading for one in wanted):
                         self.lock.wait()
                     if all(one.resident is not None for one in wanted):
-                        break
+                        return thread
             except BaseException:
-                self.release(wanted)
+                self.release(wanted, thread)
                 raise
-            self.release(wanted)  # another thread could not read one; try it here
+            self.release(wanted, thread)  # another thread could not read one; try it here
 
-    def release(self, adapters: Sequence[Adapter]) -> None:
-        """Let go of adapters that :meth:`acquire` has brought."""
+    def release(self, adapters: Sequence[Adapter], thread: int) -> None:
+        """Let go of adapters that :meth:`acquire` has brought for a thread."""
         with self.lock:
+            self._holding[thread] -= 1
+            if not self._holding[thread]:
+                del self._holding[thread]
             for one in adapters:
                 self._use(one, -1)
             self.lock.notify_all()
@@ -189,12 +201,14 @@ class Tiers:
             self.host.delete(adapter.number)
         adapter.files.close()
 
-    def _wait_for_room(self, wanted: Sequence[Adapter], outer: Route | None) -> None:
-        """Reserve what is missing of some adapters, and count a use of each."""
-        outers = []
-        while outer is not None:
-            outers.append(outer)
-            outer = outer.outer
+    def _wait_for_room(self, wanted: Sequence[Adapter]) -> None:
+        """Reserve what is missing of some adapters, and count a use of each.
+
+        It waits for threads that go on. One that waits here lets go of nothing, and neither does
+        this one, be it a block around this one that holds memory or another task.
+        """
+        thread = threading.get_ident()
+        self._waiting.add(thread)
         try:
             while True:
                 for one in wanted:
@@ -205,15 +219,11 @@ class Tiers:
                     return
                 for one in wanted:
                     self._use(one, -1)
-                for route in outers:
-                    route.blocked = True
-                # Nobody else will let go of anything.
-                if not self._reserved and all(route.blocked for route in self.active):
+                if not self._reserved and self._waiting.issuperset(self._holding):
                     raise CapError(self._too_much(wanted))
                 self.lock.wait()
         finally:
-            for route in outers:
-                route.blocked = False
+            self._waiting.discard(thread)
 
     def _make_room(self, need: int) -> bool:
         """Reserve bytes on the device, evicting what nobody uses; return whether they fit."""
