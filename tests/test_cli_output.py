@@ -154,7 +154,7 @@ def nothing_is_measured(monkeypatch):
         report: ["rows"],
         coverage: ["measure_coverage", "count_examples"],
         measuring: ["measure_all"],
-        traffic: ["make_model"],
+        traffic: ["write_adapters"],
         caps: ["measure_caps", "random_adapter"],
         simulator: ["simulate"],
         bench: ["compare"],

@@ -54,9 +54,7 @@ class _Layers:
         self.x = torch.randn(rows, width, device="cuda", dtype=dtype)
         number = max(2, _BYTES // (width * columns * dtype.itemsize))
         self.weights = [_random(dtype, columns, width) for _ in range(number)]
-        self.first = [
-            [_random(dtype, rank, width) for _ in range(number)] for _ in range(distinct)
-        ]
+        self.first = [[_random(dtype, rank, width) for _ in range(number)] for _ in range(distinct)]
         self.last = [
             [_random(dtype, columns, rank) for _ in range(number)] for _ in range(distinct)
         ]
@@ -232,7 +230,9 @@ def _bandwidth() -> float:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m dora_cache.lab.pool_kernels")
+    parser = argparse.ArgumentParser(
+        description=__doc__, prog="python -m dora_cache.lab.pool_kernels"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 8192])
     parser.add_argument("--distinct", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rank", type=int, default=16)
