@@ -7,6 +7,7 @@ its first token is there, and its logits are compared with those of plain PEFT i
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -212,6 +213,7 @@ def measure_traffic(
     limit = float(torch.finfo(model.dtype).eps) ** 0.5
     served = []
     for ahead in (False, True):
+        gc.collect()  # of models and pools before: their memory is not to be freed later
         before = _allocated(ids.device)
         with AdapterPool(model, device_bytes=caps[0], max_bytes=caps[1], policy=policy) as pool:
             pool.add_folder(folder)
