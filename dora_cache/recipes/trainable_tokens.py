@@ -105,7 +105,8 @@ def _adapters(layer: Any) -> tuple[str, ...]:
     if not isinstance(base, nn.Embedding | nn.Linear):
         msg = f"the base layer is a {type(base).__name__}"
         raise UnusualError(msg)
-    require_dense(layer)
+    if type(base._parameters.get("weight")) is not nn.Parameter:
+        require_dense(layer)
     adapters = tuple(active_in(layer, "trainable_tokens_delta"))
     if len(adapters) != len(layer.active_adapters):
         msg = "the layer lacks an active adapter"  # of which PEFT has something to say
