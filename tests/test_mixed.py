@@ -56,9 +56,9 @@ def llama(adapters=KINDS_OF_ADAPTERS, dtype=torch.float64, **more):
 
 def adapted(base, adapters, targets=(*LINEAR, "embed_tokens")):
     model = None
+    common = {"task_type": "CAUSAL_LM", "target_modules": list(targets), "init_lora_weights": False}
     for name, settings in adapters.items():
-        settings = {"target_modules": list(targets), "init_lora_weights": False} | settings
-        config = LoraConfig(task_type="CAUSAL_LM", **settings)
+        config = LoraConfig(**common | settings)
         with quiet():
             if model is None:
                 model = get_peft_model(
@@ -293,7 +293,7 @@ def test_after_an_adapter_is_deleted_and_added():
 def test_errors_are_those_of_peft():
     model = llama()
     with dora_cache.attach(model), torch.no_grad():
-        with pytest.raises(ValueError, match="non-existing adapter.*other"):
+        with pytest.raises(ValueError, match=r"non-existing adapter.*other"):
             model(IDS[:2], adapter_names=["lora", "other"])
         with pytest.raises(ValueError, match="Length of `adapter_names`"):
             model(IDS[:3], adapter_names=["dora", "lora"])
@@ -421,7 +421,7 @@ def test_an_input_is_not_written_to():
 @pytest.mark.parametrize("cast", [True, False], ids=["float32 adapters", "bfloat16 adapters"])
 @torch.no_grad()
 def test_lower_precision(numerics, cast):
-    """Errors against float64 are those of PEFT's own mixed batches for LoRA, of one row for DoRA."""
+    """Errors are those of PEFT's own mixed batches for LoRA, of one row alone for DoRA."""
     errors = {name: [0.0, 0.0] for name in ("lora", "dora")}
     for seed in range(5):
         torch.manual_seed(seed)

@@ -367,8 +367,8 @@ def _add(layer: Any, run: list[_Part], x: Tensor, total: Tensor, *, fast: bool) 
     sizes = [part.stop - part.start for part in run]
     first = run[0]
     delta = torch.empty(total.shape, dtype=first.b.dtype, device=total.device)
-    deltas = delta.split(sizes)
-    inputs = (x if x.dtype is first.a.dtype else x.to(first.a.dtype)).split(sizes)
+    deltas = delta.split_with_sizes(sizes)
+    inputs = (x if x.dtype is first.a.dtype else x.to(first.a.dtype)).split_with_sizes(sizes)
     for part, rows, out in zip(run, inputs, deltas, strict=True):
         inner = linear(rows, part.a)
         if part.bias is None:
