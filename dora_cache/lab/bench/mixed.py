@@ -18,7 +18,6 @@ from dora_cache.lab.bench.measure import Decoding, Spread, blocks, decode, logit
 from dora_cache.lab.bench.phases import Cell, Phase, paired, random_prompt
 from dora_cache.lab.bench.ways import BASE, LORA, Running, Way, rotated
 from dora_cache.lab.models import twin, write_adapter
-from dora_cache.serving import AdapterPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -205,6 +204,8 @@ def mixed_ways(made: Mixture) -> tuple[Way, ...]:
     def pooled(kind: str, label: str) -> Way:
         @contextmanager
         def run(_: Any, names: Sequence[str]) -> Iterator[Running]:
+            from dora_cache.serving import AdapterPool  # it imports PEFT
+
             own, ranks = twin(made.base), made.ranks[kind][: len(names)]
             with AdapterPool(own, backend="null", max_rank=max(ranks)) as pool:
                 for name in names:
