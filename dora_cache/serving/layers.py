@@ -6,7 +6,6 @@ import copy
 import functools
 import itertools
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from dora_cache.recipes.peft_layers import base_layer, weights_of
 from dora_cache.serving import kernels, routing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from dora_cache.serving.residents import Placed
     from dora_cache.serving.routing import Route

@@ -101,7 +101,9 @@ def _forward(self: Any, x: Tensor, *args: Any, adapter_names: Sequence[str], **k
     compiling = torch.compiler.is_dynamo_compiling()
     variants = self.lora_variant
     usual = not compiling and _is_usual(self, x)
-    if not usual and not any(isinstance(variants.get(one), CachedVariant) for one in adapter_names):
+    doras = any(isinstance(variants.get(one), CachedVariant) for one in adapter_names)
+    # Then PEFT's output, to the bit, is what was promised.
+    if not doras and not (usual and self.__dict__[SLOT].cache.config.numerics == "fast"):
         plain: Any = plain_class(type(self))
         return plain._mixed_batch_forward(self, x, *args, adapter_names=adapter_names, **kwargs)
     options = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS}
