@@ -20,7 +20,7 @@ from dora_cache.lab.bench.ways import BASE, LORA, Running, Way, rotated
 from dora_cache.lab.models import twin, write_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -127,8 +127,9 @@ def mixture(
     rank: int,
     ranks: Sequence[int] = (),
     dtype: torch.dtype | None = None,
+    loaded: Collection[int] | None = None,
 ) -> Mixture:
-    """Write random adapters for a model, and load the LoRA ones with PEFT.
+    """Write random adapters for a model, and load LoRA ones with PEFT.
 
     Args:
         base: a Transformers model without adapters; it stays as it is.
@@ -137,6 +138,7 @@ def mixture(
         rank: of LoRA and DoRA adapters.
         ranks: of further DoRA adapters, in turn; none by default.
         dtype: of the adapters; by default the model's.
+        loaded: which LoRA adapters PEFT is to load, the first one among them; by default all.
 
     Raises:
         ValueError: the model has no linear layers.
@@ -154,7 +156,8 @@ def mixture(
                 seed=index,
             )
     folders = {kind: folder / kind for kind in of_kinds}
-    return Mixture(base, _loaded(base, folders["lora"], names), names, folders, of_kinds)
+    wanted = [name for index, name in enumerate(names) if loaded is None or index in loaded]
+    return Mixture(base, _loaded(base, folders["lora"], wanted), names, folders, of_kinds)
 
 
 def _loaded(base: Any, folder: Path, names: Sequence[str]) -> Any:
