@@ -45,9 +45,18 @@ class Reason(enum.Enum):
         "remove global hooks, and hooks and forwards set on the adapter's own modules",
     )
     UNUSUAL_PART = (
-        "unknown class of a part",
-        "use the library's own classes for the adapter's parts; a recipe knows no others",
+        "unusual part of a layer",
+        "use the library's own classes and parameters in layers; a recipe knows no others",
     )
+    UNUSUAL_INPUT = (
+        "unusual input",
+        "call layers with one tensor of the usual shape and of the weights' dtype and device",
+    )
+    LARGE_INPUT = (
+        "large input",
+        "nothing: beside the product with it, deriving takes little time",
+    )
+    SEVERAL = "several adapters at once", "activate one adapter at a time"
     FACTORED = (
         "factors applied one by one",
         "nothing, if they are small; in LyCORIS, bypass_mode=False derives a weight that is kept",

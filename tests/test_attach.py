@@ -363,7 +363,7 @@ def test_other_recipes_detach_exactly(make):
 def test_importing_the_library_imports_neither_peft_nor_transformers():
     """Importing dora_cache stays quick: PEFT and transformers are loaded by recipes alone."""
     code = (
-        "import sys, dora_cache, dora_cache.backends, dora_cache.serving.files;"
+        "import sys, dora_cache, dora_cache.backends;"
         "unwanted = {'peft', 'lycoris', 'transformers', 'accelerate', 'rich', 'typer'};"
         "unwanted.add('safetensors');"
         "print(sorted(unwanted & set(sys.modules)))"

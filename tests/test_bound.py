@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
@@ -460,6 +461,46 @@ def test_what_changes_between_two_hits(name, numerics, taken):
     """The output is the twin's before the change, within it and after it."""
     make_change, visible = CHANGES[name]
     compare(make_change, taken, numerics=numerics, visible=visible)
+
+
+def align(base):
+    add_hook_to_module(base, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+
+def write(base):
+    calls = iter([None, None, None, base.weight])
+
+    def hook(*_):
+        weight = next(calls)
+        if weight is not None:
+            weight.mul_(1.25)
+
+    base.register_forward_pre_hook(hook)
+
+
+HOOKS = {
+    "on the output": lambda base: base.register_forward_hook(lambda _, __, output: 1.5 * output),
+    "on the input": lambda base: base.register_forward_pre_hook(lambda _, args: 1.5 * args[0]),
+    "another shape": lambda base: base.register_forward_hook(lambda _, __, output: output[:, :1]),
+    "a write in the last call": write,
+    "accelerate's": align,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_layer_whose_base_has_hooks_is_bound(name, numerics, taken):
+    """The base layer is called as a module, and the value looked up after that."""
+    x = sample("linear")
+    plain, model = make(), make()
+    HOOKS[name](plain.base_model.model.layer.base_layer)
+    HOOKS[name](model.base_model.model.layer.base_layer)
+    loose = 1e-5 if numerics == "fast" else 0
+    with dora_cache.attach(model, numerics=numerics) as cache:
+        for _ in range(4):
+            torch.testing.assert_close(run(model, x), run(plain, x), rtol=loose, atol=loose)
+        assert taken[-2:] == [True] * 2
+        assert cache.stats().hits == (2 if HOOKS[name] is write else 3)
 
 
 @BOTH

@@ -18,6 +18,7 @@ import dora_cache
 from dora_cache.cli.app import app
 from dora_cache.cli.measuring import capped
 from dora_cache.lab import bench
+from dora_cache.serving import AdapterPool
 
 VOCABULARY = {f"w{index}": index for index in range(100)}
 PROMPT = "w1 w2 w3"
@@ -158,14 +159,38 @@ def test_caps_are_measured(run, tmp_path):
 
 
 def test_traffic_is_served(run, tmp_path):
-    """`lab traffic` serves every request as PEFT does."""
-    arguments = ("--adapters", 4, "--slots", 2, "--requests", 10, "--forwards", 2)
+    """`lab traffic` serves every request right, under both caps, and finds misses of both kinds."""
+    arguments = ("--adapters", 8, "--slots", 2, "--host-slots", 4, "--requests", 40, "--tokens", 2)
     result = run("lab", "traffic", *arguments, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    served = json.loads((tmp_path / "traffic.json").read_text())["served"]
-    assert [(one["name"], one["wrong"]) for one in served] == [
-        ("PEFT", 0), ("lru", 0), ("budget", 0)
-    ]  # fmt: skip
+    found = json.loads((tmp_path / "traffic.json").read_text())
+    assert [one["prefetched"] for one in found["served"]] == [False, True]
+    assert found["nearest"] > 2 * found["limit"]
+    for one in found["served"]:
+        assert one["wrong"] == 0
+        assert 0 < one["largest_error"] < found["limit"]
+        counts = {place: first["count"] for place, first in one["first"].items()}
+        assert all(counts.values())
+        assert sum(counts.values()) == 40
+        for tier, hits in (
+            ("device", counts["device"]),
+            ("host", counts["device"] + counts["host"]),
+        ):
+            assert 0 < one[tier]["most_bytes"] <= one[tier]["max_bytes"]
+            assert one[tier]["hit_rate"] == hits / 40 <= one[tier]["optimum"]
+
+
+def test_traffic_counts_wrong_outputs(run, tmp_path, monkeypatch):
+    """A pool that runs an adapter of another name is found out."""
+    use = AdapterPool.use
+    monkeypatch.setattr(
+        AdapterPool, "use", lambda self, name: use(self, "1" if name == "0" else name)
+    )
+    arguments = ("--adapters", 2, "--requests", 20, "--exponent", 0)
+    result = run("lab", "traffic", *arguments, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "traffic.json").read_text())
+    assert [0 < one["wrong"] < 20 for one in found["served"]] == [True, True]
 
 
 def test_coverage_is_measured(run, tmp_path):
@@ -557,6 +582,27 @@ def test_a_folder_that_cannot_be_made_is_an_error(run, folder, tmp_path, command
     model = (folder / "model",) if command == "bench" else ()
     result = run(command, *model, "--out", tmp_path / "file" / "out")
     assert_one_line(result, "--out")
+
+
+def test_demo_has_three_acts(run, folder, tmp_path, monkeypatch):
+    """Texts, a table, and one batch: with a small model in place of the real one."""
+    from dora_cache.cli import demo as module
+    from dora_cache.lab.demo import smollm
+
+    monkeypatch.setattr(smollm, "model_directory", lambda **_: folder / "model")
+    monkeypatch.setattr(module, "ADAPTERS", ("a", "b"))
+    monkeypatch.setattr(module, "adapter_directory", lambda name: folder / name)
+    monkeypatch.setattr(module, "_PROMPT", PROMPT)
+    result = run("demo", "--out", tmp_path, "--tokens", 6, "--rounds", 1)
+    assert result.exit_code == 0, result.output
+    assert "Uncached PEFT gives the same texts" in result.stdout
+    assert "dora-cache lru" in result.stdout
+    assert "Each wrote the same as alone." in " ".join(result.stdout.split())
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert found["texts"]["same_as_peft"]
+    assert found["one_batch"]["same_as_alone"]
+    written = {found["texts"]["a"], found["texts"]["b"], found["one_batch"]["base"]}
+    assert len(written) == 3
 
 
 def test_demo_says_what_it_lacks(run, tmp_path, monkeypatch):

@@ -153,8 +153,8 @@ def nothing_is_measured(monkeypatch):
     for module, names in {
         report: ["rows"],
         coverage: ["measure_coverage", "count_examples"],
-        measuring: ["measure_all"],
-        traffic: ["make_model"],
+        measuring: ["measure"],
+        traffic: ["write_adapters"],
         caps: ["measure_caps", "random_adapter"],
         simulator: ["simulate"],
         bench: ["compare"],

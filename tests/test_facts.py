@@ -190,6 +190,58 @@ class Slow(nn.Module):
         return self.derive()
 
 
+class Put(nn.Module):
+    """Derives a value from a weight, a tensor and a number, which the test may change meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.tensor = torch.ones(2)
+        self.number = 1.0
+        self.meanwhile = lambda: None
+        self.eval()
+
+    @cached("value", depends_on=lambda self: [self.weight, self.tensor, self.number])
+    def value(self):
+        self.meanwhile()
+        return self.weight * self.tensor * self.number
+
+
+OTHERS = {
+    "number": 2.0,
+    "tensor": torch.full((2,), 2.0),
+    "weight": nn.Parameter(torch.full((2,), 2.0), requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("by_a_thread", [False, True])
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_other_while_a_value_is_derived_and_put_back_later(what, by_a_thread):
+    """The value is of neither state, and is not used when everything is as before."""
+    owner = Put()
+    places = owner._parameters if what == "weight" else owner.__dict__  # as functional_call() does
+    before = places[what]
+
+    def put():
+        places[what] = OTHERS[what]
+
+    def meanwhile():
+        owner.meanwhile = lambda: None
+        if by_a_thread:
+            thread = threading.Thread(target=put)
+            thread.start()
+            thread.join(20)
+        else:
+            put()
+
+    with dora_cache.attach(owner) as cache:
+        owner.meanwhile = meanwhile
+        assert owner.value().tolist() == [2.0, 2.0]
+        places[what] = before
+        assert owner.value().tolist() == [1.0, 1.0]
+        assert cache.stats().reasons[Reason.CHANGED.value] == 1
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("place", ["derivation", "second look"])
 def test_an_interrupt_leaves_nothing_behind(place):

@@ -355,8 +355,11 @@ def test_compiled_models(tmp_path):
     agrees(made, torch.compile(copy.deepcopy(made.base)), "_orig_mod.")
     by_block = copy.deepcopy(made.base)
     by_block.layers[0] = torch.compile(by_block.layers[0])
+    by_block.layers[1].q = torch.compile(by_block.layers[1].q)
     parts = open_adapter("one", made.path, by_block).parts
-    assert [part.module for part in parts] == ["layers.0._orig_mod.q", "layers.1.q", "layers.2.q"]
+    assert [part.module for part in parts] == [
+        "layers.0._orig_mod.q", "layers.1.q._orig_mod", "layers.2.q",
+    ]  # fmt: skip
 
 
 def run_part(part, tensors, base, x):
@@ -448,11 +451,24 @@ def test_saved_embeddings(targets, changed, tmp_path, monkeypatch):
     files = open_adapter("one", tmp_path, base)
     assert {part.module.rpartition(".")[2] for part in files.parts} == set(targets)
     if changed:
-        with pytest.raises(AdapterFileError, match=r"embed_tokens.*modules_to_save"):
+        with pytest.raises(AdapterFileError, match=r"embed_tokens.*modules_to_save") as caught:
             files.read(files.parts[0])
+        assert "cannot be read" not in str(caught.value)
     else:
         for part in files.parts:
             files.read(part)
+
+
+def test_saved_embeddings_that_cannot_be_compared(tmp_path):
+    base = llama()
+    with quiet():
+        get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+            tmp_path, save_embedding_layers=True
+        )
+    files = open_adapter("one", tmp_path, base)
+    base.to("meta")
+    with pytest.raises(AdapterFileError, match="cannot be compared"):
+        files.read(files.parts[0])
 
 
 def test_saved_embeddings_of_another_size(tmp_path):
@@ -486,16 +502,23 @@ def test_a_replaced_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-@pytest.mark.parametrize("how", ["written", "shorter", "removed"])
+@pytest.mark.parametrize("how", ["written", "shorter", "removed", "replaced"])
 def test_a_changed_file(how, name, tmp_path):
+    """Time of writing, size and identity of both files count, each alone."""
     made = adapter(tmp_path)
     files = open_adapter("one", made.path, made.base)
     path = made.path / name
-    content = path.read_bytes()
+    content, times = path.read_bytes(), path.stat()
     if how == "removed":
         path.unlink()
     elif how == "shorter":
         path.write_bytes(content[: len(content) // 2])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif how == "replaced":
+        other = tmp_path / "other"
+        other.write_bytes(content)
+        os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+        other.replace(path)
     else:
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     with pytest.raises(AdapterFileError, match="add it again"):
@@ -670,6 +693,7 @@ def test_other_initial_values(init, tmp_path):
     text = refusal(configure(adapter(tmp_path), init_lora_weights=init))
     assert repr(init) in text
     assert "init_lora_weights=True" in text
+    assert ("PEFT changes the base model's weights" in text) == (init == "loftq")
 
 
 def test_a_converted_adapter_is_served(tmp_path):

@@ -99,9 +99,9 @@ def bench(
         typer.Option(metavar="R,...", help="With --mixed: a pool of these ranks in turn, too."),
     ] = None,
     prompt: Annotated[
-        int,
+        int | None,
         typer.Option(min=1, metavar="LENGTH", help="With --mixed: time prompts so long, too."),
-    ] = 0,
+    ] = None,
     graphs: Annotated[
         bool, typer.Option("--graphs", help="With --mixed, on CUDA: time CUDA graphs, too.")
     ] = False,
@@ -128,7 +128,7 @@ def bench(
             compiled=compiled or None,
             profile=profile,
         )
-        own = given(ranks=ranks, prompt=prompt or None, graphs=graphs or None, seconds=seconds)
+        own = given(ranks=ranks, prompt=prompt, graphs=graphs or None, seconds=seconds)
         if mixed_rows is not None:
             _refuse(others, "has no meaning with --mixed: leave it out")
             mixed(
@@ -145,7 +145,7 @@ def bench(
                 ranks=ranks,
                 ways=ways,
                 graphs=graphs,
-                settings={"tokens": tokens, "rounds": rounds, "prompt": prompt},
+                settings={"tokens": tokens, "rounds": rounds, "prompt": prompt or 0},
                 seconds=seconds,
             )
             return

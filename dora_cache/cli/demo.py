@@ -48,6 +48,23 @@ class _Written:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Mixed:
+    """Texts of the same prompt by each adapter and by the base model, from one pool.
+
+    Attributes:
+        alone: one after another.
+        together: in one batch.
+        seconds_alone: what the first took.
+        seconds_together: what the second took.
+    """
+
+    alone: list[str]
+    together: list[str]
+    seconds_alone: float
+    seconds_together: float
+
+
 def demo(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens of each text.")] = 40,
     out: Annotated[
@@ -66,6 +83,7 @@ def demo(
 ) -> None:
     """Switch between two DoRA adapters of SmolLM2-135M under a memory cap, and measure it.
 
+    In the end both of them and the base model write in one batch.
     Takes two to three minutes on two cores; the first time, it also unpacks the model.
     """
     with reported():
@@ -95,6 +113,10 @@ def demo(
             rounds=rounds,
         )
         show(console, found, cap)
+        mixed = _write_mixed(model, tokenizer, tokens)
+        texts = list(cached.texts.values())
+        equal = mixed.together == mixed.alone and mixed.together[: len(texts)] == texts
+        _show_mixed(console, mixed, equal=equal)
         more = {
             "model": "SmolLM2-135M-Instruct",
             "rank": rank or model.peft_config[ADAPTERS[0]].r,
@@ -108,6 +130,12 @@ def demo(
                 "max_logit_difference": difference,
                 "seconds_dora_cache_lru": cached.seconds,
                 "seconds_peft": plain.seconds,
+            },
+            "one_batch": {
+                "same_as_alone": equal,
+                "seconds_together": mixed.seconds_together,
+                "seconds_one_after_another": mixed.seconds_alone,
+                "base": mixed.together[-1],
             },
         }
         save(
@@ -175,4 +203,41 @@ def _show_texts(
     console.print(
         f"dora-cache (lru) took {cached.seconds:.1f} s for both and holds "
         f"{format_bytes(stats.nbytes)}{limit}; uncached PEFT took {plain.seconds:.1f} s."
+    )
+
+
+def _write_mixed(model: Any, tokenizer: Any, tokens: int) -> _Mixed:
+    """Write with each adapter and with none: one after another, and in one batch."""
+    from dora_cache.serving import AdapterPool
+
+    names = (*ADAPTERS, None)
+    base = twin(model).unload()
+    with AdapterPool(base) as pool, progress_bar("writing", (len(names) + 1) * tokens) as move:
+        for name in ADAPTERS:
+            pool.add(name, adapter_directory(name))
+        pool.prefetch(ADAPTERS).result()
+
+        def write(*chosen: str | None) -> tuple[list[str], float]:
+            began = time.perf_counter()
+            with pool.use(chosen):
+                ids, start = greedy(base, tokenizer, _PROMPT, tokens, move, rows=len(chosen))
+            seconds = time.perf_counter() - began
+            return tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True), seconds
+
+        alone = [write(name) for name in names]
+        together, seconds = write(*names)
+    return _Mixed(
+        [text for texts, _ in alone for text in texts],
+        together,
+        sum(seconds for _, seconds in alone),
+        seconds,
+    )
+
+
+def _show_mixed(console: Console, mixed: _Mixed, *, equal: bool) -> None:
+    verdict = "the same as alone" if equal else "SOMETHING ELSE than alone"
+    console.print(
+        f"\nIn one batch of an AdapterPool, {', '.join(ADAPTERS)} and the base model took "
+        f"{mixed.seconds_together:.1f} s, one after another {mixed.seconds_alone:.1f} s. "
+        f"Each wrote {verdict}."
     )

@@ -19,7 +19,7 @@ from dora_cache.lab.machine import describe_machine
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import torch
     from rich.console import Console
@@ -86,7 +86,9 @@ def mixed(
     found: dict[int, bench.Mixed] = {}
     with TemporaryDirectory(prefix="dora-cache-") as adapters, quiet():
         with spinner("making adapters"):
-            made = _made(base, Path(adapters), max(counts), rank, each, adapter_dtype)
+            mixing = ways is None or "peft-mixed" in ways
+            loaded = None if mixing else {0, *(count - 1 for count in counts)}
+            made = _made(base, Path(adapters), max(counts), rank, each, adapter_dtype, loaded)
             chosen = choose_ways(bench.mixed_ways(made), ways, shape=False)
             per_second = bench.bandwidth(device)
         for count in counts:
@@ -151,11 +153,17 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _made(
-    base: Any, folder: Path, count: int, rank: int, ranks: Sequence[int], dtype: Dtype | None
+    base: Any,
+    folder: Path,
+    count: int,
+    rank: int,
+    ranks: Sequence[int],
+    dtype: Dtype | None,
+    loaded: Collection[int] | None,
 ) -> bench.Mixture:
     kind = None if dtype is None else DTYPES[dtype]
     try:
-        return bench.mixture(base, folder, count, rank=rank, ranks=ranks, dtype=kind)
+        return bench.mixture(base, folder, count, rank=rank, ranks=ranks, dtype=kind, loaded=loaded)
     except ValueError as error:
         raise CliError(f"--mixed: {error}") from None
 

@@ -31,7 +31,13 @@ class _Ticker:
 
 
 def greedy(
-    model: Any, tokenizer: Any, prompt: str, tokens: int, tick: Callable[[], object]
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    tokens: int,
+    tick: Callable[[], object],
+    *,
+    rows: int = 1,
 ) -> tuple[torch.Tensor, int]:
     """Generate the most likely text.
 
@@ -41,9 +47,10 @@ def greedy(
         prompt: taken as it is; no chat template is applied.
         tokens: the most to generate.
         tick: called after each new token.
+        rows: how often the prompt is in the batch.
 
     Returns:
-        The ids of prompt and text, shape (1, length), and how many of them are the prompt's.
+        The ids of prompt and text, shape (rows, length), and how many of them are the prompt's.
 
     Raises:
         CliError: the prompt is empty.
@@ -53,7 +60,7 @@ def greedy(
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise CliError('the prompt is empty: write for example --prompt "Once upon a time"')
-    inputs = torch.tensor([ids], device=model.device)
+    inputs = torch.tensor([ids] * rows, device=model.device)
     own = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(

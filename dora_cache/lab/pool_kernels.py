@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["SHAPES", "measure", "sweep"]
+__all__ = ["SHAPES", "measure"]
 
 SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 """Inputs and outputs of the linear layers of an 8B Llama."""
@@ -54,9 +54,7 @@ class _Layers:
         self.x = torch.randn(rows, width, device="cuda", dtype=dtype)
         number = max(2, _BYTES // (width * columns * dtype.itemsize))
         self.weights = [_random(dtype, columns, width) for _ in range(number)]
-        self.first = [
-            [_random(dtype, rank, width) for _ in range(number)] for _ in range(distinct)
-        ]
+        self.first = [[_random(dtype, rank, width) for _ in range(number)] for _ in range(distinct)]
         self.last = [
             [_random(dtype, columns, rank) for _ in range(number)] for _ in range(distinct)
         ]
@@ -139,43 +137,6 @@ def measure(
     }
 
 
-def sweep(
-    shape: tuple[int, int], rows: int, distinct: int, rank: int = 16, rounds: int = 7
-) -> list[tuple[float, kernels.Plan]]:
-    """Time the pool's way, divided in many ways; the fastest first, microseconds of a layer."""
-    usual = kernels.plan
-    standard = usual(rows, shape[0], torch.bfloat16)
-    plans = {standard}
-    for early, splits in itertools.product((False, True), (1, 2, 4, 8, 16)):
-        plans.add(standard._replace(early=early, splits=splits))
-    for shrink, warps, stages in itertools.product((128, 256, 512), (1, 2, 4), (2, 4)):
-        plans.add(standard._replace(shrink=shrink, shrink_warps=warps, stages=stages))
-    for expand, warps in itertools.product((64, 128, 256, 512), (1, 2, 4, 8)):
-        piece = standard.piece if standard.each else expand
-        plans.add(standard._replace(expand=expand, piece=piece, expand_warps=warps))
-    for tile in (16, 32, 64, 128):
-        plans.add(standard._replace(tile=tile, each=False, piece=64))
-    plans.add(standard._replace(tile=16, each=True, piece=64))
-    layers = _Layers(shape, rows, rank, distinct, torch.bfloat16)
-    found = []
-    try:
-        with torch.inference_mode():
-            for how in plans:
-                kernels.plan = lambda *_, how=how: how  # type: ignore[assignment, misc]
-                kernels._adapter.cache_clear()
-                try:
-                    times = _gpu({"": layers.pool}, rounds)[""]
-                except Exception as error:  # noqa: BLE001 - too much shared memory, for one
-                    print(f"{how}: {type(error).__name__}: {error}"[:200])  # noqa: T201
-                    continue
-                found.append((Spread.of(times).median / len(layers.weights), how))
-    finally:
-        kernels.plan = usual
-        kernels._adapter.cache_clear()
-        kernels._launchers.cache_clear()
-    return sorted(found, key=lambda pair: pair[0])
-
-
 def _random(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, device="cuda", dtype=dtype).normal_(0, 0.02)
 
@@ -191,7 +152,8 @@ def _gpu(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[f
         graphs[name].replay()
     times: dict[str, list[float]] = {name: [] for name in ways}
     for name in _turns(list(ways), rounds):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
         graphs[name].replay()
         ended.record()
@@ -232,13 +194,14 @@ def _bandwidth() -> float:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m dora_cache.lab.pool_kernels")
+    parser = argparse.ArgumentParser(
+        description=__doc__, prog="python -m dora_cache.lab.pool_kernels"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 8192])
     parser.add_argument("--distinct", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sweep", action="store_true", help="divide the work in many ways")
     given = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     for name, value in describe_machine(device).items():
@@ -248,14 +211,6 @@ def _main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
     for (width, columns), rows in itertools.product(shapes, given.rows):
         print(f"\n{width} -> {columns}, {rows} rows, r={given.rank}, bfloat16")  # noqa: T201
-        if given.sweep:
-            for number in given.distinct:
-                if rows % number == 0:
-                    found = sweep((width, columns), rows, number, given.rank)
-                    standard = kernels.plan(rows, width, torch.bfloat16)
-                    for time_, how in [*found[:8], *(p for p in found if p[1] == standard)]:
-                        print(f"{number:4} adapters {time_:8.2f} us  {how}")  # noqa: T201
-            continue
         times = measure((width, columns), rows, given.distinct, given.rank, rounds=given.rounds)
         base, lora = times["base"].gpu.median, times["LoRA, one"].gpu.median
         print(  # noqa: T201

@@ -52,4 +52,4 @@ def bank_hooks(
         return result.to(dtype)
 
     matrices = memo(owner, "_get_lora_matrices", name, adapter="adapter", depends_on=depends_on)
-    return [guard(forward), matrices]
+    return [guard(forward, stored=True), matrices]

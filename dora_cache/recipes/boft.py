@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import cached
 from dora_cache.reasons import Reason
+from dora_cache.recipes.bases import require_dense
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
 from dora_cache.recipes.hooks import (
@@ -51,19 +52,20 @@ def _depends_on(
     return found
 
 
-def _usual(layer: Any, adapters: Sequence[str]) -> bool:
-    """Whether there are adapters.
+def _usual(layer: Any) -> Sequence[str]:
+    """Return the active adapters.
 
     Raises:
         UnusualError: one of them drops blocks, or has a hook where it might.
     """
+    adapters = active_in(layer, "boft_R")
     dropouts = layer._modules["boft_dropout"]._modules
     for adapter in adapters:
         check_unhooked(dropouts[adapter])
         if drops(dropouts[adapter]):
             msg = "a dropout drops"
             raise UnusualError(msg, Reason.DROPOUT)
-    return bool(adapters)
+    return adapters
 
 
 # PEFT's values, by its operations
@@ -118,8 +120,8 @@ def _rotation(
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor | None:
-    adapters = active_in(layer, "boft_R")
-    if not _usual(layer, adapters):
+    adapters = _usual(layer)
+    if not adapters:
         return None
     rotation, scale = _rotation(layer, x.dtype, x.device, *adapters)
     result = layer.base_layer(x @ rotation)
@@ -154,10 +156,17 @@ def _weight(layer: Any, dtype: torch.dtype, device: torch.device, *adapters: str
 
 
 def _conv(layer: Any, x: Tensor) -> Tensor | None:
-    adapters = active_in(layer, "boft_R")
-    base = layer.base_layer
-    if not (_usual(layer, adapters) and _is_just(base, nn.Conv2d) and x.dtype is base.weight.dtype):
+    adapters = _usual(layer)
+    if not adapters:
         return None
+    base = layer.base_layer
+    if not _is_just(base, nn.Conv2d):
+        require_dense(layer)
+        msg = f"the base layer is a {type(base).__name__}"
+        raise UnusualError(msg)
+    if x.dtype is not base.weight.dtype:
+        msg = f"an input of {x.dtype}"
+        raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     weight = _weight(layer, x.dtype, x.device, *adapters)
     result = nn.functional.conv2d(
         layer._cast_input_dtype(x, weight.dtype),
@@ -212,20 +221,17 @@ def _rotation_of(layer: Any, adapter: str, dtype: torch.dtype, device: torch.dev
 
 
 def _fast_linear(layer: Any, x: Tensor) -> Tensor | None:
-    adapters = active_in(layer, "boft_R")
-    if not _usual(layer, adapters):
+    adapters = _usual(layer)
+    if not adapters:
         return None
     values = _blocks(layer, x.dtype, x.device, *adapters)
     count = len(adapters)
     rotated = x
     for rotation in reversed(values[:count]):  # the last of them comes first after the input
         if rotation.dim() == 3:  # noqa: PLR2004
-            turned = rotate(rotated, rotation, rotation.shape[0])
+            rotated = rotate(rotated, rotation, rotation.shape[0])
         else:
-            turned = rotated @ rotation
-        if turned is None:
-            return None
-        rotated = turned
+            rotated = rotated @ rotation
     result = layer.base_layer(rotated)
     scale, *shift = values[count:]
     result = torch.addcmul(shift[0], result, scale) if shift else result * scale

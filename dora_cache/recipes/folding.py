@@ -56,6 +56,7 @@ def fold(
     unless: Callable[[Any, str], bool] = lambda *_: False,
     otherwise: Callable[[Any, Tensor], Tensor | None] = lambda *_: None,
     warm_otherwise: Callable[[Any, str], object] = lambda *_: None,
+    stored: bool = True,
 ) -> Hook:
     """Return a hook for ``forward`` that multiplies with the sum, where that is as exact.
 
@@ -71,6 +72,7 @@ def fold(
         otherwise: a forward for where the sum will not do, as
             :func:`dora_cache.recipes.hooks.guard` takes one.
         warm_otherwise: derives ahead what PEFT's or that forward uses.
+        stored: whether PEFT's forward derives the delta by a method whose results are stored.
     """
 
     def dependencies(layer: Any, *names: str) -> Iterator[object]:
@@ -127,4 +129,4 @@ def fold(
             return warm_otherwise(layer, adapter)
         return folded(layer, adapter)
 
-    return guard(forward, warm=warm)
+    return guard(forward, warm=warm, stored=stored)

@@ -59,11 +59,17 @@ def _all_depend_on(layer: Any, adapter: str, *_: object) -> Iterator[object]:
 @cached("FRoD rotation", adapter="adapter", depends_on=_depends_on)
 def _entries(
     layer: Any, adapter: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:
-    """Derive the places and values of S, sorted; None if it is not square."""
+) -> tuple[Tensor, Tensor]:
+    """Derive the places and values of S, sorted.
+
+    Raises:
+        UnusualError: S is not square. PEFT has an error for that.
+    """
     rotation = layer._get_frod_tensors(adapter, device=device, dtype=dtype)[2]
-    square = rotation.shape[0] == rotation.shape[1] == layer.frod_V[adapter].shape[1]
-    return (rotation.indices(), rotation.values()) if square else None
+    if not rotation.shape[0] == rotation.shape[1] == layer.frod_V[adapter].shape[1]:
+        msg = f"S has the shape {tuple(rotation.shape)}"
+        raise UnusualError(msg)
+    return rotation.indices(), rotation.values()
 
 
 @cached("FRoD rotation", adapter="adapter", depends_on=_depends_on)
@@ -99,12 +105,10 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     if not adapters:
         return None
     _check(layer, adapters, x)
-    parts: list[Any] = [_outputs(layer, adapter, x) for adapter in adapters]
-    if any(part is None for part in parts):
-        return None
+    parts = [_outputs(layer, adapter, x) for adapter in adapters]
     bias: Tensor | None = base_layer(layer).bias  # type: ignore[assignment]
     if len(parts) == 1:
-        result: Tensor = parts[0] if bias is None else parts[0] + bias
+        result = parts[0] if bias is None else parts[0] + bias
         return result.to(x.dtype)
     result = layer.base_layer(x)
     base = result if bias is None else result - bias
@@ -113,8 +117,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     return result.to(x.dtype)
 
 
-def _outputs(layer: Any, adapter: str, x: Tensor) -> Tensor | None:
-    """Return an adapter's product; None if PEFT has to say what is wrong with its tensors."""
+def _outputs(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    """Return an adapter's product."""
     device, dtype = x.device, x.dtype
     u, v = _bases_depend_on(layer, adapter)
     if u.dtype is not dtype or v.dtype is not dtype or u.device != device or v.device != device:
@@ -127,8 +131,6 @@ def _outputs(layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         turned = flat @ _dense(layer, adapter, device, dtype).t()
     else:
         entries = _entries(layer, adapter, device, dtype)
-        if entries is None:
-            return None
         size = (v.shape[1], v.shape[1])
         rotation = torch.sparse_coo_tensor(
             *entries, size, is_coalesced=True, check_invariants=False
@@ -156,13 +158,13 @@ def _check(layer: Any, adapters: Any, x: Tensor) -> None:
     """
     if x.device != base_layer(layer).weight.device or not x.is_floating_point():
         msg = "the input is on another device, or holds integers"
-        raise UnusualError(msg)
+        raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     dropouts = layer._modules["frod_dropout"]._modules
     for adapter in adapters:
         dropout = dropouts[adapter]
         if layer.runtime_offload_base_weight.get(adapter):
             msg = "the base weight is offloaded"
-            raise UnusualError(msg)
+            raise UnusualError(msg, Reason.OFFLOADED)
         check_unhooked(dropout)
         if drops(dropout):
             msg = "a dropout drops"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dora_cache.decorator import SLOT, cached
@@ -52,6 +53,7 @@ __all__ = [
     "UnusualError",
     "active_in",
     "check_unhooked",
+    "derives",
     "guard",
     "memo",
     "optional_parameter",
@@ -125,53 +127,72 @@ def guard(
     warm: Callable[[Any, str], object] | None = None,
     keyword: str | None = None,
     idle: Callable[[Any], bool] | None = None,
+    stored: bool = False,
 ) -> Hook:
     """Return a hook that puts a forward of one's own in front of the library's.
 
     It runs in the usual case: one input and no other arguments, no training or dropout, adapters
     enabled and not merged, no gradients wanted by any parameter of the layer, no tracing, no hooks
     on all modules, no ``bypass()``.
-    The library's own forward runs otherwise.
+    The library's own forward runs otherwise, and the reason is counted, unless no adapter is at
+    work in the layer: see :func:`derives`.
 
     Args:
-        forward: called with the layer and its input; returns the layer's output, or None for the
-            library's forward to run (before it has called the base layer, whose hooks must run
+        forward: called with the layer and its input; returns the layer's output. For the library's
+            forward to run, it raises an :class:`UnusualError` with the reason, or returns None
+            where that derives nothing (before it has called the base layer, whose hooks must run
             once).
         warm: see :class:`Hook`.
         keyword: a keyword argument that may come with the input, and is passed on.
         idle: called with the layer; whether its own forward derives nothing at present. By default
             whether PEFT has disabled or merged the layer's adapters.
+        stored: whether the library's forward derives by a method whose results are stored, which
+            counts the reasons then.
     """
     allowed = {keyword}
 
     def guarded(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (
-            args or (kwargs and kwargs.keys() != allowed) or torch.compiler.is_dynamo_compiling()
-        ):
-            state = self.__dict__
-            binding = state.get(SLOT)
-            if binding is not None:
-                reason = why_uncached(self, binding)
-                if reason is None and wants_gradients(self):
-                    reason = Reason.GRADIENTS
-                if reason is not None:
-                    binding.passed_by(reason)
-                elif not (
-                    (self._disable_adapters or self.merged_adapters)  # some have the class's
-                    if idle is None
-                    else idle(self)
-                ):
+        if not torch.compiler.is_dynamo_compiling():
+            binding = self.__dict__.get(SLOT)
+            if binding is not None and not (
+                (self._disable_adapters or self.merged_adapters)  # some have the class's
+                if idle is None
+                else idle(self)
+            ):
+                if args or (kwargs and kwargs.keys() != allowed):
+                    reason: Reason | None = Reason.UNUSUAL_INPUT
+                else:
+                    reason = why_uncached(self, binding)
+                    if reason is None and wants_gradients(self):
+                        reason = Reason.GRADIENTS
+                if reason is None:
                     try:
                         result = forward(self, x, **kwargs)
                     except UnusualError as error:
-                        binding.passed_by(error.reason)
-                        result = None
-                    if result is not None:
-                        return result
+                        reason = error.reason
+                    else:
+                        if result is not None:
+                            return result
+                        reason = Reason.UNUSUAL_PART
+                if not stored and derives(self):
+                    binding.passed_by(reason)
         return plain_class(type(self)).forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
     guarded.__name__ = "forward"  # by which methods that are bound to it are pickled
     return Hook("forward", guarded, warm)
+
+
+def derives(layer: Any) -> bool:
+    """Whether an adapter is at work in a layer of PEFT's; True for other libraries' layers.
+
+    None is while they are disabled or merged, or if the layer has none of the active ones.
+    """
+    if not isinstance(layer, BaseTunerLayer):
+        return True
+    if layer._disable_adapters or layer.merged_adapters:
+        return False
+    parts = [getattr(layer, name, ()) for name in layer.adapter_layer_names]
+    return any(adapter in part for adapter in layer.active_adapters for part in parts)
 
 
 def active_in(layer: Any, attribute: str) -> Sequence[str]:

@@ -162,7 +162,7 @@ RECIPE = LayerRecipe(
     # Where neither sum nor factors are used, PEFT's forward runs, and finds the delta stored.
     fast={
         Linear: [_folded, replace(_delta, warm=None)],
-        Conv2d: [guard(_conv2d, warm=_warm), replace(_delta, warm=None)],
+        Conv2d: [guard(_conv2d, warm=_warm, stored=True), replace(_delta, warm=None)],
     },
     adapters="scaling",
     relies_on={

@@ -32,9 +32,9 @@ from dora_cache.recipes.hooks import UnusualError, active_in, own_parameter
 from dora_cache.recipes.peft_layers import follow_layer, is_hooked, why_uncached
 from dora_cache.recipes.substitutes import (
     Plan,
+    check_cached,
     gate_for,
     is_plain,
-    stands_aside,
     substituting,
     warmers,
 )
@@ -67,10 +67,11 @@ def _depends_on(layer: Any, adapter: str) -> Iterator[object]:
 
 
 @cached("LoRA attention", adapter="adapter", depends_on=_depends_on)
-def _merged(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
+def _merged(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """Derive the merged weights of the input and output projections.
 
-    None if PEFT's forward would not leave the unmerged weights exactly as they are.
+    Raises:
+        UnusualError: PEFT's forward would not leave the unmerged weights exactly as they are.
     """
     base, out, projection = _parts(layer)
     in_weight, out_weight = base.in_proj_weight, projection.weight
@@ -84,7 +85,8 @@ def _merged(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
     out_left = out_merged - theirs.to(dtype) - theirs.to(dtype)
     for left, weight in ((in_left, in_weight), (out_left, out_weight)):
         if left.dtype is not weight.dtype or not torch.equal(left, weight):
-            return None
+            msg = "PEFT's forward changes the weights"
+            raise UnusualError(msg, Reason.CHANGED)
     return in_merged, out_merged
 
 
@@ -100,20 +102,28 @@ def _delta(layer: Any, adapter: str, *, fan_in_fan_out: bool = False) -> Tensor:
 
 
 def _adapter(layer: Any) -> str | None:
-    """Return the active adapter; None if it is not a single one, or something is unusual."""
+    """Return the active adapter; None if there is none.
+
+    Raises:
+        UnusualError: there are several, or something else is unusual.
+    """
     base, out, projection = _parts(layer)
     adapters = active_in(layer, "lora_A")
-    if len(adapters) != 1 or out.active_adapters != layer.active_adapters:
+    if not adapters:
         return None
+    if len(adapters) > 1:
+        msg = "there are several active adapters"
+        raise UnusualError(msg, Reason.SEVERAL)
     adapter: str = adapters[0]
     if (
-        layer.merged_adapters
+        out.active_adapters != layer.active_adapters
         or out.merged_adapters
         or adapter in out.lora_variant
         or out.lora_bias.get(adapter)
         or adapter not in out._modules["lora_A"]._modules
     ):
-        return None
+        msg = "the output projection has no adapter like this one"
+        raise UnusualError(msg)
     if is_hooked(base):  # a hook may write to the weights, as that of pruning does
         msg = "the attention module has hooks"
         raise UnusualError(msg, Reason.HOOKED)
@@ -121,7 +131,8 @@ def _adapter(layer: Any) -> str | None:
         weight = module._parameters.get(name)
         # After its forward, PEFT's weights do not require gradients.
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.is_meta:
-            return None
+            msg = f"{name!r} is no parameter that requires no gradients"
+            raise UnusualError(msg)
     return adapter
 
 
@@ -138,17 +149,19 @@ def _plan(layer: Any, kwargs: dict[str, Any]) -> Plan | None:
     plan = Plan()
     if is_plain(layer):
         return plan
-    if layer._disable_adapters or "adapter_names" in kwargs or stands_aside(layer):
+    if layer._disable_adapters:
         return None
+    check_cached(layer)
+    if "adapter_names" in kwargs:
+        msg = "adapter_names"
+        raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     adapter = _adapter(layer)
     if adapter is None:
         return None
     if _wants_gradients(layer, adapter):
-        layer.__dict__[SLOT].passed_by(Reason.GRADIENTS)
-        return None
+        msg = "a factor requires gradients"
+        raise UnusualError(msg, Reason.GRADIENTS)
     merged = _merged(layer, adapter)
-    if merged is None:
-        return None
     base, _, projection = _parts(layer)
     plan.weights[id(base), "in_proj_weight"], plan.weights[id(projection), "weight"] = merged
     plan.layers.add(id(layer))

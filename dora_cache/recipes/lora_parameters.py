@@ -17,17 +17,17 @@ from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy, _LoraParamet
 from peft.utils import ALLOWED_COMPUTE_DTYPES
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT, cached, derivations_of
+from dora_cache.decorator import cached, derivations_of
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
-from dora_cache.recipes.hooks import active_in, own_parameter
+from dora_cache.recipes.hooks import UnusualError, active_in, own_parameter
 from dora_cache.recipes.peft_layers import base_layer, follow_layer, wants_gradients
 from dora_cache.recipes.substitutes import (
     Plan,
+    check_cached,
     gate_for,
     is_plain,
-    stands_aside,
     substituting,
     warmers,
 )
@@ -53,8 +53,12 @@ def _depends_on(layer: Any, *adapters: str) -> Iterator[object]:
 
 
 @cached("LoRA parameter", adapter="adapters", depends_on=_depends_on)
-def _weight(layer: Any, *adapters: str) -> Tensor | None:
-    """Derive the parameter with the deltas of these adapters; None if PEFT would refuse to."""
+def _weight(layer: Any, *adapters: str) -> Tensor:
+    """Derive the parameter with the deltas of these adapters.
+
+    Raises:
+        UnusualError: PEFT would refuse to.
+    """
     weight: Any = base_layer(layer)._parameters[layer.parameter_name]
     proxy: nn.Module
     if len(adapters) == 1 and layer.num_experts > 1:
@@ -66,45 +70,46 @@ def _weight(layer: Any, *adapters: str) -> Tensor | None:
             delta = delta + layer.get_delta_weight(adapter)
         proxy = _LoraParameterProxy(delta)
     found: Tensor = proxy(weight)
-    # A parametrization may change neither.
-    return found if found.dtype is weight.dtype and found.shape == weight.shape else None
+    if found.dtype is not weight.dtype or found.shape != weight.shape:
+        msg = "a parametrization may change neither dtype nor shape"
+        raise UnusualError(msg)
+    return found
 
 
 def _plan(outermost: Any, kwargs: dict[str, Any]) -> Plan | None:
     if "adapter_names" in kwargs:
-        return None
+        msg = "adapter_names"
+        raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     if wants_gradients(outermost):
-        outermost.__dict__[SLOT].passed_by(Reason.GRADIENTS)
-        return None
+        msg = "a parameter requires gradients"
+        raise UnusualError(msg, Reason.GRADIENTS)
     base = base_layer(outermost)
     state = base.__dict__
     plan = Plan()
+    unmerges = False
     layer = outermost
     while layer is not base:
         if not isinstance(layer, ParamWrapper):
-            return None
-        adapters = () if is_plain(layer) else active_in(layer, "lora_A")
-        if adapters:
+            msg = f"a {type(layer).__name__} wraps the module as well"
+            raise UnusualError(msg)
+        if layer._disable_adapters and layer.merged_adapters:
+            unmerges = True
+        elif not is_plain(layer) and (adapters := active_in(layer, "lora_A")):
+            check_cached(layer)
             name = layer.parameter_name
             place = (id(base), name)
             parameter = state["_parameters"].get(name)
             if (
-                layer.merged_adapters
-                or stands_aside(layer)
-                or not _is_usual(parameter)
+                not _is_usual(parameter)
                 or place in plan.weights
                 or "parametrizations" in state["_modules"]
             ):
-                return None
-            weight = _weight(layer, *adapters)
-            if weight is None:
-                return None
-            plan.weights[place] = weight
+                msg = f"{name!r} is no plain parameter of the module, or has two adapters"
+                raise UnusualError(msg)
+            plan.weights[place] = _weight(layer, *adapters)
             plan.layers.add(id(layer))
-        elif layer._disable_adapters and layer.merged_adapters:  # it unmerges them first
-            return None
         layer = layer._modules["base_layer"]
-    return plan
+    return None if unmerges else plan  # which changes the weights
 
 
 def _is_usual(parameter: Tensor | None) -> bool:

@@ -166,13 +166,14 @@ def _weight(layer: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
     return captured.value
 
 
-def _forward(layer: Any, x: Any) -> Tensor | None:
+def _forward(layer: Any, x: Any) -> Tensor:
     state = layer.__dict__
     if state["bypass_mode"]:
         msg = "bypass_mode is set"
         raise UnusualError(msg, Reason.FACTORED)
     if not isinstance(x, Tensor):
-        return None
+        msg = f"a {type(x).__name__} as input"
+        raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     weight, *bias = _weight(layer, x.device, x.dtype)
     base: Tensor = state["org_forward"](x)
     applied: Tensor = state["op"](

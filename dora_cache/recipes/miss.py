@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
+from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.bases import require_dense, when_dense
 from dora_cache.recipes.examples import TARGETS, Example
@@ -68,7 +69,10 @@ def _delta(weight: Tensor, blocks: Tensor) -> Tensor:
 
 def _forward(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "miss_block")
-    if not adapters or layer.miss_fn != "bat":
+    if layer.miss_fn != "bat":  # the layer's next adapter has changed it; nothing to store
+        own: Tensor = plain_class(type(layer)).forward(layer, x)  # type: ignore[attr-defined]
+        return own
+    if not adapters:
         return None
     if layer.quantization_backend is not None:
         msg = "the base layer is quantized"

@@ -19,8 +19,8 @@ from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import TARGETS, Example, conv2d, embedding
-from dora_cache.recipes.hooks import own_parameter
-from dora_cache.recipes.peft_layers import follow_layer, follow_part, why_uncached
+from dora_cache.recipes.hooks import UnusualError, guard, own_parameter
+from dora_cache.recipes.peft_layers import derive_ahead, follow_layer, follow_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -48,20 +48,24 @@ def _depends_on(rotation: Any) -> list[object]:
 
 
 @cached("OFT rotation", depends_on=_depends_on)
-def _blocks(rotation: Any) -> Tensor | None:
+def _blocks(rotation: Any) -> Tensor:
     """Derive the blocks of a rotation; shape (blocks, size, size), of the weight's dtype.
 
     Constrained OFT projects its weight in place in every forward. That ends after a few of them,
     when the weight is its own projection to the bit; until then there is nothing to keep.
 
     Returns:
-        The blocks, one if they are shared; None for a weight that forward would change.
+        The blocks, one if they are shared.
+
+    Raises:
+        UnusualError: forward would change the weight.
     """
     weight = rotation.weight
     if rotation.coft:
         with torch.no_grad():
             if not torch.equal(rotation._project_batch(weight, eps=rotation.eps), weight):
-                return None
+                msg = "the weight is not its own projection yet"
+                raise UnusualError(msg, Reason.CHANGED)
     blocks: Tensor = rotation._cayley_batch(
         weight,
         rotation.block_size,
@@ -71,42 +75,29 @@ def _blocks(rotation: Any) -> Tensor | None:
     return blocks
 
 
-def _forward(self: Any, x: Any) -> Any:
+def _rotated(rotation: Any, x: Tensor) -> Tensor:
     """Rotate an input as PEFT does, by stored blocks."""
-    if not torch.compiler.is_dynamo_compiling():
-        binding = self.__dict__.get(SLOT)
-        if binding is not None:
-            reason = why_uncached(self, binding)
-            if reason is None and torch.is_grad_enabled() and self.weight.requires_grad:
-                reason = Reason.GRADIENTS
-            if reason is not None:
-                binding.passed_by(reason)
-            else:
-                result = _rotated(self, x)
-                if result is not None:
-                    return result
-    return plain_class(type(self)).forward(self, x)  # type: ignore[attr-defined]
-
-
-def _rotated(rotation: Any, x: Tensor) -> Tensor | None:
     blocks = _blocks(rotation)
-    if blocks is None or (rotation.block_share and len(blocks) > 1):
-        return None
+    if rotation.block_share and len(blocks) > 1:
+        msg = "shared blocks that are more than one"
+        raise UnusualError(msg)
     size: int = rotation.block_size
     count = rotation.in_features // size if rotation.block_share else rotation.r
     parts, images = x.to(blocks.dtype), x.dim() == 4  # noqa: PLR2004 - of a convolution
     if images:
         parts = rotation._unfold(parts)
     rotated = rotate(parts, blocks, count)
-    if rotated is None:
-        return None
     if images:
         rotated = rotation._fold(rotated, x.shape)
     return rotated.to(x.dtype)
 
 
+_hook = guard(_rotated, idle=lambda _: False)
+
+
 def _warmers(rotation: Any, _: object) -> Iterator[tuple[str | None, Callable[[], object]]]:
-    yield rotation.__dict__[SLOT].adapter, partial(_blocks, rotation)
+    adapter = rotation.__dict__[SLOT].adapter
+    yield adapter, partial(derive_ahead, lambda one, _: _blocks(one), rotation, adapter)
 
 
 def _is_known(rotation: Any) -> bool:
@@ -180,7 +171,7 @@ class _OFT:
             return False
         binding = follow_layer(cache, layer, self)
         for adapter, rotation in known:
-            follow_part(cache, binding, rotation, adapter, {"forward": _forward}, _warmers)
+            follow_part(cache, binding, rotation, adapter, {"forward": _hook.function}, _warmers)
         return True
 
 

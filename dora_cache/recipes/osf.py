@@ -47,11 +47,11 @@ def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     return torch.cat([v, v0], dim=0), left
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor | None:
+def _forward(layer: Any, x: Tensor) -> Tensor:
     adapter = _active(layer)
-    if adapter is None:
-        return None
     result: Tensor = layer.base_layer(x)
+    if adapter is None:
+        return result
     right, left = _factors(layer, adapter)
     hidden = linear(layer._cast_input_dtype(x, left.dtype), right)
     return result + linear(hidden, left).to(x.dtype)
@@ -108,7 +108,7 @@ def _folds(layer: Any, adapter: str, x: Tensor | None = None) -> bool:
     return foldable(layer, x, *_depends_on(layer, adapter))  # type: ignore[arg-type]
 
 
-def _fast_forward(layer: Any, x: Tensor) -> Tensor | None:
+def _fast_forward(layer: Any, x: Tensor) -> Tensor:
     adapter = _active(layer)
     if adapter is None or not _is_dense(layer, adapter):
         return _forward(layer, x)

@@ -13,9 +13,11 @@ from peft import PolyConfig
 from peft.tuners.poly.layer import Linear
 
 from dora_cache.decorator import cached
+from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import (
     LayerRecipe,
+    UnusualError,
     active_in,
     check_unhooked,
     guard,
@@ -80,8 +82,11 @@ def _task(layer: Any, adapter: str, task: str) -> tuple[Tensor, Tensor]:
 def _forward(layer: Any, x: Tensor, task_ids: Any = None) -> Tensor | None:
     adapters = active_in(layer, "poly_lora_A")
     tasks = _tasks(layer, adapters, x, task_ids)
-    if not tasks or min(tasks) != max(tasks):
+    if not tasks:
         return None
+    if min(tasks) != max(tasks):
+        msg = "several tasks in one batch"
+        raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     dtype = x.dtype
     task, batch = str(tasks[0]), str(len(tasks))
     result: Tensor = layer.base_layer(x)
@@ -115,24 +120,33 @@ def _forward_fast(layer: Any, x: Tensor, task_ids: Any = None) -> Tensor | None:
 
 
 def _tasks(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> list[int]:
-    """Return the tasks of a batch; none where PEFT may have something to say, or draws weights."""
+    """Return the tasks of a batch; none if there are no adapters.
+
+    Raises:
+        UnusualError: PEFT may have something to say, or draws weights.
+    """
+    if not adapters:
+        return []
     if (
-        not adapters
-        or type(task_ids) is not torch.Tensor
+        type(task_ids) is not torch.Tensor
         or task_ids.dtype not in _INTEGERS
         or task_ids.shape != x.shape[:1]
         or x.dim() != 3  # noqa: PLR2004 - (batch, tokens, in)
+        or not len(x)
     ):
-        return []
+        msg = "task_ids that do not fit the input"
+        raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     tasks: list[int] = task_ids.tolist()
     routers = layer._modules["poly_router"]._modules
     for adapter in adapters:
         router = routers[adapter]
         check_unhooked(router)
         if router.training:
-            return []
+            msg = "a router is in training"
+            raise UnusualError(msg, Reason.TRAINING)
         if not all(0 <= task < router.n_tasks for task in tasks):
-            return []
+            msg = "a task that there is not"
+            raise UnusualError(msg, Reason.UNUSUAL_INPUT)
     return tasks
 
 

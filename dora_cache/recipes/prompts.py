@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dora_cache.decorator import SLOT, cached
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class
+from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
 from dora_cache.recipes.hooks import UnusualError
 from dora_cache.recipes.peft_layers import is_hooked
@@ -104,20 +105,23 @@ def _encoded(encoder: Any, tokens: Tensor, rows: int, columns: int) -> Tensor:
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # the input has another name in each
     original = plain_class(type(self)).forward  # type: ignore[attr-defined]
-    if torch.compiler.is_dynamo_compiling() or kwargs or len(args) != 1:
-        return original(self, *args, **kwargs)
-    indices = args[0]
     binding, tokens = self.__dict__.get(SLOT), _here.tokens
+    if torch.compiler.is_dynamo_compiling() or binding is None:
+        return original(self, *args, **kwargs)
+    if torch.is_grad_enabled():  # LSTMs then compute in another way, to other bits
+        binding.passed_by(Reason.GRADIENTS)
+        return original(self, *args, **kwargs)
+    indices = args[0] if len(args) == 1 and not kwargs else None
     if (
-        binding is None
-        or torch.is_grad_enabled()  # LSTMs then compute in another way, to other bits
+        indices is None
         or tokens is None
         or _here.encoder is not self
         or indices.dim() != 2  # noqa: PLR2004 - (rows, columns)
         or tokens.dim() != 1
         or indices.shape[1] > len(tokens)
     ):
-        return original(self, indices)
+        binding.passed_by(Reason.UNUSUAL_INPUT)
+        return original(self, *args, **kwargs)
     rows, columns = indices.shape
     fast = binding.cache.config.numerics == "fast"
     found = _encoded(self, tokens, 1 if fast else rows, columns)

@@ -166,6 +166,7 @@ _folded = fold(
     unless=lambda layer, adapter: _drops(layer.randlora_dropout[adapter]),
     otherwise=_dense,
     warm_otherwise=lambda layer, adapter: _delta(layer, adapter, _device(layer)),
+    stored=False,
 )
 
 

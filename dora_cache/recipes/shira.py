@@ -13,9 +13,10 @@ from peft.tuners.shira.layer import Linear
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
+from dora_cache.reasons import Reason
 from dora_cache.recipes.bases import ON_QUANTIZED
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 from dora_cache.recipes.sparse import compress, fits, multiply, warn_of_hooks
 
@@ -79,7 +80,8 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
         return _forward(layer, x)
     base: Any = base_layer(layer)
     if not 0 < x.numel() <= _TOKENS * base.weight.shape[1]:
-        return None
+        msg = "an input of no token, or many"
+        raise UnusualError(msg, Reason.LARGE_INPUT if x.numel() else Reason.UNUSUAL_INPUT)
     warn_of_hooks(layer, peft_shira)
     result = linear(x, base.weight, base.bias)
     for adapter in adapters:

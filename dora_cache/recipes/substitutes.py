@@ -16,12 +16,13 @@ import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import Observer, observe, only_moves, plain_class, stays_in_place
 from dora_cache.reasons import Reason
-from dora_cache.recipes.hooks import UnusualError
+from dora_cache.recipes.hooks import UnusualError, derives
 from dora_cache.recipes.peft_layers import base_layer, derive_ahead, why_uncached
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from dora_cache.engine import Engine
 
-__all__ = ["Gate", "Plan", "gate_for", "is_plain", "stands_aside", "substituting", "warmers"]
+__all__ = ["Gate", "Plan", "check_cached", "gate_for", "is_plain", "substituting", "warmers"]
 
 
 class Plan:
@@ -216,8 +217,8 @@ def substituting(
 
     Args:
         plan: called with the outermost layer of a base module and the keyword arguments; returns
-            what to use, or None where PEFT's own forward has to change the weights. It may also
-            raise an :class:`UnusualError`.
+            what to use, or None where PEFT's own forward derives nothing and has to run by itself.
+            It raises an :class:`UnusualError` where that derives what it changes the weights by.
         covered: called with a layer that the plan covers and its arguments, in place of its
             forward.
         otherwise: called in place of the layer's own forward where there is no plan.
@@ -239,13 +240,15 @@ def substituting(
             try:
                 _check_in_place(base_layer(self))
                 found = plan(self, kwargs) if passage.entered else None
+                reason = Reason.UNUSUAL_PART if passage.entered else Reason.DETACHED
             except UnusualError as error:
-                self.__dict__[SLOT].passed_by(error.reason)
-                found = None
+                reason, found = error.reason, None
             if found is not None:
                 passage.use(found)
                 run = covered if id(self) in found.layers else original
                 return run(self, *args, **kwargs)
+        if any(map(derives, _stack(self))):
+            self.__dict__[SLOT].passed_by(reason)
         with _Passage(gate, alone=True):
             return (otherwise or original)(self, *args, **kwargs)
 
@@ -259,16 +262,19 @@ def _check_in_place(base: nn.Module) -> None:
         raise UnusualError(msg, Reason.OFFLOADED)
 
 
-def stands_aside(layer: Any) -> bool:
-    """Whether a layer's forward has to be PEFT's at present; the call is counted as passed by."""
+def check_cached(layer: Any) -> None:
+    """Raise an UnusualError if a layer's forward has to be PEFT's at present."""
     binding = layer.__dict__.get(SLOT)
-    if binding is None:
-        return True
-    reason = why_uncached(layer, binding)
-    if reason is None:
-        return False
-    binding.passed_by(reason)
-    return True
+    reason = Reason.DETACHED if binding is None else why_uncached(layer, binding)
+    if reason is not None:
+        raise UnusualError(reason.value, reason)
+
+
+def _stack(layer: Any) -> Iterator[Any]:
+    """Yield a tuner layer and those that it wraps."""
+    while isinstance(layer, BaseTunerLayer):
+        yield layer
+        layer = layer._modules["base_layer"]
 
 
 def is_plain(layer: Any) -> bool:

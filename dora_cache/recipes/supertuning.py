@@ -14,8 +14,9 @@ from peft.tuners.supertuning.layer import Linear
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
+from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 from dora_cache.recipes.sparse import compress, fits, multiply, warn_of_hooks
 
@@ -79,16 +80,14 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if not _is_small(layer, adapters):
         return _forward(layer, x)
-    if not x.numel():
-        return None
-    warn_of_hooks(layer, peft_supertuning)
     base: Any = base_layer(layer)
-    if x.numel() > _TOKENS * base.weight.shape[1]:
-        result = linear(x, _weight.__wrapped__(layer, *adapters), base.bias)
-    else:
-        result = linear(x, base.weight, base.bias)
-        for adapter in adapters:
-            result = result + multiply(x, *_values(layer, adapter, x.dtype)).to(result.dtype)
+    if not 0 < x.numel() <= _TOKENS * base.weight.shape[1]:
+        msg = "an input of no token, or many"
+        raise UnusualError(msg, Reason.LARGE_INPUT if x.numel() else Reason.UNUSUAL_INPUT)
+    warn_of_hooks(layer, peft_supertuning)
+    result = linear(x, base.weight, base.bias)
+    for adapter in adapters:
+        result = result + multiply(x, *_values(layer, adapter, x.dtype)).to(result.dtype)
     return _with_lora(layer, x, result, adapters)
 
 

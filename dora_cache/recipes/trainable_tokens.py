@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from dora_cache.decorator import cached
+from dora_cache.recipes.bases import require_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.examples import embedding as embedding_base
-from dora_cache.recipes.hooks import LayerRecipe, active_in, guard, parameter
+from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,34 +38,30 @@ def _depends_on(layer: Any, *adapters: str) -> Iterator[object]:
 
 
 @cached("TrainableTokens rows", adapter="adapters", depends_on=_depends_on)
-def _rows(layer: Any, *adapters: str) -> tuple[Tensor, Tensor] | None:
+def _rows(layer: Any, *adapters: str) -> tuple[Tensor, Tensor]:
     """Derive the replaced tokens, shape (n,), and the rows that replace them, shape (n, inputs).
 
-    Returns:
-        None if there are none, or if one is replaced twice.
-
     Raises:
+        UnusualError: there are none, or one is replaced twice.
         ValueError: two adapters replace the same token (PEFT's error).
     """
     layer._check_overlapping_tokens(list(adapters))
     weight = layer.base_layer.weight
     tokens = [token for adapter in adapters for token in layer.token_indices[adapter]]
     if not tokens or len(set(tokens)) < len(tokens) or min(tokens) < 0:
-        return None
+        msg = "no token, one that is replaced twice, or a negative one"
+        raise UnusualError(msg)
     rows = [layer.trainable_tokens_delta[adapter].to(weight) for adapter in adapters]
     return torch.tensor(tokens, device=weight.device), torch.cat(rows)
 
 
 @cached("TrainableTokens slots", adapter="adapters", depends_on=_depends_on)
-def _slots(layer: Any, *adapters: str) -> tuple[Tensor, Tensor] | None:
+def _slots(layer: Any, *adapters: str) -> tuple[Tensor, Tensor]:
     """Derive which row replaces each token, counted from 1, 0 for none; and the rows.
 
     Their shapes are (all tokens,) and (n, inputs).
     """
-    found = _rows.__wrapped__(layer, *adapters)
-    if found is None:
-        return None
-    tokens, rows = found
+    tokens, rows = _rows.__wrapped__(layer, *adapters)
     slots = torch.zeros(layer.base_layer.weight.shape[:1], dtype=torch.int32, device=rows.device)
     numbers = torch.arange(1, len(tokens) + 1, dtype=torch.int32, device=rows.device)
     return slots.index_copy(0, tokens, numbers), rows
@@ -94,33 +91,35 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
     base = layer._modules["base_layer"]
     if isinstance(base, nn.Embedding):
         return _embed(layer, x, adapters)
-    found = _rows(layer, *adapters)
-    if found is None:
-        return None
-    tokens, rows = found
+    tokens, rows = _rows(layer, *adapters)
     return linear(x, base.weight).index_copy_(-1, tokens, linear(x, rows))
 
 
 def _adapters(layer: Any) -> tuple[str, ...]:
-    """Return the active adapters; none if the layer is not one of the usual ones."""
+    """Return the active adapters.
+
+    Raises:
+        UnusualError: the base layer is not one of the usual ones, or lacks an active adapter.
+    """
     base = layer._modules["base_layer"]
     if not isinstance(base, nn.Embedding | nn.Linear):
-        return ()
+        msg = f"the base layer is a {type(base).__name__}"
+        raise UnusualError(msg)
     if type(base._parameters.get("weight")) is not nn.Parameter:
-        return ()
+        require_dense(layer)
     adapters = tuple(active_in(layer, "trainable_tokens_delta"))
-    # PEFT has something to say of adapters that the layer lacks.
-    return adapters if len(adapters) == len(layer.active_adapters) else ()
+    if len(adapters) != len(layer.active_adapters):
+        msg = "the layer lacks an active adapter"  # of which PEFT has something to say
+        raise UnusualError(msg)
+    return adapters
 
 
-def _embed(layer: Any, x: Tensor, adapters: tuple[str, ...]) -> Tensor | None:
+def _embed(layer: Any, x: Tensor, adapters: tuple[str, ...]) -> Tensor:
     base = layer._modules["base_layer"]
-    if base.max_norm is not None:  # PEFT's lookup shortens rows of the copy
-        return None
-    found = _slots(layer, *adapters)
-    if found is None:
-        return None
-    slots, rows = found
+    if base.max_norm is not None:
+        msg = "a lookup that shortens rows"
+        raise UnusualError(msg)
+    slots, rows = _slots(layer, *adapters)
     result = embedding(x, base.weight)
     slot = slots.index_select(0, x.reshape(-1))
     flat = result.view(-1, result.shape[-1])

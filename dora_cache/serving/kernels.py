@@ -32,41 +32,39 @@ _PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf3
 
 
 class Plan(NamedTuple):
-    """How the work of one layer is divided.
+    """How the work of one layer is divided. All sizes are powers of two.
 
     Args:
-        each: whether each row has a program, else each tile.
-        tile: rows of a tile, 16 or more. All sizes are powers of two.
+        tile: rows of a program: 1, or 16 or more.
         splits: ranges of the inputs that are summed apart.
         shrink: inputs at once.
         expand: outputs of a program.
-        piece: outputs at once for rows that share an adapter.
-        shrink_warps: of a program of the first kernel.
-        expand_warps: of the second one.
-        stages: of the pipeline that reads inputs and first factors.
-        early: whether the second kernel starts before the first has ended (from sm_90 on).
+        piece: of a tile, outputs at once.
+        warps: of a program.
+        early: for single rows, whether the second kernel starts before the first has ended (from
+            compute capability 9.0 on).
     """
 
-    each: bool
     tile: int
     splits: int
     shrink: int
     expand: int
-    piece: int
-    shrink_warps: int = 4
-    expand_warps: int = 4
-    stages: int = 3
+    piece: int = 64
+    warps: int = 4
     early: bool = False
 
 
-def plan(count: int, width: int, dtype: torch.dtype) -> Plan:
-    """Divide the work of a layer of ``width`` inputs on ``count`` rows."""
-    splits = min(_most_splits(count), 1 << max(0, (width // 256).bit_length() - 1))
-    narrow = 1 if dtype.itemsize < 4 else 4  # noqa: PLR2004 - float32: no tensor cores
+def plan(count: int, width: int, columns: int, dtype: torch.dtype, *, early: bool) -> Plan:
+    """Divide the work of a layer of ``width`` inputs and ``columns`` outputs on ``count`` rows."""
+    splits = min(_most_splits(count, width), 1 << max(0, (width // 256).bit_length() - 1))
     if count <= _FEW_ROWS:
-        return Plan(True, 16, splits, 256 // narrow, 128 if count <= 16 else 256, 64)  # noqa: FBT003, PLR2004
+        # Programs are many enough for all multiprocessors, and few enough to run at once.
+        each = count * columns // 256
+        expand = 128 if each <= 128 else 256 if each <= 512 else 512  # noqa: PLR2004
+        return Plan(1, splits, 256, expand, early=early)
+    narrow = 1 if dtype.itemsize < 4 else 4  # noqa: PLR2004 - float32: no tensor cores
     tile = 16 if count <= 1024 else 64  # noqa: PLR2004
-    return Plan(False, tile, splits, 128 // narrow, 128 // narrow, 128 // narrow)  # noqa: FBT003
+    return Plan(tile, splits, 128 // narrow, 128 // narrow, 128 // narrow)
 
 
 def available(device: torch.device, *dtypes: torch.dtype) -> bool:
@@ -81,7 +79,7 @@ def max_workspace(count: int, max_rank: int) -> int:
         count: rows.
         max_rank: as there.
     """
-    return _most_splits(count) * count * max_rank * 4
+    return _MOST_SPLITS * count * max_rank * 4 if count <= _FEW_ROWS else 8 * count * max_rank * 4
 
 
 def adapt_(y: Tensor, x: Tensor, rows: Tensor, layer: int, max_rank: int) -> bool:
@@ -134,10 +132,9 @@ class _Adapter(NamedTuple):
 def _adapter(
     device: int, dtype: torch.dtype, count: int, width: int, columns: int, max_rank: int
 ) -> _Adapter:
-    how = plan(count, width, dtype)
+    how = plan(count, width, columns, dtype, early=_can_start_early(device))
     shrink, expand = _launchers(device, dtype, width, columns, max_rank, how)
-    down = count if how.each else -(-count // how.tile)
-    return _Adapter(shrink, expand, down, how.splits * count * max_rank)
+    return _Adapter(shrink, expand, -(-count // how.tile), how.splits * count * max_rank)
 
 
 @functools.cache
@@ -145,39 +142,47 @@ def _launchers(
     device: int, dtype: torch.dtype, width: int, columns: int, max_rank: int, how: Plan
 ) -> tuple[Launcher, Launcher]:
     kernels = _kernels()
-    wide = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64  # noqa: PLR2004
-    common = how.each, how.tile, how.splits
+    options: dict[str, Any] = {"num_warps": how.warps, "enable_fp_fusion": True}
+    across = how.splits, -(-columns // how.expand)
+    if how.tile == 1:
+        first, last = kernels.pool_shrink_row, kernels.pool_expand_row
+        of_first: tuple[object, ...] = (how.splits, how.shrink, how.early)
+        of_last: tuple[object, ...] = (how.splits, how.expand, how.early)
+    else:
+        first, last = kernels.pool_shrink, kernels.pool_expand
+        wide = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64  # noqa: PLR2004
+        of_first = (how.tile, how.splits, how.shrink, wide, "ieee")
+        of_last = how.tile, how.splits, how.expand, how.piece, min(wide, 32), _PRECISION[dtype]
     shrink = Launcher(
-        kernels.pool_shrink,
-        device,
-        how.splits,
-        (width, max_rank),
-        (*common, how.shrink, wide, "ieee", how.early),
-        num_warps=how.shrink_warps,
-        num_stages=how.stages,
-        enable_fp_fusion=True,
+        first, device, across[0], (width, max_rank), of_first, **options, num_stages=3
     )
     expand = Launcher(
-        kernels.pool_expand,
+        last,
         device,
-        -(-columns // how.expand),
+        across[1],
         (columns, max_rank),
-        (*common, how.expand, how.piece, min(wide, 32), _PRECISION[dtype], how.early),
-        num_warps=how.expand_warps,
+        of_last,
+        **options,
         num_stages=1,
-        enable_fp_fusion=True,
         launch_pdl=how.early,
     )
     return shrink, expand
 
 
-def _most_splits(count: int) -> int:
-    """Return enough ranges for all multiprocessors to have work, for a wide layer."""
-    if count <= 16:  # noqa: PLR2004
+def _most_splits(count: int, width: int) -> int:
+    """Return enough ranges for all multiprocessors to have work."""
+    if count <= 4:  # noqa: PLR2004
         return _MOST_SPLITS
+    if count <= 16:  # noqa: PLR2004
+        return 8 if width <= 8192 else _MOST_SPLITS  # noqa: PLR2004
     if count <= _FEW_ROWS:
-        return 8
+        return 4
     return 8 if count <= 4096 else 4 if count <= 16384 else 1  # noqa: PLR2004
+
+
+def _can_start_early(device: int) -> bool:
+    """Whether a kernel can start before the one ahead of it has ended."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

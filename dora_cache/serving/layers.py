@@ -30,6 +30,11 @@ __all__ = ["PooledLayer", "Substitute", "pooled_forward"]
 _AT_ONCE = 1 << 24
 """Elements of a base weight that are brought to a larger dtype at once."""
 
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
+    3: functional.conv1d,
+    4: functional.conv2d,
+    5: functional.conv3d,
+}
 _FLOATING = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -227,13 +232,7 @@ class PooledLayer:
         shape = x.shape[:1] if convolved else leading
         route.check(self.name, shape, nested=self._nested, positions=not convolved)
         if route.derived >> self.index & 1:
-            mark = self.base.mark()
-            if route.checked.get(self.index) is not mark:
-                for one in route.distinct:
-                    placed = one.placed[self.index]
-                    if placed is not None:
-                        placed.refresh(mark)
-                route.checked[self.index] = mark
+            self.refresh(route)
         if convolved:
             return self._sorted(output, x, route)
         rows = shape.numel()
@@ -284,21 +283,33 @@ class PooledLayer:
             torch._foreach_add_(shifted, shifts)
         return output if order is None else whole.index_copy(0, order, output)
 
-    def adapt_captured(self, output: Tensor, x: Tensor, rows: Tensor, max_rank: int) -> None:
-        """Have a CUDA graph add what the adapters add that ``rows`` names when it is replayed."""
-        flat = output.view(-1, self.outputs)
-        x = x.reshape(len(flat), -1).contiguous()
-        if not (
-            self.kind == "linear"
-            and x.dtype is flat.dtype is self.dtype
-            and kernels.available(flat.device, self.dtype)
-            and kernels.adapt_(flat, x, rows, self.index, max_rank)
+    def adapt_captured(self, output: Tensor, x: Tensor, rows: Tensor, max_rank: int) -> bool:
+        """Have a CUDA graph add what the adapters add that ``rows`` names when it is replayed.
+
+        Returns:
+            Whether that is possible. Else the graph has the base layer alone.
+        """
+        if (
+            self.kind != "linear"
+            or not x.dtype is output.dtype is self.dtype
+            or not output.is_contiguous()
+            or not kernels.available(output.device, self.dtype)
         ):
-            msg = (
-                f"{self.name} cannot be part of a CUDA graph: only linear layers in float32, "
-                "bfloat16 or float16 can, whose inputs have the weight's dtype"
-            )
-            raise ConfigError(msg)
+            return False
+        flat = output.view(-1, self.outputs)
+        return kernels.adapt_(
+            flat, x.reshape(len(flat), -1).contiguous(), rows, self.index, max_rank
+        )
+
+    def refresh(self, route: Route) -> None:
+        """Have what a route's adapters derive from the base layer be of its weights of now."""
+        mark = self.base.mark()
+        if route.checked.get(self.index) is not mark:
+            for one in route.distinct:
+                placed = one.placed[self.index]
+                if placed is not None:
+                    placed.refresh(mark)
+            route.checked[self.index] = mark
 
     def _launched(self, flat: Tensor, x: Tensor, route: Route) -> bool:
         if not (
@@ -325,7 +336,9 @@ class PooledLayer:
             if self.kind == "embedding":
                 reduced = functional.embedding(x, a.T)
             elif self.kind == "conv":
-                reduced = self.base.module()._conv_forward(x.to(a.dtype), a, None)
+                base = self.base.module()
+                convolve = _CONVOLUTIONS[a.dim()]
+                reduced = convolve(x.to(a.dtype), a, None, base.stride, base.padding)
             else:
                 reduced = (x if x.dtype is a.dtype else x.to(a.dtype)) @ a.T
             if self.kind == "conv":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -174,7 +175,8 @@ class AdapterPool(Uncopyable):
         self._bases = nn.ModuleList()
         self._marks: AdapterCache | None = None
         self._static: dict[torch.device, Tensor] = {}
-        self._captured = False
+        self._captured = 0  # bit i is set if layer i is in a CUDA graph
+        self._nobody: dict[torch.device, Tensor] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._undo = ExitStack()
         self._closed = False
@@ -303,6 +305,7 @@ class AdapterPool(Uncopyable):
         # A switch may come with writes that nobody counts: the weights are looked at again.
         observer = Observer(mode_switched=self._switched, moved=self._moved)
         self._undo.callback(observe(module, observer, overrides={"forward": forward}))
+        self.static_rows(layer.device)  # a CUDA graph that is captured cannot make them
         self._layers[name] = layer
         self._by_index.append(layer)
         return layer
@@ -384,11 +387,11 @@ class AdapterPool(Uncopyable):
             route = Route(self, chosen, outer)
             token = routing.current.set(route)
             try:
-                if self._captured:
-                    self._show(route)
+                self._show(route)
                 yield
             finally:
                 routing.current.reset(token)
+                self._show(routing.find(self))
         finally:
             self._tiers.release(wanted, thread)
 
@@ -427,8 +430,9 @@ class AdapterPool(Uncopyable):
         """Return what compiled code gets in place of a route's rows: they are at one address."""
         rows = self._static.get(device)
         if rows is None:
-            rows = torch.zeros(1 + _MOST_ROWS, dtype=torch.int64, device=device)
-            rows[0] = 1
+            with torch.inference_mode(mode=False):  # it is written to outside of it as well
+                rows = torch.zeros(1 + _MOST_ROWS, dtype=torch.int64, device=device)
+                rows[0] = 1
             self._static[device] = rows
         return rows
 
@@ -436,8 +440,8 @@ class AdapterPool(Uncopyable):
         """Add what adapters add to a layer's output, in compiled code when it runs."""
         pooled = self._by_index[layer]
         if output.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured = True
-            pooled.adapt_captured(output, x, rows, self.max_rank)
+            if pooled.adapt_captured(output, x, rows, self.max_rank):
+                self._captured |= 1 << layer
             return
         route = routing.find(self)
         if route is not None and route.touched >> layer & 1:
@@ -445,15 +449,53 @@ class AdapterPool(Uncopyable):
             if changed.data_ptr() != output.data_ptr():
                 output.copy_(changed)
 
-    def _show(self, route: Route) -> None:
-        """Put a route where CUDA graphs read it."""
+    def _show(self, route: Route | None) -> None:
+        """Put a route, or the base model, where CUDA graphs read it.
+
+        Raises:
+            ConfigError: the graphs that there are cannot serve it.
+        """
+        if route is not None and self._captured:
+            self._check_graphs(route)
+            for layer in self._by_index:
+                if route.derived >> layer.index & 1:
+                    layer.refresh(route)
         for device, rows in self._static.items():
-            if device.type == "cuda":
-                addresses = route.addresses(device)
-                if len(addresses) > len(rows):
-                    msg = f"CUDA graphs take up to {_MOST_ROWS} names; {len(addresses) - 1} given"
-                    raise ConfigError(msg)
-                rows[: len(addresses)].copy_(route.rows(device), non_blocking=True)
+            if device.type != "cuda":
+                continue
+            with torch.inference_mode(mode=False):
+                if route is None:
+                    rows[:2].copy_(self._base_rows(device), non_blocking=True)
+                elif len(route.residents) < len(rows):
+                    shown = route.rows(device)
+                    rows[: len(shown)].copy_(shown, non_blocking=True)
+
+    def _base_rows(self, device: torch.device) -> Tensor:
+        """Return what says that all rows are the base model's."""
+        if device not in self._nobody:
+            self._nobody[device] = torch.tensor([1, 0], device=device)
+        return self._nobody[device]
+
+    def _check_graphs(self, route: Route) -> None:
+        others = self._tiers.threads() - {threading.get_ident()}
+        missing = (route.touched & ~self._captured) | route.replaced
+        if others:
+            msg = (
+                "a CUDA graph of this pool was captured, and graphs have one place to read from: "
+                "use it in one thread at a time"
+            )
+        elif len(route.residents) > _MOST_ROWS:
+            msg = f"CUDA graphs take up to {_MOST_ROWS} names; {len(route.residents)} given"
+        elif missing:
+            layer = self._by_index[(missing & -missing).bit_length() - 1]
+            msg = (
+                f"a CUDA graph of this pool was captured without adapters on {layer.name}, which "
+                "one in this batch has: add adapters before capturing; convolutions, embeddings "
+                "and modules to save cannot be in a graph, so serve those from another pool"
+            )
+        else:
+            return
+        raise ConfigError(msg)
 
     # The rest
 

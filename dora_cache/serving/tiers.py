@@ -170,6 +170,11 @@ class Tiers:
                 raise
             self.release(wanted, thread)  # another thread could not read one; try it here
 
+    def threads(self) -> set[int]:
+        """Return the threads that use adapters, or the base model, at present."""
+        with self.lock:
+            return set(self._holding)
+
     def release(self, adapters: Sequence[Adapter], thread: int) -> None:
         """Let go of adapters that :meth:`acquire` has brought for a thread."""
         with self.lock:

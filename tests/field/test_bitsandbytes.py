@@ -1,9 +1,12 @@
 """Adapters on base weights that bitsandbytes has quantized."""
 
+from contextlib import nullcontext
+
 import bitsandbytes
 import pytest
 import torch
 from field_setups import check, ids
+from peft import LoraConfig
 from quantized import Counted, base_layers, dequantizes_as_plain_lora_does, notices
 
 import dora_cache
@@ -155,3 +158,30 @@ def test_a_weight_that_was_written_to_before_it_is_replaced(setup):
         with cache.bypass():
             assert torch.equal(changed, built.run())
         assert not torch.equal(changed, before)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=ids)
+@torch.no_grad()
+def test_a_mixed_batch(setup):
+    """Rows are as each alone, and a hit dequantizes nothing."""
+    mixed, plain = (setup.build(True, 64) for _ in "12")
+    for built in (mixed, plain):
+        torch.manual_seed(3)
+        built.model.add_adapter(
+            "lora", LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        )
+        built.model.eval()
+    rows = torch.arange(20).view(4, 5)
+    names = ["lora", "default", "__base__", "default"]
+    with dora_cache.attach(mixed.model) as cache:
+        mixed.model(rows, adapter_names=names)
+        misses = cache.stats().misses
+        found = mixed.model(rows, adapter_names=names).logits
+        assert cache.stats().misses == misses > 0
+    with dora_cache.attach(plain.model):  # PEFT's own 8-bit DoRA fails on a CPU
+        for row, name in enumerate(names):
+            with plain.model.disable_adapter() if name == "__base__" else nullcontext():
+                if name != "__base__":
+                    plain.model.set_adapter(name)
+                expected = plain.model(rows[row : row + 1]).logits
+            torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-3, atol=1e-4)

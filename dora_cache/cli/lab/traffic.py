@@ -1,55 +1,113 @@
-"""``dora-cache lab traffic``: requests for a thousand adapters, under a cap for some of them."""
+"""``dora-cache lab traffic``: requests for many adapters, under caps for some of them."""
 
 import json
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dora_cache.cli.console import progress_bar, quiet, reported, results
-from dora_cache.cli.options import OutOption
+from dora_cache.cli.loading import about, check_source, load_measured, parse_device
+from dora_cache.cli.options import (
+    DeviceOption,
+    Dtype,
+    LayersOption,
+    ModelOrShape,
+    OutOption,
+    ShapeOption,
+)
 from dora_cache.cli.output import make_folder, writing
+from dora_cache.units import format_bytes
 
 __all__ = ["traffic"]
 
 
 def traffic(
+    model: ModelOrShape = None,
     *,
-    adapters: Annotated[int, typer.Option(min=2, help="Adapters of the model.")] = 1000,
-    slots: Annotated[int, typer.Option(min=1, help="Adapters that the cap suffices for.")] = 50,
+    shape: ShapeOption = None,
+    layers: LayersOption = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the weights; by default the model's, or of a shape bf16 on a GPU."),
+    ] = None,
+    adapters: Annotated[int, typer.Option(min=2, help="Random adapters in files.")] = 300,
+    rank: Annotated[int, typer.Option(min=1, help="Of every adapter.")] = 8,
+    slots: Annotated[
+        int, typer.Option(min=1, help="Adapters that the device's cap suffices for.")
+    ] = 50,
+    host_slots: Annotated[
+        int, typer.Option(min=1, help="Adapters that the host's cap suffices for.")
+    ] = 200,
     requests: Annotated[int, typer.Option(min=10, help="Requests to serve.")] = 2000,
-    forwards: Annotated[int, typer.Option(min=2, help="Forwards of each request.")] = 4,
-    backends: Annotated[
-        str, typer.Option(metavar="LIST", help="Backends that take a cap.")
-    ] = "lru,budget",
+    exponent: Annotated[float, typer.Option(min=0, help="Of Zipf's law.")] = 1.0,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of each request.")] = 4,
+    policy: Annotated[
+        Literal["lru", "budget"], typer.Option(help="What leaves the device first.")
+    ] = "lru",
+    device: DeviceOption = None,
     out: OutOption = Path("out"),
 ) -> None:
-    """Serve requests for many adapters of a small model by Zipf's law, backend by backend."""
+    """Serve requests for many adapters by Zipf's law from a pool with capped tiers.
+
+    Without MODEL and --shape: the shape tiny. Half of the adapters are LoRA and half are DoRA.
+    """
     from dora_cache.lab import traffic as measuring
     from dora_cache.lab.machine import describe_machine
 
     with reported():
+        if model is None:
+            shape = shape or "tiny"
+        check_source(model, shape, layers)
+        where = parse_device(device)
         data_file = make_folder(out, "traffic.json") / "traffic.json"
-        names = backends.split(",")
-        with quiet(), progress_bar("adapters", adapters) as move:
-            model = measuring.make_model(adapters, move=move)
-        with quiet(), progress_bar("requests", requests * (1 + len(names))) as move:
-            found = measuring.measure_traffic(
-                model,
-                backends=names,
-                slots=slots,
-                requests=requests,
-                forwards=forwards,
-                move=move,
-            )
+        with quiet(), tempfile.TemporaryDirectory(prefix="dora-cache-") as scratch:
+            base = load_measured(model, shape, where, layers=layers, dtype=dtype)
+            folder = Path(scratch)
+            with progress_bar("adapters", adapters) as move:
+                measuring.write_adapters(base, folder, adapters, rank=rank, move=move)
+            with progress_bar("requests", 2 * requests) as move:
+                found = measuring.measure_traffic(
+                    base,
+                    folder,
+                    slots=slots,
+                    host_slots=host_slots,
+                    requests=requests,
+                    exponent=exponent,
+                    prompt=prompt,
+                    tokens=tokens,
+                    policy=policy,
+                    move=move,
+                )
         console = results()
-        console.print(measuring.table(found))
+        times, held = measuring.tables(found)
+        console.print(times)
+        console.print()
+        console.print(held)
+        wrong = sum(one.wrong for one in found.served)
+        error = max(one.largest_error for one in found.served)
         console.print(
-            f"{found.requests:,} requests of {found.forwards} forwards, for {found.adapters:,} "
-            f"adapters by Zipf's law; the cap suffices for {found.slots}. With foresight "
-            f"{found.optimum:.1%} of the lookups can be hits. First: the forward right after a "
-            f"switch. PEFT's set_adapter() takes {found.set_adapter_ms:.0f} ms more, cached or not."
+            f"\n{found.requests:,} requests of {found.tokens} tokens, by Zipf's law with exponent "
+            f"{found.exponent:g} for {found.adapters:,} adapters, twice: without prefetching, and "
+            "with each adapter prefetched once the request before has its first token. Optimum: "
+            "no policy has a higher hit rate, even with foresight."
         )
-        data = {"machine": describe_machine(), **measuring.as_dict(found)}
+        console.print(
+            f"Wrong outputs: {wrong} of {2 * found.requests:,}. They differ from PEFT's in float64 "
+            f"by {error:.1g} at most; wrong is above {found.limit:.1g}. The outputs of two "
+            f"adapters differ by {found.nearest:.1g} at least."
+        )
+        growth = [one.cuda_growth for one in found.served if one.cuda_growth is not None]
+        if growth:
+            console.print(
+                f"Memory allocated on the GPU grew by {format_bytes(max(growth))} at most."
+            )
+        data = {
+            "machine": describe_machine(where),
+            **about(base, model, shape),
+            **measuring.as_dict(found),
+        }
         with writing(data_file, "folder as --out"):
             data_file.write_text(json.dumps(data, indent=1), encoding="utf-8")

@@ -18,10 +18,9 @@ from dora_cache.lab.bench.measure import Decoding, Spread, blocks, decode, logit
 from dora_cache.lab.bench.phases import Cell, Phase, paired, random_prompt
 from dora_cache.lab.bench.ways import BASE, LORA, Running, Way, rotated
 from dora_cache.lab.models import twin, write_adapter
-from dora_cache.serving import AdapterPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -128,8 +127,9 @@ def mixture(
     rank: int,
     ranks: Sequence[int] = (),
     dtype: torch.dtype | None = None,
+    loaded: Collection[int] | None = None,
 ) -> Mixture:
-    """Write random adapters for a model, and load the LoRA ones with PEFT.
+    """Write random adapters for a model, and load LoRA ones with PEFT.
 
     Args:
         base: a Transformers model without adapters; it stays as it is.
@@ -138,6 +138,7 @@ def mixture(
         rank: of LoRA and DoRA adapters.
         ranks: of further DoRA adapters, in turn; none by default.
         dtype: of the adapters; by default the model's.
+        loaded: which LoRA adapters PEFT is to load, the first one among them; by default all.
 
     Raises:
         ValueError: the model has no linear layers.
@@ -155,14 +156,19 @@ def mixture(
                 seed=index,
             )
     folders = {kind: folder / kind for kind in of_kinds}
-    return Mixture(base, _loaded(base, folders["lora"], names), names, folders, of_kinds)
+    wanted = [name for index, name in enumerate(names) if loaded is None or index in loaded]
+    return Mixture(base, _loaded(base, folders["lora"], wanted), names, folders, of_kinds)
 
 
 def _loaded(base: Any, folder: Path, names: Sequence[str]) -> Any:
     """Return a PEFT model of a twin, with adapters from files in the files' dtype."""
     from peft import PeftModel
 
-    how: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+    how: dict[str, Any] = {
+        "autocast_adapter_dtype": False,
+        "low_cpu_mem_usage": True,
+        "torch_device": str(base.device),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(twin(base), str(folder / names[0]), names[0], **how)
@@ -201,6 +207,8 @@ def mixed_ways(made: Mixture) -> tuple[Way, ...]:
     def pooled(kind: str, label: str) -> Way:
         @contextmanager
         def run(_: Any, names: Sequence[str]) -> Iterator[Running]:
+            from dora_cache.serving import AdapterPool  # it imports PEFT
+
             own, ranks = twin(made.base), made.ranks[kind][: len(names)]
             with AdapterPool(own, backend="null", max_rank=max(ranks)) as pool:
                 for name in names:

@@ -8,6 +8,7 @@ touched again until one of them changes.
 - ``outputs.py``: the arithmetic of a forward; ``kernels.py``: its CUDA kernels.
 - ``variants.py``: what takes the place of PEFT's variants.
 - ``linear.py``: the forward of linear layers as a whole; ``bound.py``: the short way through it.
+- ``mixed.py``: batches that mix adapters (``adapter_names``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.dora.linear import forward_for
+from dora_cache.recipes.dora.mixed import mixed_for
 from dora_cache.recipes.dora.values import (
     fast_scale,
     has_offloaded,
@@ -83,10 +85,12 @@ class _Dora:
             for adapter, variant in layer.lora_variant.items()
             if isinstance(variant, CachedVariant) or kind_of(type(variant))
         }
-        forward = forward_for(plain_class(type(layer)), cache.config.numerics)
-        if not (known or forward):
+        plain_kind = plain_class(type(layer))
+        forward = forward_for(plain_kind, cache.config.numerics)
+        overrides = mixed_for(plain_kind) | ({"forward": forward} if forward else {})
+        if not (known or overrides):
             return False
-        binding = follow_layer(cache, layer, self, {"forward": forward} if forward else None)
+        binding = follow_layer(cache, layer, self, overrides)
         if binding.warmers is None:
             binding.warmers = _warmers
             binding.undo.callback(_restore, weakref.ref(layer))

@@ -9,8 +9,8 @@ Each call checks all that may have changed. What it finds out of the ordinary it
 way, PEFT's own forward, which looks the value up; then the layer is bound again.
 
 The product of an ordinary base layer is computed here. Any other one, such as one with quantized
-weights, is called as PEFT calls it, and the value is looked up after that, since the call may
-change the weights.
+weights or with hooks, is called as PEFT calls it, and the value is looked up after that, since the
+call may change the weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn.modules import module as modules_of_torch
 
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
+from dora_cache.lifecycle import stays_in_place
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.dora.outputs import add_exact, add_fast, exact_sum, fast_sum
 from dora_cache.recipes.dora.values import FAST, STORED, bias_of
@@ -130,8 +131,16 @@ class Bound(Uncopyable):
             if not (type(first) is type(last) is nn.Linear and type(magnitude) is DoraLinearLayer):
                 return None
             of_base = base._parameters
-            plain = type(base) is nn.Linear and type(of_base["weight"]) is nn.Parameter
-            for part in (base, first, last, magnitude) if plain else (first, last, magnitude):
+            of_part = base.__dict__
+            plain = (
+                type(base) is nn.Linear
+                and type(of_base["weight"]) is nn.Parameter
+                and not of_part["_forward_hooks"]
+                and not of_part["_forward_pre_hooks"]
+                and "forward" not in of_part
+                and of_part.get("_compiled_call_impl") is None
+            )
+            for part in (first, last, magnitude):
                 of_part = part.__dict__
                 if (
                     of_part["_forward_hooks"]
@@ -214,9 +223,12 @@ class Bound(Uncopyable):
         adapter = self._adapter
         variant = layer.lora_variant[adapter]
         cache = layer.__dict__[SLOT].cache
+        of_base = base.__dict__
+        wrapped = "forward" in of_base
         if (
             type(x) is not Tensor
             or cache.bypassing
+            or (wrapped and not stays_in_place(base))  # its weights are in place within its forward
             or not of_first["bias"] is of_last["bias"] is None
         ):
             return None
@@ -235,7 +247,8 @@ class Bound(Uncopyable):
             return total if total.dtype is dtype else total.to(dtype)
         value, shape = entry.value, result.shape
         flat = (
-            x.dim() == result.dim() == 3  # noqa: PLR2004
+            not (wrapped or of_base["_forward_hooks"])  # which may return another shape
+            and x.dim() == result.dim() == 3  # noqa: PLR2004
             and x.is_contiguous()
             and result.is_contiguous()
             and x.numel() > 0

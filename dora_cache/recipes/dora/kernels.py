@@ -11,7 +11,7 @@ a :class:`Launch`, which a bound layer keeps.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -22,7 +22,7 @@ from dora_cache.recipes.peft_layers import base_layer
 if TYPE_CHECKING:
     from dora_cache.recipes.dora.values import Buffers
 
-__all__ = ["FORWARDS", "OFFLOADED", "add_exact", "add_fast", "exact_sum", "fast_sum"]
+__all__ = ["FORWARDS", "OFFLOADED", "add_exact", "add_fast", "embedded", "exact_sum", "fast_sum"]
 
 
 def exact_sum(
@@ -167,7 +167,7 @@ def _embedding(
         scale, scaling = scale_of(layer, adapter), layer.scaling[adapter]
     else:
         scale, scaling = buffers
-    delta = scale * _embedded(layer, adapter, x) * scaling
+    delta = scale * embedded(layer, adapter, x) * scaling
     embed_scale = layer._get_embed_scale()
     if embed_scale is not None:
         delta = delta * embed_scale.to(delta.dtype)
@@ -206,9 +206,10 @@ def _projected(layer: Any, adapter: str, x: Tensor) -> Tensor:
     return modules["lora_B"]._modules[adapter](projected)
 
 
-def _embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:
-    embedded: Tensor = layer._embed(x, layer.lora_embedding_A[adapter].T)
-    return embedded @ layer.lora_embedding_B[adapter].T
+def embedded(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    """Return what an adapter's factors return for an embedding layer's input, without scaling."""
+    inner: Tensor = layer._embed(x, layer.lora_embedding_A[adapter].T)
+    return inner @ layer.lora_embedding_B[adapter].T
 
 
 def _combine(
@@ -257,7 +258,7 @@ def _fast_embedding(
 ) -> Tensor:
     if wants_gradient(layer, adapter):
         return _embedding(layer, adapter, x, result)
-    delta = _embedded(layer, adapter, x)
+    delta = embedded(layer, adapter, x)
     embed_scale = layer._get_embed_scale()
     if embed_scale is not None:
         delta = delta * embed_scale.to(delta.dtype)

@@ -185,6 +185,9 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
         reason = why_training(layer, layer.__dict__[SLOT])
         if reason is not None:
             return reason
+        dropout = layer._modules["lora_dropout"]._modules.get(adapter)
+        if dropout is not None and drops(dropout):  # of an adapter that is not active
+            return Reason.DROPOUT
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return Reason.HOOKED
     if functorch_stack() is not None:

@@ -193,10 +193,11 @@ def _(scene: Scene, pick: Pick) -> list[Tensor]:
 
 @operation("adapters", "adapter_names, a mixed batch", ends=True)
 def _(scene: Scene, pick: Pick) -> list[Tensor]:
-    # PEFT refuses it for DoRA: whoever asks must go on being told.
-    with torch.no_grad(), contextlib.suppress(ValueError):
+    scene.activate(pick.adapter)
+    alone = scene.run()
+    with torch.no_grad(), contextlib.suppress(ValueError):  # PEFT refuses DoRA
         return [scene.model(scene.ids, adapter_names=[pick.adapter] * len(scene.ids))]
-    return [torch.tensor(0.0)]
+    return [alone]
 
 
 # Merging
