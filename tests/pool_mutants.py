@@ -35,7 +35,7 @@ def _(patch):
     patch.setattr(Route, "__init__", by_place)
 
 
-@mutant("rows sorted as those of another mix were", PoolMachine)
+@mutant("rows sorted as those of another mix were", PoolMachine, rare=True)
 def _(patch):
     plans, plan = {}, Route._plan
 
@@ -199,7 +199,7 @@ def _(patch):
     patch.setattr(Placed, "refresh", refresh)
 
 
-@mutant("base weights looked at once for a block", PoolMachine)
+@mutant("base weights looked at once for a block", PoolMachine, rare=True)
 def _(patch):
     mark, seen = Base.mark, {}
 

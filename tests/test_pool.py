@@ -22,6 +22,7 @@ from pool_oracle import (
     Folders,
     Net,
     Oracle,
+    alone,
     assert_rows,
     classifier,
     error,
@@ -914,6 +915,50 @@ def test_under_autocast(net_folders):
 
 
 # Other models
+
+
+def test_a_model_that_peft_has_wrapped(net_folders):
+    """In a use the pool's adapters stand in for the active one, which is back after it."""
+    model = alone(net(), net_folders["rslora"])
+    ids = tokens(4)
+    with torch.no_grad():
+        before = model(ids)
+    names = ["dora", None, "a whole layer", "embedding"]
+    with AdapterPool(model) as pool:
+        for name in (*names[2:], "dora"):
+            pool.add(name, net_folders[name])
+        with pool.use(names), torch.no_grad():
+            found = model(ids)
+        paths = [name and net_folders[name] for name in names]
+        assert_rows(found, net_folders.oracle.rows(paths, ids))
+        with torch.no_grad():
+            assert torch.equal(model(ids), before)
+    with torch.no_grad():
+        assert torch.equal(model(ids), before)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_quantized_base(use_dora, tmp_path):
+    """On int8 weights of torchao, rows are as near as plain PEFT's are to exact ones."""
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def make():
+        found = net().float()
+        found.body["layers"][0].up = nn.Linear(8, 12)
+        with quiet():
+            torchao.quantize_(found.body, torchao.Int8WeightOnlyConfig())
+        return found.requires_grad_(requires_grad=False)
+
+    torch.manual_seed(0)
+    base = make()
+    path = save(net().float(), tmp_path / "one", target_modules=["up"], r=2, use_dora=use_dora)
+    model = copy.deepcopy(base)
+    ids = tokens(2)
+    with AdapterPool(model) as pool:
+        pool.add("one", path)
+        with pool.use(["one", None]), torch.no_grad():
+            found = model(ids)
+    assert_rows(found, Oracle(base).rows([path, None], ids), within=1e-4)
 
 
 class Experts(nn.Module):
