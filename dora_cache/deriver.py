@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
@@ -236,10 +237,10 @@ class Deriver(Uncopyable):
             self._mutex.warn("out of memory", text)
             self._holdings.evict(devices, everything=everything)
 
-    def touch(self, storages: set[int]) -> None:
-        """Have what is being derived from some memory not stored."""
+    def touch(self, storages: set[int], before: float = math.inf) -> None:
+        """Have what is being derived from some memory, and began before a time, not stored."""
         for pending in list(self.pending):
-            if not storages.isdisjoint(pending.facts.storages):
+            if pending.born < before and not storages.isdisjoint(pending.facts.storages):
                 pending.touched = True
 
     def touch_derivation(self, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from contextlib import ExitStack, contextmanager, suppress
@@ -465,8 +466,14 @@ class Engine(Uncopyable):
         return sum(self.holdings.void(binding, ALL_ADAPTERS) for binding in bindings)
 
     @exclusive
-    def touched(self, tensors: Iterable[Tensor | torch.UntypedStorage]) -> int:
+    def touched(
+        self, tensors: Iterable[Tensor | torch.UntypedStorage], before: float = math.inf
+    ) -> int:
         """Void every value derived from memory that may have been written to.
+
+        Args:
+            tensors: over that memory.
+            before: when that was, by the cache's clock; what began to be derived later holds.
 
         Returns:
             How many entries went.
@@ -474,10 +481,11 @@ class Engine(Uncopyable):
         touched = _storages_of(tensors)
         note_written(touched)
         forget(touched)
-        self._deriver.touch(touched)
+        self._deriver.touch(touched, before)
         self.buffers.void_derived(touched)
         self.buffers.refill_later(self.bindings.values())
-        return sum(self.holdings.discard(cell) for cell in self.cells.on(touched))
+        cells = [cell for cell in self.cells.on(touched) if cell.born < before]
+        return sum(self.holdings.discard(cell) for cell in cells)
 
     def replaced(self, tensors: Sequence[Tensor]) -> None:
         """Drop what was derived from tensors one of which takes another's place.
@@ -497,7 +505,8 @@ class Engine(Uncopyable):
         for cell in cells:
             cell.void()
         if cells:
-            self.mutex.later(partial(self.touched, tensors), now=True)
+            drop = partial(self.touched, tensors, before=self.holdings.now())
+            self.mutex.later(drop, now=True)
 
     @exclusive
     def revalidate(self, binding: Binding) -> int:

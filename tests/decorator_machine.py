@@ -130,6 +130,15 @@ def paused(kind):
             _machine.schedule.pause()
             return super().delete(key)
 
+    if issubclass(kind, backends.Declining):
+
+        class Paused(Paused):
+            def declines(self, key):
+                declined = super().declines(key)
+                if declined:  # each call derives the value for itself
+                    _machine.signed.pop(threading.get_ident(), None)
+                return declined
+
     return Paused
 
 
@@ -184,6 +193,8 @@ class DecoratorMachine(RuleBasedStateMachine):
         self.caps = {which["max_bytes"]} if "max_bytes" in which else set()
         self.resizing = self.resizes = 0
         self.cache = dora_cache.attach(self.owner, **which)
+        self.rests = self.cache._engine._rests
+        self.cache._engine._rests = self.passes
 
     def teardown(self):
         if not hasattr(self, "schedule"):
@@ -211,6 +222,14 @@ class DecoratorMachine(RuleBasedStateMachine):
             assert events not in self.deriving[name], "one value is derived twice"
             self.deriving[name].add(events)
             self.begun[threading.get_ident()] = events
+
+    def passes(self, *call):
+        """Tell whether a call goes past the cache since its values were not used again."""
+        rests = self.rests(*call)
+        if rests:
+            self.passed_by += 1
+            self.signed.pop(threading.get_ident(), None)
+        return rests
 
     def count(self, name):
         """Return how many events there have been."""

@@ -14,6 +14,8 @@ from model_machine import (
 )
 from pool_machine import PoolMachine
 
+from dora_cache.reasons import Reason
+
 # Runs in the quick profile and in the deep one, and tests that the latter are divided among, for as
 # many workers. The model's machine has two rows, for two workers in the quick profile.
 MACHINES = [
@@ -97,5 +99,43 @@ def test_a_weight_replaced_for_a_while_spoils_what_is_derived():
         machine.replaces(name="b", back=True)
         machine.all_go_on()
         assert task.done
+    finally:
+        machine.teardown()
+
+
+def _a_refused_value(machine):
+    DecoratorMachine.resizes(machine, size=0, far=100)
+    for _ in range(4):
+        machine.calls_value(name="a", keyword=False, far=100)
+
+
+def _values_that_are_not_used(machine):
+    for _ in range(2):
+        machine.calls_value(name="a", keyword=False, far=100)
+    machine.returns(form="tuple", aliases=False)  # the shortcut leads to the list's value still
+    for _ in range(10):
+        machine.calls_value(name="a", keyword=False, far=100)
+        machine.writes(name="a", inference=False)
+
+
+@pytest.mark.parametrize(
+    ("which", "prepare", "reason"),
+    [
+        ({"backend": "paused-budget", "max_bytes": 16}, _a_refused_value, Reason.DECLINED),
+        ({"backend": "paused-dict"}, _values_that_are_not_used, Reason.NEVER_REUSED),
+    ],
+)
+def test_what_is_derived_without_the_cache_may_be_derived_at_the_same_time(which, prepare, reason):
+    """Values that the backend declines, or that are not used again, are each caller's own."""
+    machine = DecoratorMachine()
+    machine.start(which=which)
+    try:
+        prepare(machine)
+        before = machine.cache._engine.reasons[reason]
+        for _ in range(2):
+            machine.calls_value(name="a", keyword=False, far=2)
+        assert len(machine.schedule.tasks) == 2
+        machine.all_go_on()
+        assert machine.cache._engine.reasons[reason] >= before + 2
     finally:
         machine.teardown()

@@ -116,6 +116,28 @@ def test_an_interrupted_computation_lets_the_others_try_again(slow):
         assert (stats.hits, stats.misses) == (0, 2)
 
 
+def test_a_drop_that_had_to_wait_concerns_nothing_derived_since(slow):
+    """A weight is replaced while the lock is taken: what is derived from the new one is kept."""
+    with dora_cache.attach(slow) as cache, ThreadPoolExecutor(3) as pool:
+        slow.go.set()
+        slow.value("a")
+        slow.go.clear()
+        with cache._engine.mutex.lock:
+            pool.submit(slow.weight.__setitem__, "a", nn.Parameter(torch.zeros(4))).result(20)
+        slow.weight["a"].requires_grad_(requires_grad=False)
+        slow.started.acquire()
+        futures = later(pool, 1, slow.value, "a")
+        slow.started.acquire()
+        cache.stats()  # does what had to wait
+        futures += later(pool, 1, slow.value, "a")
+        waiting(cache, 1)
+        slow.go.set()
+        futures += later(pool, 1, slow.value, "a")
+        assert [future.result(20).tolist() for future in futures] == [[0.0] * 4] * 3
+        assert slow.calls == 2
+        assert balanced(cache).stores == 2
+
+
 INVALIDATIONS = {
     "invalidate": lambda slow, cache: cache.invalidate(),
     "invalidate(adapter)": lambda slow, cache: cache.invalidate(adapter="a"),
