@@ -202,7 +202,6 @@ class AdapterPool(Uncopyable):
         Raises:
             AdapterFileError: the files are missing or broken, are for another model, or are of a
                 kind that a pool does not serve. The pool is as it was.
-            CapError: it could never fit.
         """
         self._check_open()
         if not isinstance(name, str) or not name:
@@ -506,6 +505,7 @@ class AdapterPool(Uncopyable):
             AdapterNotFoundError: there is none of that name.
             AdapterFileError: it cannot be read.
             PinError: it does not fit beside what is pinned.
+            CapError: it does not fit beside what is in use.
         """
         self._check_open()
         adapter = self._known(name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dora_cache.backends import Entry, create
-from dora_cache.errors import CapError, PinError, warn_once
+from dora_cache.errors import BackendError, CapError, PinError, warn_once
 from dora_cache.serving.residents import Resident
 from dora_cache.units import format_bytes
 
@@ -281,6 +281,9 @@ class Tiers:
             self.loads += 1
             if not self._device.put(adapter.number, entry):
                 self._left(adapter.number)
+                if adapter.users:
+                    msg = f"the device's backend refused {adapter.name}, for which it had room"
+                    raise BackendError(msg)
             self._settle(adapter)
 
     def _give_up(self, adapter: Adapter) -> None:
