@@ -47,7 +47,7 @@ def _(patch):
     patch.setattr(Route, "_plan", once)
 
 
-@mutant("what is in use is seen by all threads", PoolMachine)
+@mutant("what is in use is seen by all threads", PoolMachine, rare=True)
 def _(patch):
     class Shared:
         def __init__(self):
@@ -66,7 +66,7 @@ def _(patch):
     patch.setattr(routing, "current", Shared())
 
 
-@mutant("an inner block has the outer one's adapters", PoolMachine)
+@mutant("an inner block has the outer one's adapters", PoolMachine, rare=True)
 def _(patch):
     def outermost(pool):
         found, route = None, routing.current.get()
@@ -104,7 +104,7 @@ def _(patch):
     patch.setattr(Tiers, "_kept", lambda self: 0)
 
 
-@mutant("a removed adapter's memory reused while a batch runs", PoolMachine)
+@mutant("a removed adapter's memory reused while a batch runs", PoolMachine, rare=True)
 def _(patch):
     retire = Tiers.retire
 
@@ -117,12 +117,12 @@ def _(patch):
     patch.setattr(Tiers, "retire", at_once)
 
 
-@mutant("what is removed stays", PoolMachine)
+@mutant("what is removed stays", PoolMachine, rare=True)
 def _(patch):
     patch.setattr(Tiers, "retire", lambda self, adapter: None)
 
 
-@mutant("pinned ones are evicted", PoolMachine)
+@mutant("pinned ones are evicted", PoolMachine, rare=True)
 def _(patch):
     patch.setattr(Tiers, "pin", lambda self, adapter, *, pinned: None)
 
@@ -130,7 +130,7 @@ def _(patch):
 # What an adapter is
 
 
-@mutant("what is removed stays on the host", PoolMachine)
+@mutant("what is removed stays on the host", PoolMachine, rare=True)
 def _(patch):
     forget = Tiers._forget
 
@@ -160,7 +160,7 @@ def _(patch):
     patch.setattr(Tiers, "retire", lambda self, adapter: None)
 
 
-@mutant("files are not looked at again", PoolMachine)
+@mutant("files are not looked at again", PoolMachine, rare=True)
 def _(patch):
     patch.setattr(AdapterFiles, "_require_unchanged", lambda self: None)
 
