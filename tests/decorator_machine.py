@@ -18,7 +18,7 @@ from torch import nn
 from zoo import balanced
 
 import dora_cache
-from dora_cache import backends, cached, cells, deriver, mutex
+from dora_cache import backends, binding, cached, cells, deriver, mutex
 
 NAMES = ("a", "b")
 BYTES = 8  # of one value
@@ -167,6 +167,8 @@ class DecoratorMachine(RuleBasedStateMachine):
         mutex.threading = cells.threading = deriver.threading = self.schedule.threading()
         # What the budget keeps goes by what values cost, and a run that is repeated must repeat.
         deriver.time = SimpleNamespace(perf_counter=itertools.count().__next__)
+        # When a hit is audited goes by the number of the owner's binding; likewise.
+        self.tokens, binding._tokens = binding._tokens, itertools.count(1)
         self.owner = make_owner(self)
         self.form = form  # what depends_on returns
         self.aliases = aliases  # whether values are in memory that is used again
@@ -204,6 +206,7 @@ class DecoratorMachine(RuleBasedStateMachine):
             self.all_go_on()
         finally:
             mutex.threading, cells.threading, deriver.threading, deriver.time = self.real
+            binding._tokens = self.tokens
             # Some task may have the lock and never go on; and what hears of all optimizers must go.
             self.cache._engine.mutex.lock = threading.RLock()
             self.cache.detach()
