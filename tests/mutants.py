@@ -368,12 +368,12 @@ def _(patch):
     patch.setattr(calls, "listed", _listed(Mapping, list))
 
 
-@mutant("a text signed by its letters", DecoratorMachine)
+@mutant("a text signed by its letters", DecoratorMachine, rare=True)
 def _(patch):
     patch.setattr(calls, "listed", _listed(str, list))
 
 
-@mutant("a bare tensor signed by its type", DecoratorMachine)
+@mutant("a bare tensor signed by its type", DecoratorMachine, rare=True)
 def _(patch):
     patch.setattr(calls, "listed", _listed(torch.Tensor, lambda found: [found.dtype]))
 
