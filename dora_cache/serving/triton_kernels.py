@@ -385,3 +385,5 @@ def pool_expand_row(
         y = ((y + scaling * total) * scale + shift).to(y_pointer.dtype.element_ty)
         changes = (rank > 0) | (scale_address != 0) | (shift_address != 0)
         tl.store(y_pointer + place, y, inside & changes)
+    if early:  # also where nothing was read: what follows may write to what the first kernel reads
+        gdc_wait()
