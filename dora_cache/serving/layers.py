@@ -198,10 +198,11 @@ class PooledLayer:
             )
             return output
         route = routing.find(self.pool)
-        if route is None:
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if route is None and (self._wrapped or not capturing):
             return original(module, *args, **kwargs)
         output = self._without(module, original)(*args, **kwargs)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if route is None or capturing:
             # The graph is to serve other adapters, too, which may be on other layers.
             x = args[0] if args else next(iter(kwargs.values()))
             self.pool.adapt_(output, x, self.pool.static_rows(x.device), self.index)

@@ -109,10 +109,6 @@ class Tiers:
         """Bytes that the host has."""
         return 0 if self.host is None else self.host.nbytes
 
-    def on_host(self, adapter: Adapter) -> bool:
-        """Whether the host has an adapter."""
-        return self.host is not None and adapter.number in self.host.keys()  # noqa: SIM118 - no mapping
-
     # The device
 
     @property
