@@ -7,8 +7,9 @@ DEEP_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FIELD := $(VENV)/.field
+SERVE := $(VENV)/.serve
 
-.PHONY: setup demo bench-micro test test-field test-processors test-deep lint types docs check clean
+.PHONY: setup demo bench-micro test test-field test-serve test-processors test-deep lint types docs check clean
 
 setup: $(READY)
 
@@ -29,6 +30,11 @@ $(FIELD): $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[field]'
 	touch $(FIELD)
 
+# Servers, clients and exporters.
+$(SERVE): $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[serving-tests]'
+	touch $(SERVE)
+
 demo: $(READY)
 	$(BIN)/dora-cache demo --out out
 
@@ -36,11 +42,15 @@ bench-micro: $(READY)
 	$(BIN)/python -m pytest -p no:xdist --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds tests/test_micro.py
 
 test: $(FIELD)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/field
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/field --ignore=tests/serve
 
 # In other libraries' models: diffusers, torchao, bitsandbytes, accelerate, FSDP and others.
 test-field: $(FIELD)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/field
+
+# Servers on loopback, with real clients; a local Ray cluster.
+test-serve: $(SERVE)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/serve
 
 # What other processors and another number of threads compute; empty is what this processor can do.
 test-processors: $(FIELD)
