@@ -105,20 +105,10 @@ class Launcher:
             Exception: whatever Triton raises.
         """
         addresses = [tensor.data_ptr() for tensor in tensors]
-        bits = 0
-        for address in addresses:
-            bits |= address
-        aligned = not bits % 16
-        if aligned and self._compiled is not None:
-            run, function, metadata = self._compiled
-            stream = raw_stream(self._device)
-            rest = (None, None, None, *addresses, *self._sizes, *numbers, *self._constants)
-            try:
-                run(down, self.across, 1, stream, function, metadata, *rest)
-            except Exception:  # noqa: BLE001 - no public interface: the public one may do
-                self._compiled = None
-            else:
-                return
+        if self._compiled is not None and self.relaunch(
+            down, addresses, numbers, raw_stream(self._device)
+        ):
+            return
         compiled = self._kernel[down, self.across, 1](
             *tensors,
             *self._sizes,
@@ -126,7 +116,57 @@ class Launcher:
             *self._constants,
             **self._options,
         )
-        if aligned and not self._known:
+        if not self._known and _aligned(addresses):
             self._known = True
             with suppress(AttributeError):
-                self._compiled = compiled.run, compiled.function, compiled.packed_metadata
+                self._compiled = _call_of(compiled)
+
+    def relaunch(
+        self, down: int, addresses: Sequence[int], numbers: Sequence[float], stream: int
+    ) -> bool:
+        """Launch what has been compiled for aligned pointers; return whether that could be done.
+
+        Args:
+            down: programs in the first dimension of the grid.
+            addresses: of the tensors.
+            numbers: as in :meth:`launch`.
+            stream: the handle of the current CUDA stream.
+        """
+        compiled = self._compiled
+        if compiled is None or not _aligned(addresses):
+            return False
+        run, given = compiled
+        rest = (*given, *addresses, *self._sizes, *numbers, *self._constants)
+        try:
+            run(down, self.across, 1, stream, *rest)
+        except Exception:  # noqa: BLE001 - no public interface: the public one may do
+            self._compiled = None
+            return False
+        return True
+
+
+def _call_of(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return what launches a compiled kernel, and what it gets between stream and arguments.
+
+    That is Triton's launcher, or, for versions where it is known, the function in C that it calls
+    once it has allocated memory that the kernel wants.
+
+    Raises:
+        AttributeError: this Triton has no such launcher.
+    """
+    import triton
+
+    run, metadata = compiled.run, compiled.packed_metadata
+    usual = (metadata, None, None, None)
+    known = triton.__version__.startswith("3.6.")
+    if known and run.global_scratch_size == run.profile_scratch_size == 0:
+        flags = run.launch_cooperative_grid, run.launch_pdl
+        return run.launch, (compiled.function, *flags, None, None, *usual)
+    return run, (compiled.function, *usual)
+
+
+def _aligned(addresses: Sequence[int]) -> bool:
+    bits = 0
+    for address in addresses:
+        bits |= address
+    return not bits % 16

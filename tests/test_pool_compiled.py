@@ -78,3 +78,51 @@ def test_a_write_to_the_base_weights(folder):
         expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     pool.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_captured_graph_for_every_mix(folder):
+    """A captured CUDA graph serves mixes, loads, evictions and writes, and the base model."""
+    model = pool_oracle.language_model().float().cuda()
+    ids = torch.arange(20, device="cuda").view(4, 5)
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+    with AdapterPool(model, max_rank=16) as pool, torch.no_grad():
+        names = pool.add_folder(folder)
+        pool.pin("a7")
+        largest = pool.stats().device_bytes
+        pool.unpin("a7")
+        pool.resize(device_bytes=4 * largest)
+
+        def run():
+            return model(ids, use_cache=False).logits
+
+        with pool.use(names[:4]):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = run()
+        before = pool.stats()
+        generator = random.Random(0)
+        for number in range(60):
+            mix = generator.choices([*names, None], k=4)
+            with pool.use(mix):
+                if number == 40:
+                    for parameter in model.parameters():
+                        parameter.mul_(1.25)
+                if number >= 40:  # the scales are looked at where a batch begins
+                    with pool.use(mix):
+                        graph.replay()
+                else:
+                    graph.replay()
+                torch.testing.assert_close(output, run(), rtol=1e-5, atol=1e-5)
+        after = pool.stats()
+        assert after.evictions - before.evictions >= 30
+        for parameter in model.parameters():
+            parameter.div_(1.25)
+        graph.replay()
+        torch.testing.assert_close(output, plain, rtol=1e-4, atol=1e-5)

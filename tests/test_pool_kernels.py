@@ -33,7 +33,7 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(kernels, "current_device", lambda: -1)  # of a tensor on the CPU
         monkeypatch.setattr(kernels, "_can_start_early", lambda _: False)
         kernels._launchers.cache_clear()
-        kernels._adapter.cache_clear()
+        kernels.launches.cache_clear()
         patch_dot(monkeypatch)
 
 
@@ -238,9 +238,9 @@ def test_division_of_the_work():
         how = kernels.Plan(tile, splits, 64, 64, 32)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "plan", lambda *_, **__: how)
-            kernels._adapter.cache_clear()
+            kernels.launches.cache_clear()
             check([*adapters, None], 45, 512, 96, torch.bfloat16)
-    kernels._adapter.cache_clear()
+    kernels.launches.cache_clear()
 
 
 def test_no_rows():

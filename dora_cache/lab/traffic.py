@@ -97,8 +97,8 @@ class Served:
         further_ms: a further token, the median.
         device: the device's tier.
         host: the host's.
-        cuda_growth: the most bytes by which memory that PyTorch has allocated on the device grew
-            from before the pool was made; None on other devices.
+        cuda_growth: the most bytes by which what PyTorch has allocated on the device, without
+            workspaces of cuBLAS, grew from before the pool was made; None on other devices.
         wrong: requests with a first token whose error is above the limit.
         largest_error: the largest error, as a share of the norm of the right logits.
     """
@@ -285,7 +285,11 @@ def _nearest(outputs: Sequence[Tensor]) -> float:
 
 
 def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    """Return what PyTorch has allocated on a CUDA device, without workspaces of cuBLAS."""
+    if device.type != "cuda":
+        return 0
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated(device)
 
 
 def _generate(model: Any, ids: Tensor, tokens: int) -> Iterator[Tensor]:

@@ -10,17 +10,18 @@ time; for many, as in prefill, a program for each tile of rows, which does its a
 from __future__ import annotations
 
 import functools
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dora_cache.ambient import current_device
+from dora_cache.ambient import current_device, raw_stream
 from dora_cache.triton_launch import Launcher
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGEST_RANK", "adapt_", "available"]
+__all__ = ["LARGEST_RANK", "Launches", "adapt_", "available", "launches"]
 
 LARGEST_RANK = 256
 
@@ -103,28 +104,65 @@ def adapt_(y: Tensor, x: Tensor, rows: Tensor, layer: int, max_rank: int) -> boo
             return adapt_(y, x, rows, layer, max_rank)
     if not count:
         return True
-    found = _adapter(device, x.dtype, count, width, y.shape[1], max_rank)
-    space = torch.empty(found.size, dtype=torch.float32, device=y.device)
-    numbers = count, layer
-    return found.shrink(found.down, (x, rows, space), numbers) and found.expand(
-        found.down, (y, rows, space), numbers
-    )
+    return launches(device, x.dtype, count, width, y.shape[1], max_rank)(y, x, rows, layer)
 
 
-class _Adapter(NamedTuple):
+class Launches(NamedTuple):
+    """The two kernels for layers of one shape on some rows; see :func:`adapt_`."""
+
     shrink: Launcher
     expand: Launcher
+    device: int
+    count: int  # of rows
     down: int
     size: int  # of the workspace, in float32 numbers
 
+    def __call__(self, y: Tensor, x: Tensor, rows: Tensor, layer: int) -> bool:
+        """Launch both, as :func:`adapt_`; the device is the current one."""
+        space = torch.empty(self.size, dtype=torch.float32, device=y.device)
+        numbers = self.count, layer
+        return self.shrink(self.down, (x, rows, space), numbers) and self.expand(
+            self.down, (y, rows, space), numbers
+        )
+
+    def again(
+        self,
+        y: Tensor,
+        x: Tensor,
+        rows: Tensor,
+        layer: int,
+        spaces: dict[tuple[int, int, int], Tensor],
+    ) -> bool:
+        """Launch both if that has been done before, in the least time; return whether it was.
+
+        Args:
+            y: as for :func:`adapt_`, like the following ones.
+            x: likewise.
+            rows: likewise.
+            layer: likewise.
+            spaces: workspaces by device, thread and stream, which layers use one after another.
+        """
+        numbers = self.count, layer
+        stream = raw_stream(self.device)
+        own = self.device, get_ident(), stream
+        space = spaces.get(own)
+        if space is None or space.numel() < self.size:
+            space = spaces[own] = torch.empty(self.size, dtype=torch.float32, device=y.device)
+        read, between = rows.data_ptr(), space.data_ptr()
+        return self.shrink.relaunch(
+            self.down, (x.data_ptr(), read, between), numbers, stream
+        ) and self.expand.relaunch(self.down, (y.data_ptr(), read, between), numbers, stream)
+
 
 @functools.lru_cache(maxsize=4096)
-def _adapter(
+def launches(
     device: int, dtype: torch.dtype, count: int, width: int, columns: int, max_rank: int
-) -> _Adapter:
+) -> Launches:
+    """Return the kernels for a layer of ``width`` inputs and ``columns`` outputs."""
     how = plan(count, width, columns, dtype, early=_can_start_early(device))
     shrink, expand = _launchers(device, dtype, width, columns, max_rank, how)
-    return _Adapter(shrink, expand, -(-count // how.tile), how.splits * count * max_rank)
+    size = how.splits * count * max_rank
+    return Launches(shrink, expand, device, count, -(-count // how.tile), size)
 
 
 @functools.cache

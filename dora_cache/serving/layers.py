@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dora_cache.decorator import cached
+from dora_cache.ambient import current_device
+from dora_cache.decorator import SLOT, cached, derivation_of
 from dora_cache.errors import ConfigError
 from dora_cache.lifecycle import POOLED, plain_class
 from dora_cache.recipes.dora.values import bias_of, dense
@@ -67,6 +68,26 @@ class Base(nn.Module):
         What adapters derive from the layer is kept with them; this tells whether it still holds.
         """
         return torch.empty(1, dtype=torch.int64)
+
+    def latest(self) -> Tensor:
+        """Return :meth:`mark`; in less time where parameters are all that the layer has."""
+        state = self.__dict__
+        binding: Any = state.get(SLOT)
+        try:
+            module = state["_module"]()
+            of_base = module._modules.get("base_layer", module)._parameters
+            weight, bias = of_base["weight"], of_base["bias"]
+            shortcut, cache = binding.shortcuts[_MARK], binding.cache
+        except (AttributeError, KeyError):  # not where they mostly are, or not asked for before
+            return self.mark()
+        if type(weight) is nn.Parameter and not cache.bypassing:
+            entry = cache.recall(shortcut, (weight, bias))
+            if entry is not None:
+                return entry.value
+        return self.mark()
+
+
+_MARK = (derivation_of(Base.mark).number,)  # type: ignore[union-attr]
 
 
 def _rows_at_once(weight: Tensor) -> int:
@@ -124,6 +145,7 @@ class PooledLayer:
         self.name = name
         self.index = index
         self.base = Base(module)
+        self._bound: _Bound | None = None
         self._nested = nested
         self._wrapped = hasattr(module, "get_base_layer") or hasattr(module, "original_module")
         self.kind = _kind_of(self.base.module())
@@ -191,7 +213,8 @@ class PooledLayer:
     def run(self, module: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module's forward, and add what the adapters of the batch's rows add."""
         if torch.compiler.is_compiling():
-            output = self._without(module, original)(*args, **kwargs)
+            base = self.base.module() if self._wrapped else functools.partial(original, module)
+            output = base(*args, **kwargs)
             x = args[0] if args else next(iter(kwargs.values()))
             torch.ops.dora_cache.adapt_(
                 output, x, self.pool.static_rows(x.device), self.index, self.pool.number
@@ -201,7 +224,10 @@ class PooledLayer:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if route is None and (self._wrapped or not capturing):
             return original(module, *args, **kwargs)
-        output = self._without(module, original)(*args, **kwargs)
+        if self._wrapped:
+            output = self.base.module()(*args, **kwargs)
+        else:
+            output = original(module, *args, **kwargs)
         if route is None or capturing:
             # The graph is to serve other adapters, too, which may be on other layers.
             x = args[0] if args else next(iter(kwargs.values()))
@@ -211,14 +237,12 @@ class PooledLayer:
             return output
         if self.kind != "other":
             x = args[0] if args else next(iter(kwargs.values()))
-            output = self.adapt(output.clone() if output.requires_grad else output, x, route)
+            bound = self._bound
+            if bound is None or not bound.run(output, x, route):
+                output = self.adapt(output.clone() if output.requires_grad else output, x, route)
         if route.replaced >> self.index & 1:
             output = self._replace(route, output, args, kwargs)
         return output
-
-    def _without(self, module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the layer without any adapter: the base layer, where PEFT has wrapped it."""
-        return self.base.module() if self._wrapped else functools.partial(original, module)
 
     def adapt(self, output: Tensor, x: Tensor, route: Route) -> Tensor:
         """Add what adapters add to a base layer's output, in place if it can be.
@@ -236,11 +260,13 @@ class PooledLayer:
             self.refresh(route)
         if convolved:
             return self._sorted(output, x, route)
-        rows = shape.numel()
+        rows, given = shape.numel(), x
         flat = output.view(rows, -1) if output.is_contiguous() else output.reshape(rows, -1)
         x = x.reshape(-1) if self.kind == "embedding" else x.reshape(rows, -1)
         if not self._launched(flat, x, route):
             flat = self._sorted(flat, x, route)
+        elif flat.data_ptr() == output.data_ptr():
+            self._bound = _Bound(self, output, given, route)
         return flat.view(output.shape)
 
     def _sorted(self, output: Tensor, x: Tensor, route: Route) -> Tensor:
@@ -294,6 +320,8 @@ class PooledLayer:
             self.kind != "linear"
             or not x.dtype is output.dtype is self.dtype
             or not output.is_contiguous()
+            or x.is_neg()
+            or output.is_neg()
             or not kernels.available(output.device, self.dtype)
         ):
             return False
@@ -304,7 +332,7 @@ class PooledLayer:
 
     def refresh(self, route: Route) -> None:
         """Have what a route's adapters derive from the base layer be of its weights of now."""
-        mark = self.base.mark()
+        mark = self.base.latest()
         if route.checked.get(self.index) is not mark:
             for one in route.distinct:
                 placed = one.placed[self.index]
@@ -314,9 +342,8 @@ class PooledLayer:
 
     def _launched(self, flat: Tensor, x: Tensor, route: Route) -> bool:
         if not (
-            flat.is_cuda
-            and x.dtype is flat.dtype is self.dtype
-            and not flat.requires_grad
+            x.dtype is flat.dtype is self.dtype
+            and not (flat.requires_grad or x.is_neg() or flat.is_neg())
             and kernels.available(flat.device, self.dtype)
         ):
             return False
@@ -418,6 +445,71 @@ class Substitute:
         for held, theirs, kind, name in self._shared:  # those may have been replaced
             held[name] = getattr(theirs, kind)[name]
         return self._copy(*args, **kwargs)
+
+
+class _Bound:
+    """A linear layer's kernels, for inputs of one shape in batches of one kind.
+
+    Args:
+        layer: the layer.
+        output: of the base layer, contiguous, on a CUDA device.
+        x: the input.
+        route: which row has which adapter.
+    """
+
+    __slots__ = (
+        "_called",
+        "_device",
+        "_dtype",
+        "_expanded",
+        "_inputs",
+        "_launches",
+        "_layer",
+        "_max_rank",
+        "_names",
+        "_outputs",
+    )
+
+    def __init__(self, layer: PooledLayer, output: Tensor, x: Tensor, route: Route) -> None:
+        self._layer = layer
+        self._inputs, self._outputs = x.shape, output.shape
+        self._dtype, self._device = x.dtype, x.get_device()
+        # What Route.check has looked at.
+        self._names = len(route.residents)
+        self._called = routing.batch.get()
+        self._expanded = routing.expanded.get()
+        self._max_rank = route.max_rank
+        self._launches = kernels.launches(
+            self._device,
+            x.dtype,
+            x.shape[:-1].numel(),
+            x.shape[-1],
+            output.shape[-1],
+            route.max_rank,
+        )
+
+    def run(self, output: Tensor, x: Tensor, route: Route) -> bool:
+        """Add what the adapters add, as :meth:`PooledLayer.adapt`; return whether it was done."""
+        layer = self._layer
+        if not (
+            type(x) is type(output) is Tensor
+            and x.shape == self._inputs
+            and output.shape == self._outputs
+            and x.dtype is output.dtype is layer.dtype is self._dtype
+            and x.get_device() == output.get_device() == self._device == current_device()
+            and x.is_contiguous()
+            and output.is_contiguous()
+            and not (output.requires_grad or x.is_neg() or output.is_neg())
+            and route.max_rank == self._max_rank
+            and len(route.residents) == self._names
+            and routing.batch.get() == self._called
+            and routing.expanded.get() is self._expanded
+        ):
+            return False
+        if route.derived >> layer.index & 1:
+            layer.refresh(route)
+        rows = route.rows(x.device)
+        return self._launches.again(output, x, rows, layer.index, route.spaces)
 
 
 def _over_outputs(vector: Tensor, output: Tensor) -> Tensor:

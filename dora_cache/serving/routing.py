@@ -73,6 +73,7 @@ class Route:
         replaced: bit i is set if a row's adapter has parameters for the whole of layer i.
         checked: by layer, what the derived values of the adapters here were last seen to rest on.
         max_rank: the largest rank.
+        spaces: workspaces for CUDA kernels, by device, thread and stream.
     """
 
     __slots__ = (
@@ -86,6 +87,7 @@ class Route:
         "pool",
         "replaced",
         "residents",
+        "spaces",
         "touched",
     )
 
@@ -103,6 +105,7 @@ class Route:
             self.replaced |= one.replaced
             self.max_rank = max(self.max_rank, one.max_rank)
         self.checked: dict[int, Tensor] = {}
+        self.spaces: dict[tuple[int, int, int], Tensor] = {}
         self._rows: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[int, torch.device], Plan] = {}
 

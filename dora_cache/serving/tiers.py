@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -97,7 +98,6 @@ class Tiers:
         self._pinned_ones: set[Adapter] = set()
         self._holding: Counter[int] = Counter()  # uses, by the thread that began them
         self._waiting: set[int] = set()  # threads that wait for memory
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def device_nbytes(self) -> int:
@@ -309,11 +309,8 @@ class Tiers:
         if device.type != "cuda":
             yield None
             return
-        with self.lock:
-            if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         caller = torch.cuda.current_stream(device)
-        with torch.cuda.stream(self._streams[device]):
+        with torch.cuda.stream(_loading_stream(device)):
             yield caller
 
     def _packed(self, adapter: Adapter) -> tuple[Tensor, ...]:
@@ -426,3 +423,9 @@ class Tiers:
             self._device.close()
             if self.host is not None:
                 self.host.close()
+
+
+@functools.cache
+def _loading_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all pools: cuBLAS keeps a workspace for each that it has run on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

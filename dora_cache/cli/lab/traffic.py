@@ -102,7 +102,8 @@ def traffic(
         growth = [one.cuda_growth for one in found.served if one.cuda_growth is not None]
         if growth:
             console.print(
-                f"Memory allocated on the GPU grew by {format_bytes(max(growth))} at most."
+                "Memory allocated on the GPU, without workspaces of cuBLAS, grew by "
+                f"{format_bytes(max(growth))} at most."
             )
         data = {
             "machine": describe_machine(where),
