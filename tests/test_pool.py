@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,6 +41,7 @@ from zoo import quiet
 
 from dora_cache import AdapterNotFoundError, AdapterPool, ConfigError, DoraCacheError
 from dora_cache.errors import AdapterFileError, CapError, PinError
+from dora_cache.serving import tiers
 from dora_cache.units import format_bytes
 
 ALL_KINDS = NET_KINDS | MORE_NET_KINDS
@@ -602,6 +604,58 @@ def test_a_batch_that_waits_within_another(net_folders):
         with pytest.raises(CapError), served.pool.use(["biases", "embedding"]):
             pass
     served.check(["biases"])
+
+
+def test_a_large_batch_does_not_starve(net_folders, monkeypatch):
+    """Batches that come later, and would fit, let one go first that waits for more memory."""
+    monkeypatch.setattr(tiers, "_GIVE_WAY", 60.0)
+    cap = cost(net_folders, "dora", "embedding")
+    served = Served(net, net_folders, NET_KINDS, device_bytes=cap)
+    order, entered, leave = [], threading.Event(), threading.Event()
+
+    def hold():
+        with served.pool.use("embedding"):
+            entered.set()
+            assert leave.wait(60)
+
+    def work(*names):
+        with served.pool.use(list(names)):
+            order.append(names)
+
+    def waiting(count):
+        last = time.monotonic() + 20
+        while len(served.pool._tiers._queue) < count:
+            assert time.monotonic() < last
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor(3) as threads:
+        tasks = [threads.submit(hold)]
+        assert entered.wait(60)
+        tasks.append(threads.submit(work, "dora", "lora"))
+        waiting(1)
+        tasks.append(threads.submit(work, "embedding"))  # it is there
+        waiting(2)
+        leave.set()
+        for one in tasks:
+            one.result(60)
+    assert order == [("dora", "lora"), ("embedding",)]
+    monkeypatch.setattr(tiers, "_GIVE_WAY", 0.0)
+    served.check(["lora", None])
+
+
+def test_who_gives_way_does_so_for_a_limited_time(net_folders, monkeypatch):
+    """A thread that another one within a batch waits for is served in the end."""
+    monkeypatch.setattr(tiers, "_GIVE_WAY", 0.05)
+    cap = cost(net_folders, "dora", "embedding")
+    served = Served(net, net_folders, NET_KINDS, device_bytes=cap)
+    with ThreadPoolExecutor(2) as threads:
+        with served.pool.use("embedding"):
+            large = threads.submit(served.check, ["dora", "lora"])
+            while not served.pool._tiers._queue:
+                time.sleep(0.001)
+            threads.submit(served.check, ["embedding"]).result(60)
+            assert not large.done()
+        large.result(60)
 
 
 # Adding, removing, closing

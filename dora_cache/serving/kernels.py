@@ -113,14 +113,14 @@ class Launches(NamedTuple):
     shrink: Launcher
     expand: Launcher
     device: int
-    count: int  # of rows
+    rows: int
     down: int
     size: int  # of the workspace, in float32 numbers
 
     def __call__(self, y: Tensor, x: Tensor, rows: Tensor, layer: int) -> bool:
         """Launch both, as :func:`adapt_`; the device is the current one."""
         space = torch.empty(self.size, dtype=torch.float32, device=y.device)
-        numbers = self.count, layer
+        numbers = self.rows, layer
         return self.shrink(self.down, (x, rows, space), numbers) and self.expand(
             self.down, (y, rows, space), numbers
         )
@@ -142,7 +142,7 @@ class Launches(NamedTuple):
             layer: likewise.
             spaces: workspaces by device, thread and stream, which layers use one after another.
         """
-        numbers = self.count, layer
+        numbers = self.rows, layer
         stream = raw_stream(self.device)
         own = self.device, get_ident(), stream
         space = spaces.get(own)

@@ -98,6 +98,7 @@ class Tiers:
         self._pinned_ones: set[Adapter] = set()
         self._holding: Counter[int] = Counter()  # uses, by the thread that began them
         self._waiting: set[int] = set()  # threads that wait for memory
+        self._queue: dict[object, None] = {}  # batches that wait for memory, in order
 
     @property
     def device_nbytes(self) -> int:
@@ -207,11 +208,24 @@ class Tiers:
 
         It waits for threads that go on. One that waits here lets go of nothing, and neither does
         this one, be it a block around this one that holds memory or another task.
+
+        Batches that need little would keep one that needs much waiting for ever. So they let those
+        before them go first, but for a limited time: who runs may be waiting for them.
         """
-        thread = threading.get_ident()
+        thread, ticket = threading.get_ident(), object()
+        last = time.monotonic() + _GIVE_WAY
         self._waiting.add(thread)
+        self._queue[ticket] = None
         try:
             while True:
+                left = last - time.monotonic()
+                if (
+                    next(iter(self._queue)) is not ticket
+                    and thread not in self._holding
+                    and left > 0
+                ):
+                    self.lock.wait(left)
+                    continue
                 for one in wanted:
                     self._use(one, 1)
                 missing = [one for one in wanted if one.resident is None and not one.loading]
@@ -225,6 +239,8 @@ class Tiers:
                 self.lock.wait()
         finally:
             self._waiting.discard(thread)
+            del self._queue[ticket]
+            self.lock.notify_all()
 
     def _make_room(self, need: int) -> bool:
         """Reserve bytes on the device, evicting what nobody uses; return whether they fit."""
@@ -423,6 +439,10 @@ class Tiers:
             self._device.close()
             if self.host is not None:
                 self.host.close()
+
+
+_GIVE_WAY = 1.0
+"""Seconds for which a batch lets those go first that have waited longer for memory."""
 
 
 @functools.cache
