@@ -13,6 +13,7 @@ import torch
 
 from dora_cache.backends import Entry, create
 from dora_cache.errors import BackendError, CapError, PinError, warn_once
+from dora_cache.history import History
 from dora_cache.serving.residents import Resident
 from dora_cache.units import format_bytes
 
@@ -38,6 +39,8 @@ class Adapter:
         users: how many routes have it now.
         pinned: whether it stays on the device.
         retired: whether it was removed, or replaced by another one of its name.
+        hits: lookups of it while it was on the device.
+        misses: the others.
     """
 
     _last = 0
@@ -54,6 +57,7 @@ class Adapter:
         self.users = 0
         self.pinned = False
         self.retired = False
+        self.hits = self.misses = 0
 
     @property
     def name(self) -> str:
@@ -80,6 +84,7 @@ class Tiers:
         loads: adapters brought to the device.
         reads: of those, how many from their files.
         evictions: adapters that left the device for others.
+        history: the counters over time.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Tiers:
     ) -> None:
         self.lock = threading.Condition()  # of a reentrant lock
         self.hits = self.misses = self.loads = self.reads = self.evictions = 0
+        self.history = History()
         self.device_bytes = device_bytes
         self.host = host
         self._pinned = pinned
@@ -138,14 +144,16 @@ class Tiers:
                 self._wait_for_room(wanted)
                 self._holding[thread] += 1
                 missing = [one for one in wanted if one.resident is None and not one.loading]
-                if not counted:
-                    counted = True
-                    present = sum(one.resident is not None for one in wanted)
-                    self.hits += present
-                    self.misses += len(wanted) - present
                 for one in wanted:
-                    if one.resident is not None:
+                    there = one.resident is not None
+                    if there:
                         self._device.get(one.number)  # a use, for the order of eviction
+                    if not counted:
+                        one.hits += there
+                        one.misses += not there
+                        self.hits += there
+                        self.misses += not there
+                counted = True
                 for one in missing:
                     one.loading = True
             try:
@@ -281,6 +289,12 @@ class Tiers:
                     msg = f"the device's backend refused {adapter.name}, for which it had room"
                     raise BackendError(msg)
             self._settle(adapter)
+            if self.history.is_due:
+                self.sample()
+
+    def sample(self) -> None:
+        """Take a sample of the counters; the lock is held."""
+        self.history.add(self.hits, self.misses, self.evictions, self.device_nbytes)
 
     def _give_up(self, adapter: Adapter) -> None:
         """Take back what was reserved for an adapter."""
