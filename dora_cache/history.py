@@ -71,5 +71,5 @@ class History:
 
     def samples(self) -> tuple[Sample, ...]:
         """Return the samples, the oldest first; the first one is of the beginning."""
-        latest = () if self._latest is self._kept[-1] else (self._latest,)
+        latest = () if self._latest == self._kept[-1] else (self._latest,)
         return (*self._kept, *latest)

@@ -35,6 +35,7 @@ __all__ = [
     "bars",
     "by_layer",
     "chart",
+    "cut",
     "details",
     "element",
     "listed",
@@ -123,28 +124,42 @@ class Row(NamedTuple):
 
 
 def element(tag: str, /, *children: Child, **attributes: object) -> Element:
-    """Make an element. Attributes of reserved names end in ``_``; other ``_`` stand for ``-``."""
-    names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
-    found = Element(tag, {names[name]: str(value) for name, value in attributes.items()})
+    """Make an element; texts and attributes may be anything.
+
+    Characters that are no text, such as those that turn the direction of writing or that UTF-8
+    does not have, are shown by their numbers. Attributes of names that Python has for itself end in
+    ``_``; other ``_`` stand for ``-``.
+    """
+    named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+    found = Element(tag, {name: _printable(str(value)) for name, value in named.items()})
     last: Element | None = None
     for child in children:
         if isinstance(child, Element):
             found.append(child)
             last = child
         elif last is None:
-            found.text = (found.text or "") + child
+            found.text = (found.text or "") + _printable(child)
         else:
-            last.tail = (last.tail or "") + child
+            last.tail = (last.tail or "") + _printable(child)
     return found
 
 
-def text(name: str, longest: int = LONGEST) -> Element:
-    """Show a name that anybody may have chosen: cut, and without characters that do something."""
-    shown = "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode()
-        for one in name[: longest + 1]
+def _printable(name: str) -> str:
+    if name.isprintable():
+        return name
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in name
     )
-    return element("bdi", shown if len(shown) <= longest else f"{shown[: longest - 1]}…")
+
+
+def cut(name: str, longest: int = LONGEST) -> str:
+    """Shorten a name that anybody may have chosen."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def text(name: str, longest: int = LONGEST) -> Element:
+    """Show a name that anybody may have chosen, apart from the direction of what is around it."""
+    return element("bdi", cut(name, longest))
 
 
 def number(count: int) -> Element:
@@ -373,6 +388,7 @@ def chart(
     up: Callable[[float], str],
     along: Callable[[float], str],
     most: float | None = None,
+    span: tuple[float, float] | None = None,
     across: tuple[float, str] | None = None,
     at: tuple[float, str] | None = None,
     curve: str,
@@ -386,13 +402,14 @@ def chart(
         up: shows a value of y.
         along: shows a value of x.
         most: the largest y to show; by default that of the points and ``across``.
+        span: the smallest and the largest x to show; by default those of the points and ``at``.
         across: a line at a value of y, and what it is.
         at: a line at a value of x, and what it is.
         curve: what the curve is.
         table: the same in numbers.
     """
     there = [point for point in points if point is not None]
-    first, last = there[0][0], max(there[-1][0], at[0] if at else 0)
+    first, last = span or (there[0][0], max(there[-1][0], at[0] if at else 0))
     top = most or max(*(y for _, y in there), across[0] if across else 0) or 1
 
     def x_of(x: float) -> str:
@@ -440,7 +457,6 @@ def chart(
             svg,
             element("div", *labels_along, class_="along"),
             class_="plot",
-            aria_hidden="false",
         ),
         element("ul", *legend, class_="legend"),
         *([] if table is None else [table]),
@@ -506,6 +522,7 @@ def over_time(samples: Sequence[Sample], cap: int | None, what: str, rule: str) 
             up=lambda y: f"{y:.0%}",
             along=_time,
             most=1.0,
+            span=(samples[0].seconds, samples[-1].seconds),
             curve="hits per lookup, between one sample and the next",
         ),
         chart(

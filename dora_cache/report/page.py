@@ -17,6 +17,7 @@ from dora_cache.report_page import (
     bars,
     by_layer,
     chart,
+    cut,
     details,
     element,
     listed,
@@ -70,7 +71,7 @@ def write_report(report: CacheReport, path: str | PathLike[str]) -> None:
         *_caps(report),
         _counters(report),
     ]
-    about = f"Backend {report.backend}. What the cache holds, and what that has saved."
+    about = f"Backend {cut(report.backend)}. What the cache holds, and what that has saved."
     write(path, "dora-cache report", about, *parts)
 
 
@@ -96,7 +97,7 @@ def _memory(report: CacheReport) -> Element:
     stats, several = report.stats, len(report.caps) > 1
     parts = [meter("Held", stats.nbytes, stats.max_bytes)]
     if several:
-        parts += [meter(device, held, cap) for device, held, cap in report.caps]
+        parts += [meter(cut(device), held, cap) for device, held, cap in report.caps]
     working = element("p", "Working set seen so far: ", size(report.working_set), ". ")
     parts.append(working)
     advice = "It is the cap from which on nothing need be derived twice."

@@ -97,8 +97,13 @@ def _memory(report: PoolReport) -> Element:
         meter("Host", now.host_bytes, now.max_host_bytes),
     ]
     everything = sum(row.nbytes for row in report.adapters)
-    needed = element("p", "All adapters together take ", size(everything), " on the device.")
-    parts.append(needed)
+    parts.append(element("p", "All adapters together take ", size(everything), " on the device."))
+    if now.max_device_bytes is not None and everything > now.max_device_bytes:
+        advice = (
+            "That is more than the cap, so some are loaded again and again. They would all stay "
+            f"with device_bytes={everything}."
+        )
+        parts[-1].append(element("span", f" {advice}"))
     if report.pins:
         parts.append(element("p", "Pinned: ", *listed(report.pins), "."))
     return section("Memory", *parts)
@@ -127,8 +132,8 @@ def _adapters(report: PoolReport) -> Element:
         others = f"{len(rest):,} more adapters"
         shown.append(Row(others, 0, ("-", *_figures(rest, total, lookups))))
     columns = (
-        Column("where"), Column("bytes there"), Column("share", minor=True), Column("lookups"),
-        Column("of all", minor=True), Column("hit rate"),
+        Column("where", minor=True), Column("bytes"), Column("share", minor=True),
+        Column("lookups"), Column("of all", minor=True), Column("hit rate"),
     )  # fmt: skip
     caption = f"The {MORE} first of {len(ordered):,}" if len(ordered) > MORE else "Each adapter"
     head = "adapter", "where", "bytes when on the device", "hits", "misses"
