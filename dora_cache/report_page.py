@@ -202,16 +202,14 @@ def listed(names: Sequence[str]) -> list[Child]:
 
 def why(caption: str, rows: Iterable[Why]) -> Element:
     """Make a table of reasons, and what to do about them."""
-    cells = (
-        (
-            row.reason.value,
-            row.reason.advice,
-            text(row.where, PLACES) if row.where else "-",
-            number(row.count),
-        )
-        for row in rows
-    )
-    return table(caption, ("reason", "what to do", "where", "times"), cells, words=3)
+    cells = ((_reason(row), row.reason.advice, number(row.count)) for row in rows)
+    return table(caption, ("reason", "what to do", "times"), cells, words=2)
+
+
+def _reason(row: Why) -> Element:
+    where = row.where
+    places = [element("span", " in ", text(where, PLACES), class_="places")] if where else []
+    return element("span", row.reason.value, *places)
 
 
 def tiles(shown: Iterable[Tile]) -> Element:
@@ -371,7 +369,7 @@ def by_layer(layers: Sequence[tuple[str, int]], total: int, unnamed: str) -> lis
     columns = Column("layers"), Column("bytes"), Column("share")
     largest = sorted(layers, key=lambda one: -one[1])
     caption = f"The {min(MORE, len(largest))} largest of {len(largest):,} layers"
-    singles = [(text(name or unnamed), size(nbytes)) for name, nbytes in largest[:MORE]]
+    singles = [(text(shorten([name]) or unnamed), size(nbytes)) for name, nbytes in largest[:MORE]]
     return [
         bars("Bytes by kind of layer", "layer", columns, rows),
         details(caption, table(caption, ("layer", "bytes"), singles)),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import types
 from html.parser import HTMLParser
 
 import pytest
@@ -580,7 +581,7 @@ def test_kernels_that_did_not_run_are_told(tmp_path):
     page = page_of(report, tmp_path)
     (row,) = page.table("Linear layers that ran without the pool's kernels")
     assert row == {
-        "reason": why.value, "what to do": why.advice, "where": "model.{0,1}.q", "times": "7"
+        "reason": f"{why.value} in model.{{0,1}}.q", "what to do": why.advice, "times": "7"
     }  # fmt: skip
     assert "Triton failed: no compiler" in page.text
     for words in (f"7 x {why.value}: {why.advice}", "in model.{0,1}.q", "Triton: no compiler"):
@@ -606,6 +607,23 @@ def test_why_no_kernel_ran(monkeypatch):
     assert why(x, x, torch.float32) is no.FAILED
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert why(x, x, torch.float32) is no.ROCM
+
+
+def test_what_runs_without_kernels_is_counted_by_layer(pool):
+    """Of tensors on CUDA; embeddings have no kernels, so they are not counted."""
+    linear = [layer for layer in pool._by_index if layer.kind == "linear"]
+    other = [layer for layer in pool._by_index if layer.kind != "linear"]
+    assert linear
+    assert other
+    half = types.SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, requires_grad=False, device=torch.device("cuda")
+    )
+    for layer in pool._by_index:
+        assert not layer._launched(half, torch.zeros(2, 2), None)
+        assert not layer._launched(torch.zeros(2, 2), torch.zeros(2, 2), None)
+    (row,) = pool.report().kernels
+    assert (row.reason, row.count) == (kernels.WithoutKernel.OTHER_DTYPE, len(linear))
+    assert row.layers == {layer.name: 1 for layer in linear}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -48,7 +48,7 @@ def run(
         base: a Transformers model.
         adapters: how many random DoRA adapters there are.
         requests: how many forwards there are.
-        share: caps, as a share of what all the adapters take.
+        share: caps, as a share of what all the adapters take; the pool has room for two at least.
         step: called after each request.
 
     Returns:
@@ -106,8 +106,9 @@ def _with_pool(
     with AdapterPool(base) as pool:
         for name, path in paths.items():
             pool.add(name, path)
-        everything = sum(row.nbytes for row in pool.report().adapters)
-        pool.resize(device_bytes=int(share * everything))
+        sizes = sorted(row.nbytes for row in pool.report().adapters)
+        # The pinned one and one more must fit.
+        pool.resize(device_bytes=max(int(share * sum(sizes)), sum(sizes[-2:])))
         pool.pin(next(iter(paths)))
         for name in chosen:
             with pool.use([name, None]):
