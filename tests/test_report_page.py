@@ -167,7 +167,7 @@ def test_the_page_says_what_the_report_says(cache, tmp_path):
         assert (found["saved"], found["deriving"]) == (repr(row.saved), repr(row.derive))
     (why,) = page.table("Why calls went past the cache, or values were not kept")
     assert (why["reason"], why["what to do"], why["times"]) == (
-        Reason.BYPASS.value,
+        f"{Reason.BYPASS.value} in Owner",
         Reason.BYPASS.advice,
         "1",
     )

@@ -144,16 +144,12 @@ class Tiers:
                 self._wait_for_room(wanted)
                 self._holding[thread] += 1
                 missing = [one for one in wanted if one.resident is None and not one.loading]
-                for one in wanted:
-                    there = one.resident is not None
-                    if there:
-                        self._device.get(one.number)  # a use, for the order of eviction
-                    if not counted:
-                        one.hits += there
-                        one.misses += not there
-                        self.hits += there
-                        self.misses += not there
-                counted = True
+                present = [one for one in wanted if one.resident is not None]
+                for one in present:
+                    self._device.get(one.number)  # a use, for the order of eviction
+                if not counted:
+                    counted = True
+                    self._count(wanted, len(present))
                 for one in missing:
                     one.loading = True
             try:
@@ -173,6 +169,16 @@ class Tiers:
                 self.release(wanted, thread)
                 raise
             self.release(wanted, thread)  # another thread could not read one; try it here
+
+    def _count(self, wanted: Sequence[Adapter], present: int) -> None:
+        """Count a lookup of each adapter, of which so many are on the device."""
+        self.hits += present
+        self.misses += len(wanted) - present
+        for one in wanted:
+            if one.resident is None:
+                one.misses += 1
+            else:
+                one.hits += 1
 
     def threads(self) -> set[int]:
         """Return the threads that use adapters, or the base model, at present."""

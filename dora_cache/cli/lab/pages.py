@@ -57,19 +57,19 @@ def pages(
             names = ", ".join(making.BROWSERS)
             raise CliError(f"no browser for --pictures: install one of {names}")
         sizes = making.SIZES if pictures else {}
-        names = [f"{page}.html" for page in _PAGES]
-        names += [f"{page}-{kind}.png" for page in _PAGES for kind in sizes]
-        folder = make_folder(out, *names)
+        files = [f"{page}.html" for page in _PAGES]
+        files += [f"{page}-{kind}.png" for page in _PAGES for kind in sizes]
+        folder = make_folder(out, *files)
         with quiet():
             base = load_measured(model, shape, where, layers=layers, dtype=dtype)
             with progress_bar("requests", 2 * requests) as move:
-                reports = making.run(base, adapters, requests, share=share, step=move)
+                of_cache, of_pool = making.run(base, adapters, requests, share=share, step=move)
         console = results()
-        for (name, what), report in zip(_PAGES.items(), reports, strict=True):
+        for name, write in (("report", of_cache.to_html), ("pool-report", of_pool.to_html)):
             page = folder / f"{name}.html"
             with writing(page, "folder as --out"):
-                report.to_html(page)
-            console.print(f"{what}: {page}", soft_wrap=True)
+                write(page)
+            console.print(f"{_PAGES[name]}: {page}", soft_wrap=True)
             for kind, size in sizes.items():
                 assert browser is not None  # noqa: S101 - for the type checker
                 try:
