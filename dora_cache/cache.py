@@ -14,7 +14,7 @@ from dora_cache.engine import Engine, NotCachedError, bypassed_here, warming_her
 from dora_cache.errors import AdapterNotFoundError, DetachedError
 from dora_cache.keys import concerns
 from dora_cache.progress import counted
-from dora_cache.report import CacheReport, ReasonRow, rows_of, seen_of
+from dora_cache.report import CacheReport, ReasonRow, layers_of, rows_of, seen_of
 from dora_cache.stats import CacheStats
 
 if TYPE_CHECKING:
@@ -63,11 +63,13 @@ class AdapterCache:
             counts = dict(engine.counts)
             reserved = engine.memory.reserved
             hits, misses = engine.cells.count()
+            nbytes += reserved
+            engine.holdings.history.add(hits, misses, counts.get("evictions", 0), nbytes)
         return CacheStats(
             hits=hits,
             misses=misses,
             entries=entries,
-            nbytes=nbytes + reserved,
+            nbytes=nbytes,
             max_bytes=max_bytes,
             reasons=reasons,
             **counts,
@@ -246,6 +248,7 @@ class AdapterCache:
             return CacheReport(
                 backend=self.config.backend,
                 rows=rows_of(engine.cells, [one for one in adapters if memory.pins_hold(one)]),
+                layers=layers_of(engine.cells, layers),
                 stats=stats,
                 working_set=sum(one.nbytes for one in seen),
                 buffers=memory.reserved,
@@ -257,6 +260,7 @@ class AdapterCache:
                     for reason, count in engine.reasons.most_common()
                 ),
                 uncounted=0 if engine.auditor is None else engine.auditor.found,
+                history=engine.holdings.history.samples(),
                 seen=seen,
             )
 

@@ -103,6 +103,7 @@ class Deriver(Uncopyable):
             with self._mutex.held():
                 self._end(pending)
                 self._settle(pending, call, again)
+                self._holdings.sample()
         except Exception as error:  # not an interrupt: that is this thread's own
             pending.error = error
             raise
@@ -223,6 +224,7 @@ class Deriver(Uncopyable):
             self._holdings.counts["rejections"] += 1
             self._holdings.note(Reason.DECLINED, call.binding)
             cell.derive(cost)
+            self._holdings.sample()
         _refill(call)
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -14,6 +15,7 @@ from dora_cache.binding import with_children
 from dora_cache.buffers import Buffers
 from dora_cache.cells import Cells
 from dora_cache.copying import Uncopyable
+from dora_cache.history import History
 from dora_cache.keys import ALL_ADAPTERS, concerns
 from dora_cache.memory import Memory
 from dora_cache.mutex import Mutex
@@ -47,6 +49,7 @@ class Holdings(Uncopyable):
         buffers: what compiled code reads.
         cells: what is known of each value.
         counts: events by name, as in ``CacheStats``.
+        history: the counters over time.
         memory: the backend, the caps and the pins.
         mutex: the lock.
         reasons: how often calls went past the cache, or values were not kept, and why.
@@ -56,6 +59,7 @@ class Holdings(Uncopyable):
         self.bindings: dict[int, Binding] = {}
         self.cells = Cells()
         self.counts: Counter[str] = Counter()
+        self.history = History()
         self.memory = Memory(config, devices)
         self.mutex = Mutex(self.note_evictions)
         self.buffers = Buffers(self.mutex, self.memory, self.bindings.values)
@@ -69,6 +73,17 @@ class Holdings(Uncopyable):
     def now(self) -> int:
         """Return a time of the cache's clock, later than all before."""
         return next(self._clock)
+
+    def sample(self) -> None:
+        """Take a sample of the counters, unless the last one was not long ago."""
+        if not self.history.is_due:
+            return
+        began = time.monotonic()
+        hits, misses = self.cells.count()
+        nbytes = self.mutex.attempt("nbytes", lambda: self._backend.nbytes, 0)
+        nbytes += self.memory.reserved
+        cost = time.monotonic() - began
+        self.history.add(hits, misses, self.counts["evictions"], nbytes, cost)
 
     def note(self, reason: Reason, binding: Binding | None) -> None:
         """Count a call that went past the cache, or a value that is not kept; the lock is held.

@@ -5,16 +5,14 @@ from __future__ import annotations
 import enum
 from typing import Self
 
-__all__ = ["Reason"]
+__all__ = ["Advised", "Reason"]
 
 
-class Reason(enum.Enum):
-    """Why a call was not answered from the cache, or its value not stored.
-
-    The value is the name under which ``CacheStats.reasons`` counts it.
+class Advised(enum.Enum):
+    """A closed list of reasons, each with what to do about it.
 
     Attributes:
-        advice: what to do about it, for reports.
+        advice: what to do, for reports.
     """
 
     advice: str
@@ -25,6 +23,16 @@ class Reason(enum.Enum):
         member._value_ = value
         member.advice = advice
         return member
+
+
+class Reason(Advised):
+    """Why a call was not answered from the cache, or its value not stored.
+
+    The value is the name under which ``CacheStats.reasons`` counts it.
+
+    Attributes:
+        advice: what to do about it, for reports.
+    """
 
     # The call goes past the cache.
     BYPASS = "bypass()", "leave the block of cache.bypass()"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Launcher", "broken"]
 
-broken: set[str] = set()
-"""Names of kernels that failed, and so are not launched any more."""
+broken: dict[str, str] = {}
+"""What kernels failed with, by their names; they are not launched any more."""
 
 _OPTIONS = {
     "num_warps": 4,
@@ -83,11 +83,9 @@ class Launcher:
         try:
             self.launch(down, tensors, numbers)
         except Exception as error:  # noqa: BLE001 - it compiles at the first launch, by a compiler
-            broken.add(self.name)  # for the whole process: the next launch would fail as well
-            kind = type(error).__name__
-            text = (
-                f"Triton kernel {self.name!r} failed, so PyTorch's operations run: {kind}: {error}"
-            )
+            what = f"{type(error).__name__}: {error}"
+            broken[self.name] = what  # for the whole process: the next launch would fail as well
+            text = f"Triton kernel {self.name!r} failed, so PyTorch's operations run: {what}"
             with suppress(CacheWarning):  # never an error, whatever the filters
                 warnings.warn(text, CacheWarning, stacklevel=2)
             return False

@@ -34,7 +34,7 @@ WAYS = {
     "dora-cache:dict-fast",
 }
 COMMANDS = ("demo", "generate", "doctor", "bench", "plan", "freshness", "backends", "lab")
-MEASUREMENTS = ("coverage", "field", "caps", "traffic", "simulate", "audit")
+MEASUREMENTS = ("coverage", "field", "caps", "traffic", "simulate", "audit", "pages")
 SHAPE = ("bench", "--shape", "tiny", "--tokens", 3, "--rounds", 1)
 
 
@@ -178,6 +178,32 @@ def test_traffic_is_served(run, tmp_path):
         ):
             assert 0 < one[tier]["most_bytes"] <= one[tier]["max_bytes"]
             assert one[tier]["hit_rate"] == hits / 40 <= one[tier]["optimum"]
+
+
+def test_pages_of_a_run(run, tmp_path):
+    """`lab pages` writes the pages of a cache and of a pool that have served all requests."""
+    arguments = ("--adapters", 3, "--requests", 12, "--out", tmp_path)
+    result = run("lab", "pages", *arguments)
+    assert result.exit_code == 0, result.output
+    for name, heading in (("report", "dora-cache report"), ("pool-report", "AdapterPool on cpu")):
+        assert heading in (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html"}
+
+
+def test_pictures_need_a_browser(run, tmp_path, monkeypatch):
+    """`lab pages --pictures` says at once which browsers will do, and what one of them said."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    quick = ("lab", "pages", "--adapters", 1, "--requests", 1, "--pictures", "--out", tmp_path)
+    assert_one_line(run(*quick), "install one of chromium, chromium-browser")
+    assert list(tmp_path.iterdir()) == []
+    browser = tmp_path / "chromium"
+    browser.write_text("#!/bin/sh\necho no display >&2\nexit 1\n")
+    browser.chmod(0o700)
+    result = run(*quick)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "took no picture of" in result.stderr
+    assert "no display" in result.stderr
 
 
 def test_traffic_counts_wrong_outputs(run, tmp_path, monkeypatch):

@@ -171,6 +171,7 @@ FILES = {
     "lab coverage": ([], ["coverage.json"]),
     "lab field": ([], ["field.json"]),
     "demo": ([], ["demo.json", "demo.png"]),
+    "lab pages": ([], ["report.html", "pool-report.html"]),
     "lab simulate": ([], ["simulate.json", "simulate.png"]),
     "lab traffic": ([], ["traffic.json"]),
 }

@@ -18,7 +18,7 @@ ABOVE = ("cli", "lab", "testing")  # parts of the package that need an extra
 INDIRECT = {"safetensors", "transformers", "triton"}
 SETUPS = "lab/field/of_"
 INSTALL = 'pip install "dora-cache[cli]"'
-OPTIONAL = {("report.py", "matplotlib"), ("recipes/lycoris_modules.py", "lycoris")}
+OPTIONAL = {("report/data.py", "matplotlib"), ("recipes/lycoris_modules.py", "lycoris")}
 
 
 def names(requirements):

@@ -16,12 +16,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from dora_cache.ambient import current_device, raw_stream
-from dora_cache.triton_launch import Launcher
+from dora_cache.reasons import Advised
+from dora_cache.triton_launch import Launcher, broken
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGEST_RANK", "Launches", "adapt_", "available", "launches"]
+__all__ = [
+    "LARGEST_RANK",
+    "Launches",
+    "WithoutKernel",
+    "adapt_",
+    "available",
+    "failures",
+    "launches",
+    "why_not",
+]
 
 LARGEST_RANK = 256
 
@@ -30,6 +40,27 @@ _FEW_ROWS = 128  # the most that have a program each
 _MOST_SPLITS = 16
 _PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
 """Of the second product: of float32 numbers with factors of these dtypes."""
+
+
+class WithoutKernel(Advised):
+    """Why PyTorch's operations computed a linear layer's adapters on CUDA, adapter by adapter."""
+
+    AUTOCAST = (
+        "autocast",
+        "load the model in the dtype to compute in, such as torch.bfloat16, and leave autocast",
+    )
+    OTHER_DTYPE = (
+        "input or output of another dtype than the weight",
+        "call the layer with inputs of its weight's dtype",
+    )
+    GRADIENTS = "gradients wanted", "run inference under torch.no_grad() or inference_mode()"
+    DTYPE = "dtype without kernels", "load the model in bfloat16, float16 or float32"
+    ROCM = "ROCm", "nothing: the kernels are for NVIDIA's GPUs"
+    NO_TRITON = "no Triton", "install Triton in the version that PyTorch asks for"
+    FAILED = (
+        "a kernel failed",
+        "see the error; Triton needs a C compiler and Python's headers, and a folder to write to",
+    )
 
 
 class Plan(NamedTuple):
@@ -71,6 +102,32 @@ def plan(count: int, width: int, columns: int, dtype: torch.dtype, *, early: boo
 def available(device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether there are kernels for a device and these dtypes."""
     return device.type == "cuda" and _DTYPES.issuperset(dtypes) and _kernels() is not None
+
+
+def why_not(output: Tensor, x: Tensor, dtype: torch.dtype) -> WithoutKernel:
+    """Return why no kernel changed a linear layer's output on CUDA.
+
+    Args:
+        output: of the base layer.
+        x: its input.
+        dtype: of its weight.
+    """
+    if output.requires_grad:
+        return WithoutKernel.GRADIENTS
+    if not x.dtype is output.dtype is dtype:
+        autocast = torch.is_autocast_enabled(output.device.type)
+        return WithoutKernel.AUTOCAST if autocast else WithoutKernel.OTHER_DTYPE
+    if dtype not in _DTYPES:
+        return WithoutKernel.DTYPE
+    if torch.version.hip:
+        return WithoutKernel.ROCM
+    return WithoutKernel.NO_TRITON if _kernels() is None else WithoutKernel.FAILED
+
+
+def failures() -> tuple[str, ...]:
+    """Return what importing Triton, or the pool's kernels, failed with in this process."""
+    ours = (f"{name}: {error}" for name, error in broken.items() if name.startswith("pool_"))
+    return (*_unimported, *ours)
 
 
 def adapt_(y: Tensor, x: Tensor, rows: Tensor, layer: int, max_rank: int) -> bool:
@@ -220,6 +277,10 @@ def _kernels() -> Any:
         if not torch.cuda.is_available() or torch.version.hip:
             return None
         from dora_cache.serving import triton_kernels
-    except Exception:  # noqa: BLE001 - whatever is wrong with Triton, PyTorch's operations do
+    except Exception as error:  # noqa: BLE001 - whatever is wrong, PyTorch's operations do
+        _unimported.append(f"{type(error).__name__}: {error}")
         return None
     return triton_kernels
+
+
+_unimported: list[str] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import threading
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ from dora_cache.serving import kernels, routing
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from dora_cache.serving.kernels import WithoutKernel
     from dora_cache.serving.residents import Placed
     from dora_cache.serving.routing import Route
 
@@ -36,6 +39,7 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
     4: functional.conv2d,
     5: functional.conv3d,
 }
+_counting = threading.Lock()
 _FLOATING = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -130,6 +134,7 @@ class PooledLayer:
         accumulated: float32; float64 if that is the dtype.
         biased: whether the base layer has a bias.
         device: where the layer computes.
+        without_kernel: how often no kernel ran on CUDA, and why.
     """
 
     def __init__(
@@ -146,6 +151,7 @@ class PooledLayer:
         self.index = index
         self.base = Base(module)
         self._bound: _Bound | None = None
+        self.without_kernel: Counter[WithoutKernel] = Counter()
         self._nested = nested
         self._wrapped = hasattr(module, "get_base_layer") or hasattr(module, "original_module")
         self.kind = _kind_of(self.base.module())
@@ -341,14 +347,19 @@ class PooledLayer:
             route.checked[self.index] = mark
 
     def _launched(self, flat: Tensor, x: Tensor, route: Route) -> bool:
-        if not (
+        """Have kernels do it; return whether they did."""
+        if (
             x.dtype is flat.dtype is self.dtype
-            and not (flat.requires_grad or x.is_neg() or flat.is_neg())
+            and not (flat.requires_grad or flat.is_neg())
             and kernels.available(flat.device, self.dtype)
         ):
-            return False
-        rows = route.rows(flat.device)
-        return kernels.adapt_(flat, x.contiguous(), rows, self.index, route.max_rank)
+            rows = route.rows(flat.device)
+            if kernels.adapt_(flat, x.resolve_neg().contiguous(), rows, self.index, route.max_rank):
+                return True
+        if flat.is_cuda and self.kind == "linear":
+            with _counting:
+                self.without_kernel[kernels.why_not(flat, x, self.dtype)] += 1
+        return False
 
     def _change(self, part: Tensor, x: Tensor, placed: Placed) -> None:
         """Change rows of a base layer's output to ``scale * (row + g B A x) + shift``, in place.

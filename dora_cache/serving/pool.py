@@ -6,6 +6,7 @@ import difflib
 import functools
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,8 +31,15 @@ from dora_cache.errors import (
 from dora_cache.lifecycle import POOL, POOLED, Observer, observe
 from dora_cache.serving import routing
 from dora_cache.serving.files import open_adapter
-from dora_cache.serving.kernels import LARGEST_RANK
+from dora_cache.serving.kernels import LARGEST_RANK, failures
 from dora_cache.serving.layers import PooledLayer, pooled_forward
+from dora_cache.serving.report import (
+    AdapterRow,
+    PoolReport,
+    kernel_reasons,
+    layer_rows,
+    named_reasons,
+)
 from dora_cache.serving.residents import Layout
 from dora_cache.serving.routing import Batch, Route
 from dora_cache.serving.tiers import Adapter, Tiers
@@ -342,6 +350,7 @@ class AdapterPool(Uncopyable):
             for name, one in before.items():
                 layouts = self._layouts(self._model, one.files)
                 after = self._names[name] = Adapter(one.files, layouts, self._count)
+                after.hits, after.misses = one.hits, one.misses
                 if one.pinned:
                     self._tiers.retire(one)
                     self._tiers.pin(after, pinned=True)
@@ -566,6 +575,7 @@ class AdapterPool(Uncopyable):
             hosted = set() if tiers.host is None else set(tiers.host.keys())
             on_host = sum(one.number in hosted and one.number not in there for one in adapters)
             device, host = tiers.device_nbytes, tiers.host_nbytes
+            tiers.sample()
             return PoolStats(
                 hits=tiers.hits,
                 misses=tiers.misses,
@@ -582,24 +592,39 @@ class AdapterPool(Uncopyable):
                 on_disk=len(adapters) - len(there) - on_host,
             )
 
-    def report(self) -> str:
-        """Return what the pool holds and has done, in a few lines."""
-        now = self.stats()
-        caps = [
-            "no cap" if cap is None else format_bytes(cap)
-            for cap in (now.max_device_bytes, now.max_host_bytes)
-        ]
-        lines = [
-            f"{len(self._names)} adapters on {len(self._layers)} layers",
-            f"device: {now.on_device} adapters, {format_bytes(now.device_bytes)} of {caps[0]}",
-            f"host: {now.on_host} more, {format_bytes(now.host_bytes)} of {caps[1]}",
-            f"files: {now.on_disk} more",
-            f"lookups: {now.lookups}, {now.hit_rate:.1%} hits",
-            f"loads: {now.loads}, {now.reads} from files; {now.evictions} evictions",
-        ]
-        reasons = {} if self._marks is None else self._marks.stats().reasons
-        lines += [f"scales derived at each forward: {name} ({n})" for name, n in reasons.items()]
-        return "\n".join(lines)
+    def report(self) -> PoolReport:
+        """Say what the pool holds and has done, by adapter and layer."""
+        stats = self.stats()
+        tiers = self._tiers
+        with tiers.lock:
+            named = list(self._names.items())
+            layers = list(self._by_index)
+            there = {one for _, one in named if one.resident is not None}
+            hosted = set() if tiers.host is None else set(tiers.host.keys())
+            rows = tuple(
+                AdapterRow(
+                    name=name,
+                    where="device" if one in there else "host" if one.number in hosted else "files",
+                    pinned=one.pinned,
+                    nbytes=one.nbytes,
+                    hits=one.hits,
+                    misses=one.misses,
+                )
+                for name, one in named
+            )
+            history = tiers.history.samples()
+        reasons = () if self._marks is None else self._marks.report().reasons
+        return PoolReport(
+            stats=stats,
+            device=str(self._device),
+            adapters=rows,
+            layers=layer_rows(layers, there),
+            kinds=Counter(layer.kind for layer in layers),
+            reasons=named_reasons(reasons, layers),
+            kernels=kernel_reasons(layers),
+            failures=failures() if self._device.type == "cuda" else (),
+            history=history,
+        )
 
     def close(self) -> None:
         """Give the model back as it was, and free all memory; a no-op if it was done.

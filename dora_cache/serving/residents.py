@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dora_cache.serving.files import AdapterFiles, Part
     from dora_cache.serving.layers import PooledLayer, Substitute
@@ -91,6 +91,13 @@ class Layout:
         field = _Field(self._end, tuple(shape), dtype)
         self._end = -(-field.end // _ALIGNMENT) * _ALIGNMENT
         return field
+
+    def sizes(self) -> Iterator[tuple[PooledLayer, int]]:
+        """Yield each layer with the bytes that it takes; the table, and gaps, come on top."""
+        fields = zip(self.parts, self.of_weights, self.of_derived, strict=True)
+        for (layer, _), of_weights, of_derived in fields:
+            each = (*of_weights.values(), *of_derived.values())
+            yield layer, sum(field.end - field.offset for field in each)
 
     def pack(self, files: AdapterFiles, *, pinned: bool) -> Tensor:
         """Read an adapter's weights; return them packed: uint8, on the CPU."""

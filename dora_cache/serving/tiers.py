@@ -14,6 +14,7 @@ import torch
 
 from dora_cache.backends import Entry, create
 from dora_cache.errors import BackendError, CapError, PinError, warn_once
+from dora_cache.history import History
 from dora_cache.serving.residents import Resident
 from dora_cache.units import format_bytes
 
@@ -39,6 +40,8 @@ class Adapter:
         users: how many routes have it now.
         pinned: whether it stays on the device.
         retired: whether it was removed, or replaced by another one of its name.
+        hits: lookups of it while it was on the device.
+        misses: the others.
     """
 
     _last = 0
@@ -55,6 +58,7 @@ class Adapter:
         self.users = 0
         self.pinned = False
         self.retired = False
+        self.hits = self.misses = 0
 
     @property
     def name(self) -> str:
@@ -81,6 +85,7 @@ class Tiers:
         loads: adapters brought to the device.
         reads: of those, how many from their files.
         evictions: adapters that left the device for others.
+        history: the counters over time.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class Tiers:
     ) -> None:
         self.lock = threading.Condition()  # of a reentrant lock
         self.hits = self.misses = self.loads = self.reads = self.evictions = 0
+        self.history = History()
         self.device_bytes = device_bytes
         self.host = host
         self._pinned = pinned
@@ -139,14 +145,12 @@ class Tiers:
                 self._wait_for_room(wanted)
                 self._holding[thread] += 1
                 missing = [one for one in wanted if one.resident is None and not one.loading]
+                present = [one for one in wanted if one.resident is not None]
+                for one in present:
+                    self._device.get(one.number)  # a use, for the order of eviction
                 if not counted:
                     counted = True
-                    present = sum(one.resident is not None for one in wanted)
-                    self.hits += present
-                    self.misses += len(wanted) - present
-                for one in wanted:
-                    if one.resident is not None:
-                        self._device.get(one.number)  # a use, for the order of eviction
+                    self._count(wanted, len(present))
                 for one in missing:
                     one.loading = True
             try:
@@ -166,6 +170,16 @@ class Tiers:
                 self.release(wanted, thread)
                 raise
             self.release(wanted, thread)  # another thread could not read one; try it here
+
+    def _count(self, wanted: Sequence[Adapter], present: int) -> None:
+        """Count a lookup of each adapter, of which so many are on the device."""
+        self.hits += present
+        self.misses += len(wanted) - present
+        for one in wanted:
+            if one.resident is None:
+                one.misses += 1
+            else:
+                one.hits += 1
 
     def threads(self) -> set[int]:
         """Return the threads that use adapters, or the base model, at present."""
@@ -297,6 +311,12 @@ class Tiers:
                     msg = f"the device's backend refused {adapter.name}, for which it had room"
                     raise BackendError(msg)
             self._settle(adapter)
+            if self.history.is_due:
+                self.sample()
+
+    def sample(self) -> None:
+        """Take a sample of the counters; the lock is held."""
+        self.history.add(self.hits, self.misses, self.evictions, self.device_nbytes)
 
     def _give_up(self, adapter: Adapter) -> None:
         """Take back what was reserved for an adapter."""

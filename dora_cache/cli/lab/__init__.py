@@ -6,11 +6,12 @@ from dora_cache.cli.lab.audit import audit
 from dora_cache.cli.lab.caps import caps
 from dora_cache.cli.lab.coverage import coverage
 from dora_cache.cli.lab.field import field
+from dora_cache.cli.lab.pages import pages
 from dora_cache.cli.lab.simulate import simulate
 from dora_cache.cli.lab.traffic import traffic
 
 __all__ = ["lab"]
 
 lab = typer.Typer(no_args_is_help=True)
-for command in (coverage, field, caps, traffic, simulate, audit):
+for command in (coverage, field, caps, traffic, simulate, audit, pages):
     lab.command()(command)

@@ -15,18 +15,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from os import PathLike
 
+    from dora_cache.binding import Binding
     from dora_cache.cells import Cell, Cells
+    from dora_cache.history import Sample
     from dora_cache.keys import Adapters
-    from dora_cache.reasons import Reason
+    from dora_cache.reasons import Advised
     from dora_cache.stats import CacheStats
 
 __all__ = [
     "CacheReport",
     "CurvePoint",
     "Declined",
+    "LayerRow",
     "ReasonRow",
     "ReportRow",
     "Seen",
+    "layers_of",
     "rows_of",
     "seen_of",
 ]
@@ -66,7 +70,7 @@ class ReasonRow:
             that are no longer in it are left out, and so are functions, which are in no module.
     """
 
-    reason: Reason
+    reason: Advised
     count: int
     layers: Mapping[str, int]
 
@@ -88,6 +92,21 @@ class Seen(NamedTuple):
     nbytes: int
     cost: float
     uses: int
+
+
+class LayerRow(NamedTuple):
+    """What is held of one layer's values, of all kinds and adapters.
+
+    Attributes:
+        layer: the module's full name in the attached model; ``""`` for functions, and for layers
+            that are not in it any more.
+        entries: entries held now.
+        nbytes: their bytes.
+    """
+
+    layer: str
+    entries: int
+    nbytes: int
 
 
 class CurvePoint(NamedTuple):
@@ -140,6 +159,7 @@ class CacheReport:
     Attributes:
         backend: name of the backend.
         rows: one for each kind and adapter, in the order they were first used.
+        layers: one for each layer of which values are held.
         stats: all counters; ``stats.hit_rate``, ``stats.nbytes`` and ``stats.max_bytes`` among
             them.
         working_set: bytes of all distinct values seen, held or not, that no event has voided: the
@@ -151,11 +171,14 @@ class CacheReport:
         reasons: why calls went past the cache or values were not kept, with counts and layers, the
             most frequent first.
         uncounted: how often the audit has found contents that had changed without being counted.
+        history: the counters over time. A sample is taken when ``stats()`` or ``report()`` is
+            called, and now and then when a value is derived; never at a hit.
         seen: what the curve is computed from.
     """
 
     backend: str
     rows: tuple[ReportRow, ...]
+    layers: tuple[LayerRow, ...]
     stats: CacheStats
     working_set: int
     buffers: int
@@ -164,6 +187,7 @@ class CacheReport:
     declined: tuple[Declined, ...]
     reasons: tuple[ReasonRow, ...]
     uncounted: int
+    history: tuple[Sample, ...] = field(repr=False)
     seen: tuple[Seen, ...] = field(repr=False)
 
     @property
@@ -234,6 +258,22 @@ class CacheReport:
         axes.legend(frameon=False)
         axes.set_title(f"{self.backend}: time saved over the cap", loc="left", fontsize=11)
         figure.savefig(path)
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write the report as one HTML file, which loads nothing from elsewhere.
+
+        Of many adapters and layers it shows the largest, and the sum of the others.
+
+        Args:
+            path: of the file; one that is there is replaced.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            OSError: the file cannot be written.
+        """
+        from dora_cache.report.page import write_report
+
+        write_report(self, path)
 
     def __str__(self) -> str:
         """Return the table and what goes with it."""
@@ -351,6 +391,20 @@ def rows_of(cells: Cells, pinned: Iterable[Adapters]) -> tuple[ReportRow, ...]:
         )
         for (kind, adapter), total in totals.items()
     )
+
+
+def layers_of(cells: Cells, layers: Iterable[tuple[str, Binding]]) -> tuple[LayerRow, ...]:
+    """Sum up what cells hold by layer.
+
+    Args:
+        cells: all of them.
+        layers: the names of owners.
+    """
+    names = {binding.token: name for name, binding in layers}
+    held: defaultdict[str, list[int]] = defaultdict(list)
+    for cell in cells.held():
+        held[names.get(cell.owner, "")].append(cell.nbytes)
+    return tuple(LayerRow(name, len(sizes), sum(sizes)) for name, sizes in held.items())
 
 
 def seen_of(cells: Iterable[Cell]) -> tuple[Seen, ...]:
