@@ -276,6 +276,7 @@ class Engine:
             raise RequestError(400, msg, code="max_tokens_too_large", param="max_tokens")
         version = None if model is None else self.folder.find(model)
         if len(self._waiting) >= max(limits.queue, limits.batch - len(self._running)):
+            self.counts["turned_away"] += 1
             msg = f"{len(self._waiting)} requests are waiting already: try again later"
             raise RequestError(429, msg, code="queue_full", retry_after=self._retry_after())
         number = str(next(self._numbers))
