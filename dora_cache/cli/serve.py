@@ -71,7 +71,8 @@ def serve(
 ) -> None:
     """Serve a model and its adapters: many adapters in one batch, under a cap.
 
-    `model` in a request is an adapter's name or the base model's. SIGTERM finishes what is accepted.
+    `model` in a request is an adapter's name or the base model's. After SIGTERM, accepted requests
+    are answered.
     """
     with reported():
         try:
@@ -140,6 +141,7 @@ def _load(model: str, device: torch.device, dtype: Dtype | None, attention: str 
         raise
     except Exception as error:  # noqa: BLE001 - whatever a damaged file makes its reader raise
         text = " ".join(str(error).split())[:300]
-        msg = f"cannot load {model}: {text}; give a folder that save_pretrained() made, or the Hub's name"
+        hint = "give a folder that save_pretrained() made, or a name on the Hub"
+        msg = f"cannot load {model}: {text}; {hint}"
         raise CliError(msg) from None
     return loaded.to(device).eval(), tokenizer

@@ -524,9 +524,28 @@ def test_adapters_come_and_go(own):
         one.refresh()
         assert one.complete("later", "Hello there") == alone.text("later", "Hello there", 12)
         shutil.rmtree(own / "later")
+        write_adapter(own, ".prepared", seed=78)
+        (own / "notes.txt").write_text("no adapter")
+        (own / "empty").mkdir()
         one.refresh()
         assert post(one, model="later", prompt="Hello").status_code == 404
         assert len(one.engine.pool.names) == 4
+        assert not one.engine.folder.refused
+
+
+def test_a_folder_that_cannot_be_read_has_not_changed(own):
+    """If the folder itself is not there for a while, its adapters are served as before."""
+    with serving(own) as one:
+        alone = Alone(own)
+        text = alone.text("lora-0", "Hello", 12)
+        assert one.complete("lora-0", "Hello") == text
+        away = own.rename(own.parent / "away")
+        with pytest.raises(FileNotFoundError):
+            one.refresh()
+        assert one.complete("lora-0", "Hello") == text
+        away.rename(own)
+        one.refresh()
+        assert one.complete("lora-0", "Hello") == text
 
 
 def test_a_running_request_keeps_its_adapter(own):

@@ -24,7 +24,7 @@ def parts(tokens, step):
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
 def test_pieces_of_text_are_the_text(bytewise, step):
     """Whatever tokens come together, the pieces are whole characters and add up to the text."""
-    text = "naïve – 猫が好き 🐈‍⬛ end"
+    text = "naïve 猫が好き 🐈‍⬛ end"
     tokens = bytewise(text)["input_ids"]
     stream = TextStream(bytewise)
     pieces = [stream.feed(part) for part in parts(tokens, step)]
@@ -34,7 +34,7 @@ def test_pieces_of_text_are_the_text(bytewise, step):
 
 def test_what_is_cut_off_is_the_decoders(bytewise):
     """Tokens that end within a character give what the tokenizer makes of them."""
-    tokens = bytewise("a – b")["input_ids"][:4]
+    tokens = bytewise("a 猫 b")["input_ids"][:4]
     stream = TextStream(bytewise)
     text = "".join(stream.feed([token]) for token in tokens)
     assert text == "a "

@@ -65,8 +65,8 @@ def serve_load(
         console = results()
         console.print(load.table(found))
         console.print(
-            f"\n{clients} clients at once, up to {tokens} tokens an answer. Wrong: differs from the "
-            "same request alone, by plain PEFT. Adapters had up to "
+            f"\n{clients} clients at once, up to {tokens} tokens an answer. Wrong: differs from "
+            "the same request alone, by plain PEFT. Adapters had up to "
             f"{format_bytes(found.device_bytes)} on the device; the cap is {format_bytes(cap)}. "
             f"Exit status after SIGTERM: {found.exit_status}."
         )

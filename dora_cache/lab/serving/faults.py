@@ -51,8 +51,10 @@ ALLOWED: dict[str, frozenset[int]] = {
     "moving adapter": frozenset({200, 404, 409, 429, 503}),
     "read error": frozenset({200, 429, 503}),
 }
-"""Which statuses are right, by kind of request. Plain ones may meet a queue that others have filled.
-An adapter's files may be gone before the server has noticed: then it is status 404, 409 or 503."""
+"""Which statuses are right, by kind of request.
+
+Plain ones may meet a queue that others have filled. An adapter's files may be gone before the
+server has noticed: then it is status 404, 409 or 503."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,11 @@ def _write(model: Any, served: Path, versions: Path) -> dict[_Key, list[str]]:
     weights = write(served / _CORRUPT) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
     expected: dict[_Key, list[str]] = {}
-    for name, versions_of in [("base", [None]), *paths.items()]:
+    everything: dict[str, list[Path | None]] = {
+        "base": [None],
+        **{k: [*v] for k, v in paths.items()},
+    }
+    for name, versions_of in everything.items():
         for path in versions_of:
             alone: Any = make_model()
             if path is not None:
@@ -263,10 +269,11 @@ class _Clients:
         name = chance.choice(names.get(kind, ("base", *_STEADY)))
         prompt = chance.choice(_PROMPTS)
         given = list(range(LIMITS.max_prompt + 1)) if kind == "oversize prompt" else list(prompt)
+        size = chance.choice(_TOKENS)
         body = {
             "model": name,
             "prompt": given,
-            "max_tokens": chance.choice(_TOKENS),
+            "max_tokens": size,
             "temperature": 0,
             "stream": chance.random() < 0.5,  # noqa: PLR2004
         }
@@ -283,7 +290,6 @@ class _Clients:
         if status not in ALLOWED[kind] or not clear:
             self.unexpected += 1
         elif status == httpx.codes.OK:
-            size = int(body["max_tokens"])
             right = [one.split()[:size] for one in self._expected[name, prompt]]
             self.wrong += text.split() not in right
 

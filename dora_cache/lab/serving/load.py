@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx
 import openai
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+_Job: TypeAlias = tuple[str | None, str]
+"""An adapter's name, or None for the base model, and a prompt."""
+
 __all__ = ["Load", "Way", "as_dict", "measure_load", "table"]
 
 _PROMPTS = (
@@ -27,10 +30,6 @@ _PROMPTS = (
     "To make a good soup, first",
     "The sea at night is",
     "Take two eggs and",
-    "My mistress' eyes",
-    "In the kitchen of my grandmother there was",
-    "Roses are",
-    "Preheat the oven to",
 )
 
 
@@ -106,7 +105,7 @@ def measure_load(
     """
     names = sorted(one.name for one in adapters.iterdir())
     mixed = [None, *(name for name in names if name != lora.name)]
-    jobs = {
+    jobs: dict[str, list[_Job]] = {
         "mixed": [(mixed[i % len(mixed)], _PROMPTS[i % len(_PROMPTS)]) for i in range(requests)],
         "lora": [(lora.name, _PROMPTS[i % len(_PROMPTS)]) for i in range(requests)],
     }
@@ -125,16 +124,16 @@ def measure_load(
     held = 0
     with running(theirs, threads=threads) as other, running(ours, threads=threads) as own:
         for turn in range(turns + 1):
-            for way in rates:
+            for way, measured in rates.items():
                 server = other if way == "theirs" else own
                 asked = jobs["lora" if way == "theirs" else way]
                 named = [str(model) if way == "theirs" else name or "base" for name, _ in asked]
                 prompts = [prompt for _, prompt in asked]
                 seconds, texts = _ask(server.url, named, prompts, tokens, clients)
                 right = [expected[one][0] for one in asked]
-                wrong[way] += sum(text != one for text, one in zip(texts, right, strict=True))
+                wrong[way] += sum(a != b for a, b in zip(texts, right, strict=True))
                 if turn:  # the first one warms up
-                    rates[way].append(sum(expected[one][1] for one in asked) / seconds)
+                    measured.append(sum(expected[one][1] for one in asked) / seconds)
                 if server is own:
                     held = max(held, _held(own.url))
                 move()
@@ -172,20 +171,20 @@ def _ask(
 
 
 def _alone(
-    model: Path, adapters: Path, asked: set[tuple[str | None, str]], tokens: int
-) -> dict[tuple[str | None, str], tuple[str, int]]:
+    model: Path, adapters: Path, asked: set[_Job], tokens: int
+) -> dict[_Job, tuple[str, int]]:
     """Return each request's text alone with plain PEFT, and how many tokens it has."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    names = sorted(one.name for one in adapters.iterdir())
-    wrapped: Any = PeftModel.from_pretrained(base, adapters / names[0], adapter_name=names[0])
-    for name in names[1:]:
-        wrapped.load_adapter(adapters / name, adapter_name=name)
+    first, *others = sorted(one.name for one in adapters.iterdir())
+    wrapped: Any = PeftModel.from_pretrained(base, adapters / first, adapter_name=first)
+    for other in others:
+        wrapped.load_adapter(adapters / other, adapter_name=other)
     wrapped.eval()
-    found = {}
+    found: dict[_Job, tuple[str, int]] = {}
     for name, prompt in sorted(asked, key=lambda one: (one[0] or "", one[1])):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         settings = {"max_new_tokens": tokens, "do_sample": False}

@@ -4,7 +4,7 @@ import asyncio
 import importlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -174,7 +174,7 @@ class _Served:
                     return Response(status_code=_CLIENT_GONE)
                 return JSONResponse(shape.whole(text, writing.reason, writing.usage))
             pieces = aiter(writing)
-            first = await _unless(watch, anext(pieces))  # type: ignore[arg-type]
+            first = await _unless(watch, anext(pieces))
             if first is None:
                 return Response(status_code=_CLIENT_GONE)
         finally:
@@ -268,7 +268,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _unless(watch: asyncio.Task[None], work: Coroutine[Any, Any, _T]) -> _T | None:
+async def _unless(watch: asyncio.Task[None], work: Awaitable[_T]) -> _T | None:
     """Return what some work returns, or None if the watch ends first; the work is cancelled."""
     task = asyncio.ensure_future(work)
     try:
@@ -288,7 +288,7 @@ async def _look(engine: Engine, seconds: float) -> None:
         await asyncio.sleep(seconds)
         try:
             await engine.refresh()
-        except Exception:
+        except Exception:  # noqa: BLE001 - the next look may succeed
             _log.exception("the adapters' folder cannot be read")
 
 
@@ -388,7 +388,7 @@ class _Requests:
 
 def _metrics(engine: Engine) -> CollectorRegistry:
     registry = CollectorRegistry()
-    registry.register(_Requests(engine))  # type: ignore[arg-type]
+    registry.register(_Requests(engine))
     if find_spec(_METRICS) is not None:
         registry.register(importlib.import_module(_METRICS).collector(engine.pool))
     return registry

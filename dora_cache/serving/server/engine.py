@@ -16,7 +16,6 @@ from dora_cache.errors import (
     AdapterNotFoundError,
     CapError,
     ConfigError,
-    DoraCacheError,
     PinError,
 )
 from dora_cache.serving.server.batching import Batcher, Progress, Sampler
@@ -300,7 +299,7 @@ class Engine:
             self._batcher.cancel(one.number)
 
     async def refresh(self) -> None:
-        """Look for adapters that have come, gone or changed, and answer those that wait for them."""
+        """Look at the folder, and answer those that wait for adapters that are gone or changed."""
         async with self._looking:
             changes = await asyncio.to_thread(self.folder.look)
             self.folder.apply(changes, self._retired)

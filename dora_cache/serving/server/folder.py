@@ -6,7 +6,6 @@ import difflib
 import itertools
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from dora_cache.errors import DoraCacheError
@@ -14,6 +13,7 @@ from dora_cache.serving.server.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from dora_cache import AdapterPool
 
@@ -114,25 +114,35 @@ class AdapterFolder:
         """Look at the folder, and add what is new there to the pool.
 
         It may run in any thread, one call at a time; the result goes to :meth:`apply`.
+
+        Raises:
+            OSError: the folder cannot be read.
         """
         found: dict[str, _Stamp] = {}
         changes = Changes()
         current = {name: one.stamp for name, one in self._versions.items()}
         seen = current | self._refused_stamps
-        folders = [] if self.path is None else sorted(self.path.glob(f"*/{_CONFIG}"))
         root = None if self.path is None else self.path.resolve()
-        for folder in (one.parent for one in folders):
+        # Iterating raises where the folder itself cannot be read: then nothing has changed.
+        folders = [] if self.path is None else sorted(self.path.iterdir())
+        for folder in folders:
             name = folder.name
+            if name.startswith("."):
+                continue  # one that is being prepared
             try:
                 stamp = found[name] = _stamp(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # there is none
             except OSError:
-                continue  # it is being written or removed
+                if name not in seen:
+                    continue
+                stamp = found[name] = seen[name]
             if seen.get(name) == stamp:
                 continue
             key = f"{name}@{next(self._numbers)}"
             try:
                 if name in self._reserved:
-                    raise DoraCacheError("the base model has this name: rename the folder")  # noqa: TRY301
+                    raise DoraCacheError("the base model has this name: rename the folder")
                 _check_inside(folder, root)
                 self.pool.add(key, folder)
             except (DoraCacheError, OSError) as error:
@@ -165,13 +175,15 @@ class AdapterFolder:
             self._retire(version.name, replaced, again=True)
             self._versions[version.name] = version
 
-    def refresh(self, replaced: Callable[[Version, bool], None] = lambda _one, _again: None) -> None:
-        """Look at the folder and let changes take effect at once."""
-        self.apply(self.look(), replaced)
+    def refresh(self) -> None:
+        """Look at the folder and let changes take effect at once, before there are requests.
 
-    def _retire(
-        self, name: str, replaced: Callable[[Version, bool], None], *, again: bool
-    ) -> None:
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        self.apply(self.look(), lambda _one, _again: None)
+
+    def _retire(self, name: str, replaced: Callable[[Version, bool], None], *, again: bool) -> None:
         version = self._versions.pop(name, None)
         if version is not None:
             version.retired = True
