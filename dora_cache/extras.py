@@ -2,10 +2,13 @@
 
 from importlib.util import find_spec
 
-__all__ = ["CLI", "require"]
+__all__ = ["CLI", "SERVE", "require"]
 
 CLI = ("matplotlib", "numpy", "rich", "typer")
 """What the extra ``cli`` installs."""
+
+SERVE = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
+"""What the extra ``serve`` installs beside."""
 
 
 def require(extra: str, packages: tuple[str, ...], what: str) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dora_cache.extras import CLI, require
+from dora_cache.extras import CLI, SERVE, require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ABOVE = ("cli", "lab", "testing")  # parts of the package that need an extra
+SERVER = "serving/server/"  # needs the extra "serve"
+LOADED = "lab/serving/"  # needs "serving-tests"
 # Packages that peft needs, and torch on a GPU.
 INDIRECT = {"safetensors", "transformers", "triton"}
 SETUPS = "lab/field/of_"
@@ -51,8 +53,8 @@ def imported(*, below):
 def test_the_library_imports_its_dependencies_alone():
     """No module outside the command line, the lab and the test kit imports anything else."""
     allowed = names(PROJECT["dependencies"]) | INDIRECT
-    foreign = {pair for pair in imported(below=True) if pair[1] not in allowed}
-    assert foreign == OPTIONAL
+    library = {pair for pair in imported(below=True) if not pair[0].startswith(SERVER)}
+    assert {pair for pair in library if pair[1] not in allowed} == OPTIONAL
 
 
 def test_every_dependency_is_used():
@@ -66,9 +68,25 @@ def test_the_extras_bring_what_the_rest_imports():
     extras = PROJECT["optional-dependencies"]
     brought = names(extras["cli"]) | names(extras["testing"])
     # A set-up is of a library that whoever tries it has installed.
-    used = {name for place, name in imported(below=False) if not place.startswith(SETUPS)}
+    used = {
+        name for place, name in imported(below=False) if not place.startswith((SETUPS, LOADED))
+    }
     assert used - names(PROJECT["dependencies"]) - INDIRECT == brought
     assert names(extras["cli"]) == set(CLI)
+
+
+def test_the_servers_extras_bring_what_it_imports():
+    """The server, and what measures it, import what their extras install, all of it."""
+    extras = PROJECT["optional-dependencies"]
+    allowed = names(PROJECT["dependencies"]) | INDIRECT
+    server = {name for place, name in imported(below=True) if place.startswith(SERVER)}
+    brought = names(extras["serve"]) - {"dora_cache"}
+    # FastAPI is made of Starlette.
+    assert server - allowed == brought - INDIRECT | {"prometheus_client", "starlette"}
+    assert set(SERVE) == brought - INDIRECT | {"prometheus_client"}
+    loaded = {name for place, name in imported(below=False) if place.startswith(LOADED)}
+    others = allowed | names(extras["cli"])
+    assert loaded - others == {"httpx", "openai"} <= names(extras["serving-tests"])
 
 
 # Imports from dora_cache's own modules fail; those from torch's and peft's do not.
@@ -161,6 +179,18 @@ def test_the_command_says_what_to_install(tmp_path):
         "",
         f"error: the command dora-cache needs matplotlib, rich and typer: {INSTALL}\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [("serving.server", "fastapi", "serve"), ("lab.serving", "openai", "serving-tests")],
+)
+def test_the_server_says_what_to_install(tmp_path, module, missing, extra):
+    """Without its extra, the import of the server or of what measures it names the extra."""
+    done = python(without(missing) + f"import dora_cache.{module}", cwd=tmp_path)
+    assert done.returncode == 1
+    text = f'dora_cache.{module} needs {missing}: pip install "dora-cache[{extra}]"'
+    assert done.stderr.endswith(f"ImportError: {text}\n")
 
 
 def test_the_lab_says_what_to_install(tmp_path):
