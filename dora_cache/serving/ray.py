@@ -8,11 +8,12 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
 import random
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,6 @@ from dora_cache.extras import RAY, require
 require("ray", RAY, "dora_cache.serving.ray")
 
 import ray  # noqa: E402 - after the check
-import torch  # noqa: E402
 import xxhash  # noqa: E402
 from fastapi import FastAPI, Request, Response  # noqa: E402
 from fastapi.responses import StreamingResponse  # noqa: E402
@@ -46,9 +46,12 @@ from dora_cache.serving.server.engine import Engine, Limits  # noqa: E402
 from dora_cache.serving.server.errors import RequestError  # noqa: E402
 from dora_cache.serving.server.folder import AdapterFolder  # noqa: E402
 
-__all__ = ["AdapterRouter", "Ingress", "Replica", "Settings", "deployment", "run"]
+__all__ = ["APPLICATION", "AdapterRouter", "Ingress", "Replica", "Settings", "deployment", "run"]
 
 _log = logging.getLogger(__name__)
+
+APPLICATION = "dora-cache"
+"""What the application is called in a cluster."""
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _SCOPE = ("type", "asgi", "http_version", "method", "path", "raw_path", "query_string", "headers")
@@ -92,7 +95,7 @@ class Settings(BaseModel):
     multiplexed: bool = True
     limits: Limits = Limits()
     refresh: float | None = Field(5.0, gt=0)
-    drain: float = Field(60.0, ge=0)
+    drain: float = Field(600.0, ge=0)
     dtype: str = "auto"
     attention: str | None = None
     num_cpus: float = Field(1.0, ge=0)
@@ -146,7 +149,7 @@ def _distance(name: str, replica: RunningReplica) -> int:
 class Replica:
     """A model with its adapters; what ``dora-cache serve`` runs, without the sockets."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         base, tokenizer = await asyncio.to_thread(_load, settings)
         self._pool = AdapterPool(
             base, device_bytes=settings.device_bytes, max_bytes=settings.max_bytes
@@ -199,11 +202,17 @@ class Replica:
         finally:
             gone.set()
 
-    async def _came(self, model: str) -> None:
-        """Have the router know that an adapter is on the device, and was used last."""
+    async def has(self, model: str) -> bool:
+        """Tell whether there is an adapter of a name."""
         try:
             self._engine.folder.find(model)
-        except RequestError:  # the base model
+        except RequestError:
+            return False
+        return True
+
+    async def _came(self, model: str) -> None:
+        """Have the router know that an adapter is on the device, and was used last."""
+        if not await self.has(model):  # it is the base model
             return
         if self._tell is None:
             self._tell = serve.multiplexed(max_num_models_per_replica=self._room())(_itself)
@@ -215,10 +224,12 @@ class Replica:
         sizes = [self._pool.size(one.key) for one in self._engine.folder.versions]
         return -1 if cap is None or not any(sizes) else max(1, cap // max(sizes))
 
-    def stats(self) -> tuple[str, dict[str, Any]]:
+    async def stats(self) -> tuple[str, dict[str, Any]]:
         """Return the replica's name, and what its pool and its engine have done."""
         pool = dataclasses.asdict(self._pool.stats())
-        return serve.get_replica_context().replica_id.unique_id, pool | dict(self._engine.counts)
+        now = {"running": self._engine.running, "waiting": self._engine.waiting}
+        name = serve.get_replica_context().replica_id.unique_id
+        return name, pool | now | dict(self._engine.counts)
 
     async def check_health(self) -> None:
         """Have Ray put another replica in the place of one that cannot answer."""
@@ -240,8 +251,7 @@ class Ingress:
         )
         self._settings = settings
         self._limit = body_limit(settings.limits)
-        # Names become Ray's only once there is an adapter of that name: Ray does not forget them.
-        self._known: set[str] = set()
+        self._known: set[str] = set()  # adapters
 
     def app(self) -> FastAPI:
         """Return what answers HTTP."""
@@ -260,15 +270,13 @@ class Ingress:
         body = await self._read(request)
         model = _model_of(body)
         replicas = self._replicas
-        if model in self._known and self._settings.multiplexed:
+        if model is not None and self._settings.multiplexed and await self._is_adapter(model):
             replicas = replicas.options(multiplexed_model_id=model)
         scope = {key: request.scope[key] for key in _SCOPE if key in request.scope}
         messages = _messages(replicas.remote(scope, body, model))
         start = await anext(messages)
-        if start["status"] == _OK and model not in {None, self._settings.base}:
-            self._known.add(str(model))
-        elif start["status"] == _NOT_FOUND:
-            self._known.discard(str(model))
+        if start["status"] == _NOT_FOUND and model is not None:
+            self._known.discard(model)
         headers = dict(start["headers"])
         answer: Response
         if headers.get(b"content-type", b"").startswith(b"text/event-stream"):
@@ -278,6 +286,16 @@ class Ingress:
             answer = Response(whole, start["status"])
         answer.raw_headers = start["headers"]
         return answer
+
+    async def _is_adapter(self, model: str) -> bool:
+        """Tell whether there is such an adapter; Ray does not forget names that it is given."""
+        if model not in self._known:
+            asking = self._replicas.options(method_name="has", stream=False)
+            with _as_answers():
+                if not await asking.remote(model):
+                    return False
+            self._known.add(model)
+        return True
 
     async def _read(self, request: Request) -> bytes:
         body = bytearray()
@@ -289,20 +307,11 @@ class Ingress:
         return bytes(body)
 
 
-async def _messages(response: Any) -> AsyncIterator[Message]:
-    """Yield the messages of a replica's answer, to the last one.
-
-    Raises:
-        RequestError: it has broken off.
-    """
-    lost = "the replica that had the request is gone: send the request again"
-    last = False
+@contextmanager
+def _as_answers() -> Iterator[None]:
+    """Have a failure of Ray's be answered so that the client tries again."""
     try:
-        async for message in response:
-            last = message["type"] == "http.response.body" and not message.get("more_body")
-            yield message
-            if last:
-                return
+        yield
     except BackPressureError:
         msg = "too many requests are waiting already: try again later"
         raise RequestError(429, msg, code="queue_full", retry_after=_RETRY) from None
@@ -311,11 +320,31 @@ async def _messages(response: Any) -> AsyncIterator[Message]:
         raise RequestError(503, msg, code="unavailable", retry_after=_RETRY) from None
     except RayActorError as error:
         _log.warning("a replica was lost: %s", error)
-        raise RequestError(503, lost, code="replica_lost", retry_after=_RETRY) from None
-    finally:
-        if not last:
+        raise _lost() from None
+
+
+def _lost() -> RequestError:
+    msg = "the replica that had the request is gone: send the request again"
+    return RequestError(503, msg, code="replica_lost", retry_after=_RETRY)
+
+
+async def _messages(response: Any) -> AsyncIterator[Message]:
+    """Yield the messages of a replica's answer, to the last one.
+
+    Raises:
+        RequestError: it has broken off.
+    """
+    try:
+        with _as_answers():
+            async for message in response:
+                yield message
+                if message["type"] == "http.response.body" and not message.get("more_body"):
+                    return
+    except (GeneratorExit, asyncio.CancelledError):  # the client has gone
+        with suppress(Exception):  # it may have ended meanwhile
             response.cancel()
-    raise RequestError(503, lost, code="replica_lost", retry_after=_RETRY)
+        raise
+    raise _lost()
 
 
 async def _events(messages: AsyncIterator[Message]) -> AsyncIterator[bytes]:
@@ -350,7 +379,7 @@ def _load(settings: Settings) -> tuple[Any, Any]:
 
     more = {} if settings.attention is None else {"attn_implementation": settings.attention}
     model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, **more)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if settings.num_gpus else "cpu"
     return model.to(device).eval(), AutoTokenizer.from_pretrained(settings.model)
 
 
@@ -403,13 +432,14 @@ def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, **more
     """
     asked = threading.Event()
     if not ray.is_initialized():
-        ray.init(**{"include_dashboard": False, **more})
+        ray.init(**{"address": os.environ.get("RAY_ADDRESS", "local"), **more})
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(deployment(settings), name="dora-cache")
+        serve.run(deployment(settings), name=APPLICATION)
         asked.wait()
+        serve.delete(APPLICATION)  # it waits for what is accepted
     finally:
         serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]

@@ -165,13 +165,13 @@ class AdapterFolder:
             self._retire(version.name, replaced, again=True)
             self._versions[version.name] = version
 
-    def refresh(self, replaced: Callable[[Version, bool], None] = lambda _one, _again: None) -> None:
+    def refresh(
+        self, replaced: Callable[[Version, bool], None] = lambda _one, _again: None
+    ) -> None:
         """Look at the folder and let changes take effect at once."""
         self.apply(self.look(), replaced)
 
-    def _retire(
-        self, name: str, replaced: Callable[[Version, bool], None], *, again: bool
-    ) -> None:
+    def _retire(self, name: str, replaced: Callable[[Version, bool], None], *, again: bool) -> None:
         version = self._versions.pop(name, None)
         if version is not None:
             version.retired = True
