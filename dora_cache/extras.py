@@ -2,13 +2,16 @@
 
 from importlib.util import find_spec
 
-__all__ = ["CLI", "SERVE", "require"]
+__all__ = ["CLI", "RAY", "SERVE", "require"]
 
 CLI = ("matplotlib", "numpy", "rich", "typer")
 """What the extra ``cli`` installs."""
 
 SERVE = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 """What the extra ``serve`` installs beside."""
+
+RAY = (*SERVE, "ray")
+"""What the extra ``ray`` installs beside that of ``cli``."""
 
 
 def require(extra: str, packages: tuple[str, ...], what: str) -> None:

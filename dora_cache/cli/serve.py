@@ -68,6 +68,10 @@ def serve(
         typer.Option(metavar="NAME", help="Of Transformers', as sdpa or flash_attention_2."),
     ] = None,
     device: DeviceOption = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes with the model, by Ray Serve; --queue is before them."),
+    ] = None,
 ) -> None:
     """Serve a model and its adapters: many adapters in one batch, under a cap.
 
@@ -94,6 +98,23 @@ def serve(
             kv_tokens=kv_tokens,
             batch_tokens=max(512, batch),
         )
+        if replicas is not None:
+            settings = {
+                "model": str(model_directory() if model == _DEMO else model),
+                "adapters": adapters,
+                "name": name or (_DEMO if model == _DEMO else None),
+                "device_bytes": device_bytes,
+                "max_bytes": max_bytes,
+                "replicas": replicas,
+                "limits": limits,
+                "refresh": refresh or None,
+                "dtype": "auto" if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),
+                "attention": attention,
+                "num_gpus": int(where.type == "cuda"),
+                **({} if drain is None else {"drain": drain}),
+            }
+            _replicated(settings, host, port)
+            return
         with spinner("loading the model") as rename:
             base, tokenizer = _load(model, where, dtype, attention)
             base_name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
@@ -116,6 +137,24 @@ def serve(
             server.run(app, engine, host=host, port=port, drain=drain)
         finally:
             pool.close()
+
+
+def _replicated(settings: dict[str, Any], host: str, port: int) -> None:
+    """Serve from replicas.
+
+    Raises:
+        CliError: they cannot be had.
+    """
+    try:
+        from dora_cache.serving import ray
+    except ImportError as error:
+        raise CliError(str(error)) from None
+    if settings["adapters"] is None:
+        raise CliError("--replicas needs --adapters: give the folder that has the adapters")
+    try:
+        ray.run(ray.Settings(**settings), host=host, port=port)
+    except (ConnectionError, RuntimeError) as error:
+        raise CliError(f"Ray: {error}") from None
 
 
 def _load(model: str, device: torch.device, dtype: Dtype | None, attention: str | None) -> Any:

@@ -272,6 +272,14 @@ class AdapterPool(Uncopyable):
         """The names of all adapters, in the order in which they were added."""
         return list(self._names)
 
+    def size(self, name: str) -> int:
+        """Return the bytes that an adapter takes on the device, whether it is there or not.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+        """
+        return self._known(name).nbytes
+
     def _known(self, name: str) -> Adapter:
         adapter = self._names.get(name) if isinstance(name, str) else None
         if adapter is None:

@@ -19,12 +19,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_cache.serving.server import protocol
-from dora_cache.serving.server.engine import Engine, Generation, Sampling
+from dora_cache.serving.server.engine import Engine, Generation, Limits, Sampling
 from dora_cache.serving.server.errors import RequestError
 from dora_cache.serving.server.protocol import Answer, ChatRequest, CompletionRequest
 from dora_cache.serving.server.text import TextStream
 
-__all__ = ["create_app"]
+__all__ = ["body_limit", "create_app", "error_response"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -63,8 +63,7 @@ def create_app(
             await engine.stop()
 
     app = FastAPI(title="dora-cache", lifespan=lifespan)
-    limit = max(_LEAST_BODY, _BYTES_PER_TOKEN * engine.limits.max_prompt)
-    app.add_middleware(_BodyLimit, limit=limit)
+    app.add_middleware(_BodyLimit, limit=body_limit(engine.limits))
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -103,6 +102,11 @@ def create_app(
 
     app.mount("/metrics", make_asgi_app(_metrics(engine)))
     return app
+
+
+def body_limit(limits: Limits) -> int:
+    """Return how many bytes the body of a request may have."""
+    return max(_LEAST_BODY, _BYTES_PER_TOKEN * limits.max_prompt)
 
 
 class _Served:
@@ -295,30 +299,31 @@ async def _look(engine: Engine, seconds: float) -> None:
 # Errors
 
 
-def _json(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError) -> JSONResponse:
+    """Return what is answered for an error."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse(error.body(), error.status, headers)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)  # noqa: S101 - for the type checker
-    return _json(error)
+    return error_response(error)
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - as above
     message, param = protocol.explain(error.errors())
-    return _json(RequestError(400, message, code="invalid_request", param=param))
+    return error_response(RequestError(400, message, code="invalid_request", param=param))
 
 
 async def _http(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - as above
-    return _json(RequestError(error.status_code, error.detail, code="http_error"))
+    return error_response(RequestError(error.status_code, error.detail, code="http_error"))
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:
     msg = f"the server has failed: {type(error).__name__}"
-    return _json(RequestError(500, msg, code="internal_error"))
+    return error_response(RequestError(500, msg, code="internal_error"))
 
 
 class _BodyLimit:
@@ -334,7 +339,7 @@ class _BodyLimit:
             return
         lengths = [value for name, value in scope["headers"] if name == b"content-length"]
         if lengths and lengths[0].isdigit() and int(lengths[0]) > self._limit:
-            await _json(self._error())(scope, receive, send)
+            await error_response(self._error())(scope, receive, send)
             return
         read = 0
 

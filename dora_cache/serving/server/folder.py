@@ -175,13 +175,15 @@ class AdapterFolder:
             self._retire(version.name, replaced, again=True)
             self._versions[version.name] = version
 
-    def refresh(self) -> None:
+    def refresh(
+        self, replaced: Callable[[Version, bool], None] = lambda _one, _again: None
+    ) -> None:
         """Look at the folder and let changes take effect at once, before there are requests.
 
         Raises:
             OSError: the folder cannot be read.
         """
-        self.apply(self.look(), lambda _one, _again: None)
+        self.apply(self.look(), replaced)
 
     def _retire(self, name: str, replaced: Callable[[Version, bool], None], *, again: bool) -> None:
         version = self._versions.pop(name, None)
