@@ -63,12 +63,14 @@ class AdapterCache:
             counts = dict(engine.counts)
             reserved = engine.memory.reserved
             hits, misses = engine.cells.count()
+            seconds = engine.holdings.seconds
         return CacheStats(
             hits=hits,
             misses=misses,
             entries=entries,
             nbytes=nbytes + reserved,
             max_bytes=max_bytes,
+            derive_seconds=seconds,
             reasons=reasons,
             **counts,
         )

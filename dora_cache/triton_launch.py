@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dora_cache.ambient import raw_stream
-from dora_cache.errors import CacheWarning
+from dora_cache.errors import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,8 +87,7 @@ class Launcher:
             text = (
                 f"Triton kernel {self.name!r} failed, so PyTorch's operations run: {kind}: {error}"
             )
-            with suppress(CacheWarning):  # never an error, whatever the filters
-                warnings.warn(text, CacheWarning, stacklevel=2)
+            warn(text)
             return False
         return True
 
