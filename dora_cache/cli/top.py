@@ -118,6 +118,7 @@ def _fetch(page: str, timeout: float) -> str:
                 if time.monotonic() > end:
                     raise TimeoutError
     except urllib.error.HTTPError as error:
+        error.close()
         msg = f"{page} answers {error.code} {error.reason}: give the address of the metrics"
         raise CliError(msg) from None
     except (OSError, UnicodeError, http.client.HTTPException) as error:
