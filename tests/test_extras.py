@@ -18,7 +18,13 @@ ABOVE = ("cli", "lab", "testing")  # parts of the package that need an extra
 INDIRECT = {"safetensors", "transformers", "triton"}
 SETUPS = "lab/field/of_"
 INSTALL = 'pip install "dora-cache[cli]"'
-OPTIONAL = {("report.py", "matplotlib"), ("recipes/lycoris_modules.py", "lycoris")}
+OPTIONAL = {
+    ("report.py", "matplotlib"),
+    ("recipes/lycoris_modules.py", "lycoris"),
+    ("serving/metrics.py", "prometheus_client"),
+    ("tracing.py", "opentelemetry"),
+}
+METERED = {("cli/top.py", "prometheus_client")}  # of the command line, what "metrics" installs
 
 
 def names(requirements):
@@ -66,9 +72,13 @@ def test_the_extras_bring_what_the_rest_imports():
     extras = PROJECT["optional-dependencies"]
     brought = names(extras["cli"]) | names(extras["testing"])
     # A set-up is of a library that whoever tries it has installed.
-    used = {name for place, name in imported(below=False) if not place.startswith(SETUPS)}
+    foreign = imported(below=False)
+    assert foreign >= METERED
+    used = {name for place, name in foreign - METERED if not place.startswith(SETUPS)}
     assert used - names(PROJECT["dependencies"]) - INDIRECT == brought
     assert names(extras["cli"]) == set(CLI)
+    metered = {name for _, name in OPTIONAL | METERED} - {"lycoris", "matplotlib"}
+    assert {name.removesuffix("_api") for name in names(extras["metrics"])} == metered
 
 
 # Imports from dora_cache's own modules fail; those from torch's and peft's do not.
@@ -80,7 +90,10 @@ real = builtins.__import__
 def blocking(name, globals=None, locals=None, fromlist=(), level=0):
     package = name.partition(".")[0]
     own = ((globals or {}).get("__name__") or "").partition(".")[0] == "dora_cache"
-    if own and package in {"typer", "rich", "numpy", "matplotlib", "gguf", "hypothesis"}:
+    if own and package in {
+        "typer", "rich", "numpy", "matplotlib", "gguf", "hypothesis",
+        "opentelemetry", "prometheus_client",
+    }:
         raise ImportError(f"{package} is blocked")
     return real(name, globals, locals, fromlist, level)
 

@@ -6,7 +6,6 @@ import http.server
 import json
 import logging
 import os
-import pty
 import re
 import signal
 import socket
@@ -39,7 +38,7 @@ from dora_cache.backends import DictBackend, register
 from dora_cache.backends.registry import _registered
 from dora_cache.cli import top as top_module
 from dora_cache.cli.app import app
-from dora_cache.errors import AdapterFileError, CapError
+from dora_cache.errors import AdapterFileError
 from dora_cache.lab.models import twin
 from dora_cache.reasons import Reason
 from dora_cache.serving import metrics
@@ -166,6 +165,9 @@ def test_a_scrape_agrees_with_a_cache(model, x, registry, url):
         for name in ("a", "a", "a", "b", "a"):  # one value fits: b evicts a, and a evicts b
             activate(model, name)
             run(model, x)
+        held = scrape(url, model="block")
+        assert_agrees_with_cache(held, cache)
+        assert (held["entries",], held["used_bytes",]) == (1, 32)
         with cache.bypass():
             run(model, x)
         model.train()
@@ -204,15 +206,47 @@ class Failing(DictBackend):
         raise OSError("put failed")
 
 
-@pytest.fixture
-def failing():
+class Picky(DictBackend):
+    """A backend that keeps nothing, and says so before a value is derived."""
+
+    keeps_everything = False
+
+    def put(self, key, entry):
+        return False
+
+    def declines(self, key):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _backends():
     register("failing", Failing)
-    yield "failing"
-    del _registered["failing"]
+    register("picky", Picky)
+    yield
+    del _registered["failing"], _registered["picky"]
+
+
+def test_values_that_are_declined_are_told_like_others(model, x, registry, url, spans, caplog):
+    """In the metrics, in the span and in the log, with the reason."""
+    caplog.set_level(logging.DEBUG, "dora_cache")
+    with dora_cache.attach(model, backend="picky") as cache:
+        metrics.register(cache, registry)
+        run(model, x)
+        run(model, x)
+        found = scrape(url)
+        assert_agrees_with_cache(found, cache)
+        assert found["rejections_total",] == 2
+        assert found["unstored_total", "declined by the backend"] == 1
+        reasons = ["no room under the cap", "declined by the backend"]
+        assert [one["reason"] for _, one in told(spans)] == reasons
+        logged = [one[3] for one in records(caplog) if one[0] == "deriver"]
+        assert [one["reason"] for one in logged] == reasons
+        seconds = sum(one["seconds"] for one in logged)
+        assert seconds == cache.stats().derive_seconds == found["derive_seconds_total",]
 
 
 @pytest.mark.filterwarnings("ignore::dora_cache.CacheWarning")
-def test_bypasses_are_the_sum_of_their_reasons(failing, registry, url):
+def test_bypasses_are_the_sum_of_their_reasons(registry, url):
     """Results that cannot be stored are calls past the cache; what a backend drops is not."""
 
     class Odd(nn.Module):
@@ -229,7 +263,7 @@ def test_bypasses_are_the_sum_of_their_reasons(failing, registry, url):
             return 2 * self.weight
 
     odd = Odd().eval()
-    with dora_cache.attach(odd, backend=failing) as cache:
+    with dora_cache.attach(odd, backend="failing") as cache:
         metrics.register(cache, registry)
         assert [odd.text(), odd.text()] == ["no tensor"] * 2
         odd.double()
@@ -465,13 +499,12 @@ def test_threads_scrape_and_register_while_others_serve(folders, registry, url):
     failures = []
 
     def serving(number):
-        with contextlib.suppress(CapError):
-            while not stop.is_set():
-                with AdapterPool(net()) as pool:
-                    pool.add("lora", folders["lora"])
-                    metrics.register(pool, registry, {"model": f"m{number}"})
-                    for _ in range(5):
-                        serve(pool, "lora")
+        while not stop.is_set():
+            with AdapterPool(net()) as pool:
+                pool.add("lora", folders["lora"])
+                metrics.register(pool, registry, {"model": f"m{number}"})
+                for _ in range(5):
+                    serve(pool, "lora")
 
     def scraping():
         try:
@@ -609,7 +642,7 @@ class Raising(SpanProcessor):
 
 
 @pytest.mark.parametrize("stage", ["provider", "tracer", "start", "end"])
-def test_a_failing_tracer_fails_no_inference(stage, model, x, pool, monkeypatch):
+def test_a_failing_tracer_fails_no_inference(stage, model, x, pool, folders, monkeypatch):
     """Whatever OpenTelemetry raises, outputs are those without it."""
     provider = TracerProvider()
     processor = Raising()
@@ -632,7 +665,7 @@ def test_a_failing_tracer_fails_no_inference(stage, model, x, pool, monkeypatch)
         assert torch.equal(run(model, x), expected)
         assert (cache.stats().hits, cache.stats().misses) == (1, 1)
     pool.remove("lora")
-    pool.add("lora", pool._names["dora"].files.path.parent / "lora-0")
+    pool.add("lora", folders["lora"])
     assert torch.equal(serve(pool, "lora"), plain)
 
 
@@ -733,6 +766,32 @@ def test_derivations_and_evictions_are_logged(model, x, caplog):
         assert found == ("holdings", "DEBUG", f"evicted the DoRA scale of adapter b {where}", b)
 
 
+@pytest.mark.filterwarnings("ignore::dora_cache.CacheWarning")
+def test_evictions_where_memory_runs_out_are_logged(caplog):
+    """As those of the backend are; the shortage itself is at WARNING."""
+    short = []
+
+    class Owner(nn.Module):
+        @cached("value", adapter="name", depends_on=lambda self, name: [torch.ones(1)])
+        def value(self, name):
+            if short:
+                short.pop()
+                raise torch.OutOfMemoryError
+            return torch.ones(2)
+
+    caplog.set_level(logging.DEBUG, "dora_cache")
+    owner = Owner().eval()
+    with dora_cache.attach(owner) as cache:
+        owner.value("a")
+        records(caplog)
+        short.append(True)
+        owner.value("b")
+        assert cache.stats().evictions == 1
+    found = [(name, level, fields.get("adapter")) for name, level, _, fields in records(caplog)]
+    assert ("holdings", "DEBUG", "a") in found
+    assert ("errors", "WARNING", None) in found
+
+
 def test_loads_and_evictions_of_a_pool_are_logged(pool, caplog):
     """At INFO, with where it came from."""
     caplog.set_level(logging.INFO, "dora_cache")
@@ -761,9 +820,9 @@ def test_loads_and_evictions_of_a_pool_are_logged(pool, caplog):
 
 
 @pytest.mark.filterwarnings("ignore::dora_cache.CacheWarning")
-def test_failures_are_logged(model, x, pool, folders, failing, tmp_path, caplog):
+def test_failures_are_logged(model, x, pool, folders, tmp_path, caplog):
     """At WARNING, with the reason: a backend's, a load's, and a prefetch's."""
-    with dora_cache.attach(model, backend=failing):
+    with dora_cache.attach(model, backend="failing"):
         run(model, x)
         run(model, x)
     name, level, text, _ = records(caplog)[0]
@@ -933,8 +992,11 @@ def read_page(page):
         return response.read().decode()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_it_goes_on_until_interrupted(pool, registry, url):
     """On a terminal frame follows frame; without the server it says so; Control-C ends it well."""
+    import pty
+
     metrics.register(pool, registry, {"model": "net", "pool": "1"})
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -1156,8 +1218,10 @@ def test_the_code_of_the_page_runs(monkeypatch, tmp_path):
     try:
         for block in blocks(DOCS / "monitoring.md"):
             if block.language == "python":
-                exec(compile(block.text, "monitoring.md", "exec"), namespace)
-        found = scrape("http://127.0.0.1:9400", model="two-layers")
+                code = block.text.replace("9400", "0")  # any port that is free
+                exec(compile(code, "monitoring.md", "exec"), namespace)
+        port = namespace["server"].server_port
+        found = scrape(f"http://127.0.0.1:{port}", model="two-layers")
         assert_agrees_with_cache(found, namespace["cache"])
     finally:
         if "server" in namespace:
