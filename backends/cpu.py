@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from dora_cache.backends.lru import LRUBackend
 from dora_cache.backends.prefetch import Prefetch
 from dora_cache.backends.storage import UncopyableBackend, checked_cap
 from dora_cache.backends.transfer import HostEntry, Transfer
-from dora_cache.errors import CacheWarning
+from dora_cache.errors import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable
@@ -281,8 +280,7 @@ class CPUBackend(UncopyableBackend):
             return
         self._warned = True
         text = f"a value could not be copied to the host, so it is derived again: {error}"
-        with suppress(CacheWarning):  # never an error, whatever the filters
-            warnings.warn(text, CacheWarning, stacklevel=2)
+        warn(text)
 
     def _left_host(self, key: Hashable) -> None:
         self._away.pop(key, None)

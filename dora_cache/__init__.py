@@ -5,6 +5,7 @@
     cache = dora_cache.attach(model, backend="lru", max_bytes="256MiB")
 """
 
+import logging
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +43,9 @@ try:
     __version__ = version("dora-cache")
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
+
+# Where the application configures no logging, nothing is printed.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "AdapterCache",

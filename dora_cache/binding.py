@@ -78,6 +78,8 @@ class Binding:
         children: bindings that this one's events are passed on to.
         reference: weak reference to the owner; None for a plain function, which has none.
         has_owner: whether there is one.
+        layer: name of the owner's layer, for logs and spans; "" if it has none, and None until
+            somebody asks (see ``Engine.layer_of``).
         infers: tells why an owner whose ``training`` is True does more than inference, or returns
             None; called with the owner and the binding. None: it always does.
         reasons: how often its calls went past the cache, or its values were not kept, and why.
@@ -98,6 +100,7 @@ class Binding:
         "children",
         "has_owner",
         "infers",
+        "layer",
         "reasons",
         "reference",
         "resting",
@@ -116,6 +119,7 @@ class Binding:
         self.buffers: dict[str, Buffer] = {}
         self.children: list[weakref.ref[Binding]] = []
         self.infers: Callable[[Any, Binding], Reason | None] | None = None
+        self.layer: str | None = None
         self.trains = False
         self.reasons: Counter[Reason] = Counter()
         self.resting: dict[Hashable, int] = {}

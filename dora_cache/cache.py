@@ -65,12 +65,14 @@ class AdapterCache:
             hits, misses = engine.cells.count()
             nbytes += reserved
             engine.holdings.history.add(hits, misses, counts.get("evictions", 0), nbytes)
+            seconds = engine.holdings.seconds
         return CacheStats(
             hits=hits,
             misses=misses,
             entries=entries,
             nbytes=nbytes,
             max_bytes=max_bytes,
+            derive_seconds=seconds,
             reasons=reasons,
             **counts,
         )

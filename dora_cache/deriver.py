@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,7 @@ from dora_cache.explain import (
 from dora_cache.keys import concerns
 from dora_cache.reasons import Reason
 from dora_cache.results import storable
+from dora_cache.tracing import span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -35,9 +38,11 @@ if TYPE_CHECKING:
     from dora_cache.cells import Cell, Family
     from dora_cache.facts import Reading
     from dora_cache.holdings import Holdings
+    from dora_cache.tracing import Attributes
 
 __all__ = ["Deriver"]
 
+_log = logging.getLogger(__name__)
 _WASTED = 8  # derivations in a row without a later use, after which calls go past the cache
 _LONGEST_REST = 128  # calls that go past before the next attempt
 
@@ -94,6 +99,14 @@ class Deriver(Uncopyable):
 
     def derive(self, pending: Pending, call: Call) -> Any:
         """Derive a value, store it if it still holds, and hand it to those who wait."""
+        with span("derive") as attributes:
+            fields = _fields_of(call, attributes)
+            value = self._derive(pending, call)
+            if fields is not None:
+                self._tell_derived(fields, pending.unstored, pending.entry)
+            return value
+
+    def _derive(self, pending: Pending, call: Call) -> Any:
         again = None
         try:
             value, entry = self._attempt(pending, call)
@@ -155,7 +168,7 @@ class Deriver(Uncopyable):
                 self._holdings.note(pending.unstored, call.binding)
                 self.waste(family, call)
             return
-        cell.derive(entry.cost)
+        self._holdings.derived(cell, entry.cost)
         same = again is not None and again.equals(call)
         family.unsettled = 0 if same else family.unsettled + 1
         if (
@@ -167,13 +180,14 @@ class Deriver(Uncopyable):
             or pending.born <= call.binding.voided(call.adapter)
             or self._cells.get(cell.key) is not cell
         ):
+            pending.unstored = Reason.CHANGED
             self._holdings.note(Reason.CHANGED, call.binding)
             self.waste(family, call)
             return
         if again.contents is not None:
             # Compared when the value is used, so that nothing has to wait for a device here.
             pending.contents = (*pending.contents, again.contents)
-        self._holdings.store(cell, entry, pending)
+        pending.unstored = self._holdings.store(cell, entry, pending)
 
     @staticmethod
     def waste(family: Family, call: Call) -> None:
@@ -219,14 +233,30 @@ class Deriver(Uncopyable):
 
     def only_derive(self, call: Call, cell: Cell) -> Any:
         """Derive a value that would not be kept, in each thread that asks for it."""
-        value, cost = timed(call.run)
-        with self._mutex.lock:
-            self._holdings.counts["rejections"] += 1
-            self._holdings.note(Reason.DECLINED, call.binding)
-            cell.derive(cost)
-            self._holdings.sample()
+        with span("derive") as attributes:
+            fields = _fields_of(call, attributes)
+            value, cost = timed(call.run)
+            with self._mutex.lock:
+                self._holdings.counts["rejections"] += 1
+                self._holdings.note(Reason.DECLINED, call.binding)
+                self._holdings.derived(cell, cost)
+                self._holdings.sample()
+            if fields is not None:
+                fields["seconds"] = cost
+                self._tell_derived(fields, Reason.DECLINED)
         _refill(call)
         return value
+
+    def _tell_derived(
+        self, fields: Attributes, unstored: Reason | None, entry: Entry | None = None
+    ) -> None:
+        """Complete what a span says of a derivation, and log it."""
+        fields["reason"] = None if unstored is None else unstored.value
+        if entry is not None:
+            fields.update(bytes=entry.nbytes, seconds=entry.cost)
+        if _log.isEnabledFor(logging.DEBUG):
+            self._mutex.tell(partial(_log_derivation, dict(fields)))
+            self._mutex.catch_up()
 
     def _relieve(self, devices: Collection[torch.device], everything: bool) -> None:  # noqa: FBT001
         """Free memory on the devices that a value is derived on."""
@@ -295,6 +325,23 @@ class Deriver(Uncopyable):
         with self._mutex.held():
             self._mutex.warn(("depends_on", derivation.number), text)
         return True
+
+
+def _fields_of(call: Call, attributes: Attributes | None) -> Attributes | None:
+    """Return whose value a call derives, for its span and the log; None if neither is wanted."""
+    if attributes is None:
+        if not _log.isEnabledFor(logging.DEBUG):
+            return None
+        attributes = {}
+    attributes.update(adapter=call.adapter, kind=call.derivation.name)
+    with suppress(Exception):  # another thread may change the model just now
+        attributes["layer"] = call.binding.cache.layer_of(call.binding)
+    return attributes
+
+
+def _log_derivation(fields: Attributes) -> None:
+    kind, adapter, layer = fields["kind"], fields["adapter"], fields.get("layer")
+    _log.debug("derived the %s of adapter %s in %s", kind, adapter, layer, extra=fields)
 
 
 def _refill(call: Call) -> None:

@@ -713,6 +713,15 @@ class Engine(Uncopyable):
             if (name := names.get(id(binding.owner)))
         ]
 
+    def layer_of(self, binding: Binding) -> str | None:
+        """Return the name of an owner's layer as it was first asked for, or None."""
+        if binding.layer is None:
+            for name, one in self.layers():
+                one.layer = name
+        if binding.layer is None:
+            binding.layer = ""
+        return binding.layer or None
+
     def seen(self) -> list[Cell]:
         """Return the cells of the values that no event has voided, held or not."""
         found = []

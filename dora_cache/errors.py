@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from contextlib import suppress
 
@@ -73,12 +74,25 @@ class CacheWarning(UserWarning):
     """Something in the cache failed; inference went on without it."""
 
 
+_log = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
+def warn(text: str, *, stacklevel: int = 2) -> None:
+    """Issue a :class:`CacheWarning`, and log it; never an error, whatever filters and handlers do.
+
+    Args:
+        text: what it says.
+        stacklevel: whose line it names, as for ``warnings.warn``.
+    """
+    with suppress(Exception):
+        _log.warning("%s", text)
+    with suppress(Exception):
+        warnings.warn(text, CacheWarning, stacklevel=stacklevel + 1)
+
+
 def warn_once(text: str) -> None:
-    """Issue a :class:`CacheWarning`, once in a process; never an error, whatever the filters."""
+    """Likewise, once in a process."""
     if text not in _warned:
         _warned.add(text)
-        with suppress(CacheWarning):
-            warnings.warn(text, CacheWarning, stacklevel=3)
+        warn(text, stacklevel=3)

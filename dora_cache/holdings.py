@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import Counter
 from contextlib import suppress
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Holdings"]
 
+_log = logging.getLogger(__name__)
 _TIDY = 64  # values stored between two times that all cells are looked at, at least
 _FRUITLESS = 32  # calls for each owner without one hit, after which a warning says why
 
@@ -53,6 +55,7 @@ class Holdings(Uncopyable):
         memory: the backend, the caps and the pins.
         mutex: the lock.
         reasons: how often calls went past the cache, or values were not kept, and why.
+        seconds: spent deriving.
     """
 
     def __init__(self, config: CacheConfig, devices: Sequence[torch.device]) -> None:
@@ -64,6 +67,7 @@ class Holdings(Uncopyable):
         self.mutex = Mutex(self.note_evictions)
         self.buffers = Buffers(self.mutex, self.memory, self.bindings.values)
         self.reasons: Counter[Reason] = Counter()
+        self.seconds = 0.0
         self._backend: Backend = self.memory.backend
         self._clock = itertools.count(1)
         self._fruitless: Counter[Reason] = Counter()
@@ -122,8 +126,13 @@ class Holdings(Uncopyable):
         )
         self.mutex.warn("fruitless", text)
 
-    def store(self, cell: Cell, entry: Entry, pending: Pending) -> None:
-        """Give what a computation came to to the backend, and take note of it."""
+    def derived(self, cell: Cell, seconds: float) -> None:
+        """Count a derivation."""
+        cell.derive(seconds)
+        self.seconds += seconds
+
+    def store(self, cell: Cell, entry: Entry, pending: Pending) -> Reason | None:
+        """Give what a computation came to to the backend; return why it is not kept, or None."""
         self.discard(cell, why="replacements")
         cell.nbytes, cell.device = entry.nbytes, entry.tensors[0].device
         cell.born = pending.born
@@ -131,17 +140,18 @@ class Holdings(Uncopyable):
         if kept is None:  # the backend failed and may hold it or not
             self.mutex.attempt("delete", lambda: self._backend.delete(cell.key), None)
             self.note(Reason.BACKEND_FAILED, self.bindings.get(cell.owner))
-            return
+            return Reason.BACKEND_FAILED
         if not kept:
             self.counts["rejections"] += 1
             self.note(Reason.CAP, self.bindings.get(cell.owner))
-            return
+            return Reason.CAP
         self.counts["stores"] += 1
         self.cells.hold(cell, pending.facts)
         cell.contents, cell.audit = pending.contents, pending.audit
         if self.counts["stores"] >= self._tidy_at:
             self._tidy()
             self._tidy_at = self.counts["stores"] + len(self.cells.held()) + _TIDY
+        return None
 
     def _put(self, cell: Cell, entry: Entry) -> bool:
         """Give an entry to the backend; once more after evicting others if memory runs out."""
@@ -189,6 +199,11 @@ class Holdings(Uncopyable):
         if cell.facts is not None:
             self._forget(cell)
             self.counts["evictions"] += 1
+            self._tell_evicted(cell)
+
+    def _tell_evicted(self, cell: Cell) -> None:
+        if _log.isEnabledFor(logging.DEBUG):
+            self.mutex.tell(partial(_log_eviction, cell, cell.nbytes))
 
     def void(self, binding: Binding, adapter: str | None) -> int:
         """Drop what a binding and its children hold of an adapter, and void what is being derived.
@@ -215,9 +230,18 @@ class Holdings(Uncopyable):
             cell.born = 0
         deleted = self.mutex.attempt("delete", lambda: self._backend.delete(cell.key), False)  # noqa: FBT003
         self.counts[why] += bool(deleted)
+        if deleted and why == "evictions":
+            self._tell_evicted(cell)
         return int(bool(deleted))
 
     def _forget(self, cell: Cell) -> None:
         if cell.facts is not None:
             self.cells.release(cell)
             self.mutex.attempt("unpin", lambda: self.memory.forgotten(cell.key), None)
+
+
+def _log_eviction(cell: Cell, nbytes: int) -> None:
+    binding = cell.binding()
+    layer = None if binding is None else binding.cache.layer_of(binding)
+    fields = {"adapter": cell.adapter, "kind": cell.kind, "layer": layer, "bytes": nbytes}
+    _log.debug("evicted the %s of adapter %s in %s", cell.kind, cell.adapter, layer, extra=fields)

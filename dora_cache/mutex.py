@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import deque
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from dora_cache.copying import Uncopyable
-from dora_cache.errors import CacheWarning
+from dora_cache.errors import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -24,7 +23,8 @@ class Mutex(Uncopyable):
     """A reentrant lock. The garbage collector may run anybody's code while it is held.
 
     What that code asks for is put off until the lock is released, so that nothing is changed
-    half-way through (see :func:`exclusive`). Warnings wait as well: filters may run code.
+    half-way through (see :func:`exclusive`). Warnings and log records wait as well: filters and
+    handlers may run code.
 
     Args:
         settle: called with the lock held, when it has been acquired and before it is released.
@@ -38,7 +38,7 @@ class Mutex(Uncopyable):
         self._settle = settle
         self._later: deque[Callable[[], object]] = deque()
         self._warned: set[Hashable] = set()
-        self._warnings: deque[str] = deque()
+        self._told: deque[Callable[[], object]] = deque()
 
     @property
     def is_owned(self) -> bool:
@@ -80,7 +80,7 @@ class Mutex(Uncopyable):
 
     def catch_up(self) -> None:
         """Do what had to wait, unless this thread still holds the lock."""
-        if not (self._later or self._warnings) or self.is_owned:
+        if not (self._later or self._told) or self.is_owned:
             return
         while self._later:
             try:
@@ -88,15 +88,19 @@ class Mutex(Uncopyable):
             except IndexError:  # another thread took the last one
                 break
             action()
-        while self._warnings:  # never an error, whatever filters and showwarning() do
+        while self._told:  # never an error, whatever filters and handlers do
             with suppress(Exception):
-                warnings.warn(self._warnings.popleft(), CacheWarning, stacklevel=2)
+                self._told.popleft()()
+
+    def tell(self, action: Callable[[], object]) -> None:
+        """Log something, when the lock is released."""
+        self._told.append(action)
 
     def warn(self, cause: Hashable, text: str) -> None:
         """Warn once per cause, when the lock is released."""
         if cause not in self._warned:
             self._warned.add(cause)
-            self._warnings.append(text)
+            self.tell(partial(warn, text))
 
     def failed(self, what: str, error: Exception) -> None:
         """Warn, once per cause, of something that failed and will be made up for."""

@@ -108,7 +108,7 @@ class Reason(Advised):
     )
     REENTERED = "called from within the cache", "nothing: garbage collection ran the call"
 
-    # The value was derived and is not kept.
+    # The value was derived and is not kept; see is_bypass.
     CAP = "no room under the cap", "raise max_bytes, or use backend='budget'"
     DECLINED = (
         "declined by the backend",
@@ -121,3 +121,20 @@ class Reason(Advised):
     UNSTORABLE = "result is not tensors", "return a tensor or a non-empty tuple of tensors"
     OUT_OF_MEMORY = "out of memory", "lower max_bytes to leave the device more room"
     BACKEND_FAILED = "the backend failed", "see the warning that says how"
+
+    @property
+    def is_bypass(self) -> bool:
+        """Whether it is of calls that go past the cache, not of derived values that are not kept.
+
+        A result that cannot be stored makes a call past the cache of the one that derived it.
+        """
+        return self not in _NOT_KEPT
+
+
+_NOT_KEPT = {
+    Reason.CAP,
+    Reason.DECLINED,
+    Reason.CHANGED,
+    Reason.OUT_OF_MEMORY,
+    Reason.BACKEND_FAILED,
+}

@@ -30,6 +30,8 @@ class CacheStats:
         invalidations: entries dropped because they no longer hold, or because a caller said so.
         replacements: entries that a newer value under the same key took the place of, or would
             have if it had been kept.
+        derive_seconds: spent deriving, by the host's clock (on a GPU, where deriving is launched
+            and not waited for, that is the time to launch it).
         bypasses: calls that went past the cache (training, gradients through the value, tracing,
             ``bypass()``, or whatever else cannot be checked).
         entries: entries held now.
@@ -50,6 +52,7 @@ class CacheStats:
     entries: int = 0
     nbytes: int = 0
     max_bytes: int | None = None
+    derive_seconds: float = 0.0
     reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property

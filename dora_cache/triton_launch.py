@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dora_cache.ambient import raw_stream
-from dora_cache.errors import CacheWarning
+from dora_cache.errors import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,9 +84,7 @@ class Launcher:
         except Exception as error:  # noqa: BLE001 - it compiles at the first launch, by a compiler
             what = f"{type(error).__name__}: {error}"
             broken[self.name] = what  # for the whole process: the next launch would fail as well
-            text = f"Triton kernel {self.name!r} failed, so PyTorch's operations run: {what}"
-            with suppress(CacheWarning):  # never an error, whatever the filters
-                warnings.warn(text, CacheWarning, stacklevel=2)
+            warn(f"Triton kernel {self.name!r} failed, so PyTorch's operations run: {what}")
             return False
         return True
 

@@ -20,7 +20,13 @@ LOADED = "lab/serving/"  # needs "serving-tests"
 INDIRECT = {"safetensors", "transformers", "triton"}
 SETUPS = "lab/field/of_"
 INSTALL = 'pip install "dora-cache[cli]"'
-OPTIONAL = {("report/data.py", "matplotlib"), ("recipes/lycoris_modules.py", "lycoris")}
+OPTIONAL = {
+    ("report/data.py", "matplotlib"),
+    ("recipes/lycoris_modules.py", "lycoris"),
+    ("serving/metrics.py", "prometheus_client"),
+    ("tracing.py", "opentelemetry"),
+}
+METERED = {("cli/top.py", "prometheus_client")}  # of the command line, what "metrics" installs
 
 
 def names(requirements):
@@ -68,11 +74,13 @@ def test_the_extras_bring_what_the_rest_imports():
     extras = PROJECT["optional-dependencies"]
     brought = names(extras["cli"]) | names(extras["testing"])
     # A set-up is of a library that whoever tries it has installed.
-    used = {
-        name for place, name in imported(below=False) if not place.startswith((SETUPS, LOADED))
-    }
+    foreign = imported(below=False)
+    assert foreign >= METERED
+    used = {name for place, name in foreign - METERED if not place.startswith((SETUPS, LOADED))}
     assert used - names(PROJECT["dependencies"]) - INDIRECT == brought
     assert names(extras["cli"]) == set(CLI)
+    metered = {name for _, name in OPTIONAL | METERED} - {"lycoris", "matplotlib"}
+    assert {name.removesuffix("_api") for name in names(extras["metrics"])} == metered
 
 
 def test_the_servers_extras_bring_what_it_imports():
@@ -98,7 +106,10 @@ real = builtins.__import__
 def blocking(name, globals=None, locals=None, fromlist=(), level=0):
     package = name.partition(".")[0]
     own = ((globals or {}).get("__name__") or "").partition(".")[0] == "dora_cache"
-    if own and package in {"typer", "rich", "numpy", "matplotlib", "gguf", "hypothesis"}:
+    if own and package in {
+        "typer", "rich", "numpy", "matplotlib", "gguf", "hypothesis",
+        "opentelemetry", "prometheus_client",
+    }:
         raise ImportError(f"{package} is blocked")
     return real(name, globals, locals, fromlist, level)
 

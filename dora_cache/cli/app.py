@@ -14,6 +14,7 @@ from dora_cache.cli.generate import generate
 from dora_cache.cli.lab import lab
 from dora_cache.cli.plan import plan
 from dora_cache.cli.serve import serve
+from dora_cache.cli.top import top
 
 __all__ = ["app"]
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, serve, doctor, bench, plan, freshness, backends):
+for command in (demo, generate, serve, doctor, bench, plan, freshness, backends, top):
     app.command()(command)
 app.add_typer(lab, name="lab", help="Measure the cache itself, and simulate eviction policies.")
 

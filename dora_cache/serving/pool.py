@@ -69,6 +69,11 @@ class PoolStats:
         hits: lookups of adapters that were on the device.
         misses: lookups of adapters that had to be brought there, or were on their way.
         loads: how often an adapter was brought to the device, prefetching included.
+        load_seconds: what that took, all together, by the host's clock: on a GPU copies are
+            launched and not waited for.
+        load_times: loads by the first of ``serving.tiers.LOAD_SECONDS`` that they did not exceed;
+            the last number is of those that exceeded all.
+        failures: how often an adapter could not be brought there.
         reads: how often it was read from its files for that.
         evictions: how often an adapter left the device for others.
         device_bytes: bytes of the device held now: factors, scales and tables.
@@ -79,6 +84,8 @@ class PoolStats:
         on_device: adapters on the device.
         on_host: adapters on the host and not on the device.
         on_disk: the others.
+        reasons: how often a layer's scale was derived for one forward alone, by the reason; see
+            :class:`dora_cache.reasons.Reason`.
     """
 
     hits: int
@@ -94,6 +101,10 @@ class PoolStats:
     on_device: int
     on_host: int
     on_disk: int
+    load_seconds: float
+    load_times: tuple[int, ...]
+    failures: int
+    reasons: Mapping[str, int]
 
     @property
     def lookups(self) -> int:
@@ -573,10 +584,12 @@ class AdapterPool(Uncopyable):
             if host is not None:
                 tiers.host.resize(host)
                 self._max_host = host
+        tiers.log()
 
     def stats(self) -> PoolStats:
         """Return what the pool has done so far, and what it holds."""
         tiers = self._tiers
+        reasons = {} if self._marks is None else self._marks.stats().reasons
         with tiers.lock:
             adapters = list(self._names.values())
             there = {one.number for one in adapters if one.resident is not None}
@@ -598,6 +611,10 @@ class AdapterPool(Uncopyable):
                 on_device=len(there),
                 on_host=on_host,
                 on_disk=len(adapters) - len(there) - on_host,
+                load_seconds=tiers.load_seconds,
+                load_times=tuple(tiers.load_times),
+                failures=tiers.failures,
+                reasons=reasons,
             )
 
     def report(self) -> PoolReport:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import threading
 import time
-from collections import Counter
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,18 +19,25 @@ from dora_cache.backends import Entry, create
 from dora_cache.errors import BackendError, CapError, PinError, warn_once
 from dora_cache.history import History
 from dora_cache.serving.residents import Resident
+from dora_cache.tracing import span
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from torch import Tensor
 
     from dora_cache.backends import Backend
     from dora_cache.serving.files import AdapterFiles
     from dora_cache.serving.residents import Layout
+    from dora_cache.tracing import Attributes
 
-__all__ = ["Adapter", "Tiers"]
+__all__ = ["LOAD_SECONDS", "Adapter", "Tiers"]
+
+LOAD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Times by which loads are counted."""
+
+_log = logging.getLogger(__name__)
 
 
 class Adapter:
@@ -83,6 +93,10 @@ class Tiers:
         hits: lookups of adapters that were on the device.
         misses: the others.
         loads: adapters brought to the device.
+        load_seconds: what that took, all together.
+        load_times: loads by the first of ``LOAD_SECONDS`` that they did not exceed; the last number
+            is of those that exceeded all.
+        failures: how often an adapter could not be brought there.
         reads: of those, how many from their files.
         evictions: adapters that left the device for others.
         history: the counters over time.
@@ -92,7 +106,9 @@ class Tiers:
         self, device_bytes: int | None, policy: str, host: Backend | None, *, pinned: bool
     ) -> None:
         self.lock = threading.Condition()  # of a reentrant lock
-        self.hits = self.misses = self.loads = self.reads = self.evictions = 0
+        self.hits = self.misses = self.loads = self.reads = self.evictions = self.failures = 0
+        self.load_seconds = 0.0
+        self.load_times = [0] * (len(LOAD_SECONDS) + 1)
         self.history = History()
         self.device_bytes = device_bytes
         self.host = host
@@ -105,6 +121,7 @@ class Tiers:
         self._holding: Counter[int] = Counter()  # uses, by the thread that began them
         self._waiting: set[int] = set()  # threads that wait for memory
         self._queue: dict[object, None] = {}  # batches that wait for memory, in order
+        self._told: deque[Callable[[], object]] = deque()  # to be logged without the lock
 
     @property
     def device_nbytes(self) -> int:
@@ -292,15 +309,34 @@ class Tiers:
         )
 
     def _bring(self, adapter: Adapter) -> None:
-        """Bring an adapter, for which there is room, to the device."""
+        """Bring an adapter, for which there is room, to the device; the lock is not held."""
+        try:
+            with span("load") as attributes:
+                fields = {} if attributes is None else attributes
+                fields.update(adapter=adapter.name, bytes=adapter.nbytes)
+                self._place(adapter, fields)
+        finally:
+            self.log()
+
+    def _place(self, adapter: Adapter, fields: Attributes) -> None:
         start = time.perf_counter()
         try:
-            resident = self._load(adapter)
-        except BaseException:
-            self._give_up(adapter)
+            resident, fields["source"] = self._load(adapter)
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            with self.lock:
+                self.failures += 1
+                self._tell(
+                    logging.WARNING, "adapter %s was not loaded", fields | {"reason": reason}
+                )
+                self._give_up(adapter)
             raise
-        entry = Entry(tuple(resident.memory), cost=time.perf_counter() - start)
+        seconds = fields["seconds"] = time.perf_counter() - start
+        entry = Entry(tuple(resident.memory), cost=seconds)
         with self.lock:
+            self.load_seconds += seconds
+            self.load_times[bisect_left(LOAD_SECONDS, seconds)] += 1
+            self._tell(logging.INFO, "loaded adapter %s", fields)
             self._give_up(adapter)
             adapter.resident = resident
             self._present[adapter.number] = adapter
@@ -326,9 +362,20 @@ class Tiers:
             self._apportion()
             self.lock.notify_all()
 
-    def _load(self, adapter: Adapter) -> Resident:
+    def _tell(self, level: int, text: str, fields: Attributes) -> None:
+        if _log.isEnabledFor(level):
+            self._told.append(partial(_log.log, level, text, fields["adapter"], extra=dict(fields)))
+
+    def log(self) -> None:
+        """Log what has happened; the lock is not held, since handlers run anybody's code."""
+        while self._told:
+            with suppress(Exception):  # another thread may have taken the last one
+                self._told.popleft()()
+
+    def _load(self, adapter: Adapter) -> tuple[Resident, str]:
+        """Return an adapter on the device, and whether it was on the ``host`` or in ``files``."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            packed = self._packed(adapter)
+            packed, source = self._packed(adapter)
             resident = Resident(adapter.layers)
             for layout, weights in zip(adapter.layouts, packed, strict=True):
                 with self._loading_on(layout.device) as caller:
@@ -337,7 +384,7 @@ class Tiers:
                         torch.cuda.current_stream(layout.device).wait_stream(caller)
                     resident.refresh(layout)
                     resident.set_ready(layout.device)
-        return resident
+        return resident, source
 
     @contextmanager
     def _loading_on(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
@@ -349,24 +396,24 @@ class Tiers:
         with torch.cuda.stream(_loading_stream(device)):
             yield caller
 
-    def _packed(self, adapter: Adapter) -> tuple[Tensor, ...]:
-        """Return an adapter's weights from the host, or else from its files."""
+    def _packed(self, adapter: Adapter) -> tuple[tuple[Tensor, ...], str]:
+        """Return an adapter's weights from the host, or else from its files; and which it was."""
         number, entry = adapter.number, None
         if self.host is not None:
-            with self.lock, self._forgiving():
+            with self._forgiving(), self.lock:
                 entry = self.host.get(number)
             if entry is not None:
-                return entry.tensors
+                return entry.tensors, "host"
         start = time.perf_counter()
         packed = tuple(
             layout.pack(adapter.files, pinned=self._pinned) for layout in adapter.layouts
         )
-        with self.lock:
+        cost = time.perf_counter() - start
+        with self._forgiving(), self.lock:
             self.reads += 1
             if self.host is not None and not adapter.retired:
-                with self._forgiving():
-                    self.host.put(number, Entry(packed, cost=time.perf_counter() - start))
-        return packed
+                self.host.put(number, Entry(packed, cost=cost))
+        return packed, "files"
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -379,6 +426,11 @@ class Tiers:
 
     def _evicted(self, number: Hashable) -> None:
         self.evictions += 1
+        gone = self._present.get(number)
+        if gone is not None:
+            self._tell(
+                logging.INFO, "evicted adapter %s", {"adapter": gone.name, "bytes": gone.nbytes}
+            )
         self._left(number)
 
     def _left(self, number: Hashable) -> None:
