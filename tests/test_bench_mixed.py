@@ -14,7 +14,9 @@ from dora_cache.lab.models import twin, write_adapter
 from dora_cache.lab.shapes import shaped
 
 PROMPT = torch.arange(1, 7)[None]
-WAYS = {"base", "lora", "peft-mixed", "dora-cache:lora", "dora-cache:dora"}
+WAYS = {
+    "base", "lora", "peft-mixed", "peft-one-by-one", "dora-cache:lora", "dora-cache:dora"
+}  # fmt: skip
 TINY = ("bench", "--shape", "tiny", "--tokens", "3", "--rounds", "2", "--rank", "2")
 
 

@@ -35,6 +35,11 @@ __all__ = [
 ]
 
 _MIXED = "peft-mixed"
+_ONE_BY_ONE = "peft-one-by-one"
+_NO_GRAPH = {
+    _MIXED: "makes its indices on the host",
+    _ONE_BY_ONE: "needs a graph for each adapter",
+}
 _PROMPT = 16
 _TURN = 8  # tokens, or replays of a graph
 _LEAST_ROUNDS = 3
@@ -185,6 +190,20 @@ class _Pooled(Running):
     pool: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class _OneByOne(Running):
+    """A PEFT model that runs the rows one after another, each with its own adapter."""
+
+    names: tuple[str, ...] = ()
+
+
+def _requests(running: Running, ids: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the batches that a way runs, each with the adapter to select for it."""
+    if isinstance(running, _OneByOne):
+        return list(zip(running.names, ids.split(1), strict=True))
+    return [("", ids)]
+
+
 def mixed_ways(made: Mixture) -> tuple[Way, ...]:
     """Return the ways of running a batch: without adapters, with one for all, with one a row.
 
@@ -203,6 +222,12 @@ def mixed_ways(made: Mixture) -> tuple[Way, ...]:
     @contextmanager
     def mixed(model: Any, names: Sequence[str]) -> Iterator[Running]:
         yield Running(functools.partial(model, adapter_names=list(names)), _nothing)
+
+    @contextmanager
+    def one_by_one(_: Any, names: Sequence[str]) -> Iterator[Running]:
+        own = _loaded(made.base, made.folders["dora"], names)
+        select = functools.partial(own.set_adapter, inference_mode=True)
+        yield _OneByOne(own, select, names=tuple(names))
 
     def pooled(kind: str, label: str) -> Way:
         @contextmanager
@@ -231,6 +256,7 @@ def mixed_ways(made: Mixture) -> tuple[Way, ...]:
         Way(BASE.name, BASE.label, base),
         Way(LORA.name, "PEFT LoRA, one for all", one),
         Way(_MIXED, "PEFT LoRA, one a row", mixed),
+        Way(_ONE_BY_ONE, "PEFT DoRA, row by row", one_by_one),
         *(pooled(kind, label) for kind, label in labels.items()),
     )
 
@@ -257,7 +283,8 @@ def measure_mixed(
     *decode*: a token of greedy decoding with a key-value cache, as in ``compare``: eight tokens of
     one way, then eight of the next. *prefill*: a forward over a batch of prompts. *CUDA graph*: a
     forward of one token without a key-value cache, replayed eight times. Within its turns a pool is
-    in ``use``; entering it is not timed.
+    in ``use``; entering it is not timed. Where rows run one after another, their times are added,
+    and selecting adapters is not timed either.
 
     Outputs of pools are compared with plain PEFT's first, for the first and the last row; later
     those of a CUDA graph, replayed with other adapters than it was recorded with, with eager ones.
@@ -354,16 +381,28 @@ class _Turns:
 
 def _decode(turns: _Turns, ids: Tensor, sizes: Sequence[int], rounds: int) -> Phase:
     """Measure tokens; ``sizes`` are the tokens of each turn of a generation, first 1."""
-    under_way: dict[str, Decoding] = {}
+    under_way: dict[str, list[tuple[str, Decoding]]] = {}
 
     def job(name: str, turn: int) -> list[float]:
         part = turn % len(sizes)
+        running = turns.running[name]
         if part == 0:
-            under_way[name] = Decoding(turns.running[name].model, ids)
-        took = [under_way[name].step() for _ in range(sizes[part])]
+            under_way[name] = [
+                (adapter, Decoding(running.model, own)) for adapter, own in _requests(running, ids)
+            ]
+        took = [0.0] * sizes[part]
+        for adapter, decoding in under_way[name]:
+            running.select(adapter)
+            for token in range(sizes[part]):
+                took[token] += decoding.step()
         return took if part else []
 
-    turns.once(lambda running: decode(running.model, ids, 2))
+    def warm_up(running: Running) -> None:
+        for adapter, own in _requests(running, ids):
+            running.select(adapter)
+            decode(running.model, own, 2)
+
+    turns.once(warm_up)
     count = len(sizes)
     cells = turns.take(job, rounds * count, _LEAST_ROUNDS * count, list(turns.running))
     return Phase(f"decode, {len(ids)} rows", cells)
@@ -376,7 +415,11 @@ def _prefill(turns: _Turns, base: Any, shape: tuple[int, int], rounds: int) -> P
         options["logits_to_keep"] = 1  # as generate() does with a prompt
 
     def forward(running: Running) -> list[float]:
-        return [_timed(lambda: running.model(input_ids=ids, **options), ids.device)]
+        took = 0.0
+        for adapter, own in _requests(running, ids):
+            running.select(adapter)
+            took += _timed(functools.partial(running.model, input_ids=own, **options), ids.device)
+        return [took]
 
     turns.once(forward)
     cells = turns.take(
@@ -442,8 +485,8 @@ def _graphs(
     recorded: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
     reasons = {}
     for way, running in turns.running.items():
-        if way == _MIXED:
-            reasons[way] = "makes its indices on the host"
+        if way in _NO_GRAPH:
+            reasons[way] = _NO_GRAPH[way]
             continue
         try:
             with running.turn(), torch.inference_mode():
