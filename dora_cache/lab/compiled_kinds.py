@@ -76,6 +76,7 @@ class Settings:
         limit: seconds for a kind and length to be made, compiled and compared.
         jobs: processes that prepare at the same time.
         threads: of PyTorch in each process.
+        probed: whether the compiler is known to handle this processor's instructions.
     """
 
     kinds: tuple[str, ...] | None = None
@@ -92,6 +93,7 @@ class Settings:
     limit: float = 240.0
     jobs: int = 1
     threads: int = 1
+    probed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,10 @@ def measure_compiled_kinds(
         ValueError: there is no recipe with examples of one of the names.
     """
     chosen = _chosen(settings)
+    if settings.backend == "inductor":  # it tries for a while: once is enough
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        settings = replace(settings, probed=bool(pick_vec_isa()))
     found: list[Measured] = []
     for start in range(0, len(chosen), settings.jobs):
         batch = [_Worker(settings, *one) for one in chosen[start : start + settings.jobs]]
@@ -202,6 +208,7 @@ class _Worker:
         inputs, outputs = sizes_of(example, settings.size)
         layer = f"{example.base.name}({inputs}, {outputs})"
         self.found = Measured(kind, example.name, layer, settings.dtype)
+        self._limit = settings.limit
         self._note = ""  # why it has ended, if it has
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
@@ -230,7 +237,7 @@ class _Worker:
                     if problem:
                         self.found.notes[length] = problem
                     return found
-                self._note = f"stopped after {seconds:.0f} s"
+                self._note = f"stopped after {self._limit:.0f} s"
                 self._process.kill()
             except (EOFError, OSError):
                 self._process.join()
@@ -256,6 +263,7 @@ def _work(pipe: Connection, settings: Settings, kind: str, name: str) -> None:
     torch.set_num_threads(settings.threads)
     import torch._inductor.config as inductor
 
+    inductor.cpp.vec_isa_ok = settings.probed or None
     inductor.compile_threads = 1 if settings.jobs > 1 else inductor.compile_threads
     recipe = next(one for one in load_recipes() if one.name == kind)
     example = next(one for one in recipe.examples if one.name == name)  # type: ignore[attr-defined]
@@ -276,10 +284,11 @@ def _work(pipe: Connection, settings: Settings, kind: str, name: str) -> None:
 class _Running:
     """The ways of one example with one length of input, compiled and compared."""
 
-    def __init__(
-        self, settings: Settings, example: Example, length: int, stack: ExitStack
-    ) -> None:
-        limits = {"recompile_limit": _RECOMPILATIONS, "accumulated_recompile_limit": _RECOMPILATIONS}
+    def __init__(self, settings: Settings, example: Example, length: int, stack: ExitStack) -> None:
+        limits = {
+            "recompile_limit": _RECOMPILATIONS,
+            "accumulated_recompile_limit": _RECOMPILATIONS,
+        }
         stack.enter_context(torch._dynamo.config.patch(limits))
         self._settings = settings
         plain, x = _stacked(example, settings, length)
@@ -366,7 +375,9 @@ def _stacked(example: Example, settings: Settings, length: int) -> tuple[_Stack,
     """Return a model of an example's layers, and an input."""
     inputs, outputs = sizes_of(example, settings.size)
     parts: list[nn.Module] = []
-    each = 1 if example.base.whole else min(2, example.layers) if example.base.name == "Linear" else 1
+    each = (
+        1 if example.base.whole else min(2, example.layers) if example.base.name == "Linear" else 1
+    )
     for seed in range(1 if example.base.whole else math.ceil(settings.layers / each)):
         model, x = make_model(
             example,
@@ -477,7 +488,9 @@ def as_json(rows: Sequence[Measured]) -> list[dict[str, Any]]:
 
 def default_jobs(device: str) -> int:
     """Return how many processes may prepare at the same time on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, cores - 2) if torch.device(device).type == "cuda" else max(1, cores // 2)
 
 

@@ -130,6 +130,10 @@ class _Layer:
             msg = f"the weights of {name!r} changed while it was baked: write to them before it"
             raise BakedError(msg)
 
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Copy and pickle as None: a copy of the copy is of no block."""
+        return type(None), ()
+
     def described(self) -> BakedLayer:
         """Return what users see."""
         return BakedLayer(self.name, self.adapters, self.holds, self.nbytes)
@@ -201,6 +205,7 @@ class _Layer:
             return reason
         for tuner in tuners:
             tuner.__class__ = _refusing(plain_class(type(tuner)), {"forward": _base_forward})
+            tuner.merged_adapters = []  # else PEFT unmerges before it asks
             for name in (*tuner.adapter_layer_names, *tuner.other_param_names):
                 for where in (tuner._modules, tuner._parameters, tuner._buffers, tuner.__dict__):
                     where.pop(name, None)

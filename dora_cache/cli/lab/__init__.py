@@ -4,7 +4,9 @@ import typer
 
 from dora_cache.cli.lab.audit import audit
 from dora_cache.cli.lab.caps import caps
+from dora_cache.cli.lab.compiled import compiled
 from dora_cache.cli.lab.coverage import coverage
+from dora_cache.cli.lab.exported import export
 from dora_cache.cli.lab.field import field
 from dora_cache.cli.lab.simulate import simulate
 from dora_cache.cli.lab.traffic import traffic
@@ -12,5 +14,5 @@ from dora_cache.cli.lab.traffic import traffic
 __all__ = ["lab"]
 
 lab = typer.Typer(no_args_is_help=True)
-for command in (coverage, field, caps, traffic, simulate, audit):
+for command in (coverage, compiled, export, field, caps, traffic, simulate, audit):
     lab.command()(command)

@@ -43,7 +43,14 @@ if TYPE_CHECKING:
     from dora_cache.binding import Binding
     from dora_cache.recipes.dora.bound import Bound
 
-__all__ = ["CachedVariant", "bake_variant", "cached_variant", "kind_of", "stands_aside", "why_unusual"]
+__all__ = [
+    "CachedVariant",
+    "bake_variant",
+    "cached_variant",
+    "kind_of",
+    "stands_aside",
+    "why_unusual",
+]
 
 
 _PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -183,7 +190,8 @@ class _BakedVariant:
 
 def bake_variant(layer: Any, adapter: str, keep: Callable[[str, Any], list[str]]) -> None:
     """Make an adapter's scale a constant of a copy of its layer."""
-    kind = kind_of(type(layer.lora_variant.get(adapter)))
+    variant = layer.lora_variant.get(adapter)
+    kind = "" if variant is None else kind_of(type(variant))
     if kind and why_unusual(layer, adapter) is None:
         names = keep("DoRA scale, fast", fast_scale.__wrapped__(layer, adapter))
         layer.lora_variant[adapter] = _BakedVariant(kind, names)
