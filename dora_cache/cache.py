@@ -187,10 +187,11 @@ class AdapterCache:
         rounding.
 
         Args:
-            weights: add the adapters to copies of the base layers' weights. The program is that of
-                a merged model, with its speed, its size and, in low precision, its rounding. Without
-                it, the adapters' factors stay and the program runs as one of plain LoRA does. A
-                quantized layer, or one that PEFT cannot merge, keeps its factors in any case.
+            weights: add the adapters to copies of the base layers' weights. The program is that
+                of a merged model, with its speed, its size and, in low precision, its rounding.
+                Without it, the adapters' factors stay, and a program with DoRA runs as one with
+                plain LoRA does. A quantized layer, or one whose outputs PEFT's ``merge()`` would
+                change, keeps its factors in any case.
 
         Yields:
             What is constant: layers, bytes, and the layers that derive in the program, with the

@@ -1,4 +1,4 @@
-"""Export: programs have stored values as constants, are right, and never mix old and new weights."""
+"""Export: stored values are constants of programs, and never those of other weights."""
 
 import copy
 import pickle
@@ -188,9 +188,8 @@ def test_decorated_methods_of_ones_own():
     """Modules outside PEFT have their values as constants as well."""
     model, x = nn.Sequential(Rotation(), nn.ReLU(), Rotation()).eval(), torch.randn(2, 6)
     expected = run(model, x)
-    with dora_cache.attach(model) as cache, torch.no_grad():
-        with cache.baked() as baked:
-            program = export(model, x)
+    with dora_cache.attach(model) as cache, torch.no_grad(), cache.baked() as baked:
+        program = export(model, x)
     close(run(program.module(), x), expected)
     assert not any("exp" in str(node.target) for node in ops(program))
     assert baked.nbytes == 2 * 6 * 6 * 4
@@ -237,9 +236,8 @@ def test_low_precision_keeps_the_factors_precision():
     x = sample("linear", torch.bfloat16)
     exact = run(copy.deepcopy(model).double(), x.double())
     error = (run(model, x).double() - exact).norm()
-    with dora_cache.attach(model) as cache:
-        with cache.baked():
-            program = export(model, x)
+    with dora_cache.attach(model) as cache, cache.baked():
+        program = export(model, x)
     output = run(program.module(), x)
     assert output.dtype is torch.bfloat16
     limit = error + torch.finfo(torch.bfloat16).eps / 2 * exact.norm()
@@ -320,7 +318,7 @@ def test_copies_and_pickles_made_within_the_block():
     with cache.baked():
         other = copy.deepcopy(model)
     close(run(other, x), expected)
-    assert run(pickle.loads(pickle.dumps(model)), x).shape == expected.shape  # noqa: S301
+    assert run(pickle.loads(pickle.dumps(model)), x).shape == expected.shape
 
 
 def test_detaching_within_the_block():
@@ -484,9 +482,8 @@ def test_layers_that_derive_in_the_program_are_named():
     plain = layer.base_layer.forward
     layer.base_layer.forward = lambda x: plain(x)
     expected = run(model, x)
-    with dora_cache.attach(model) as cache:
-        with cache.baked() as baked:
-            program = export(model, x)
+    with dora_cache.attach(model) as cache, cache.baked() as baked:
+        program = export(model, x)
     close(run(program.module(), x), expected)
     assert list(baked.derived) == ["base_model.model.1"]
     assert "a forward is set" in baked.derived["base_model.model.1"]

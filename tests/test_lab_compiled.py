@@ -66,13 +66,13 @@ def test_what_is_wrong_is_said_and_not_counted():
     assert "C (dora-cache, peft, 1): wrong: 1.0e+00 from eager PEFT" in said
     assert "D (1): its process ended with -9" in said
     table = compiled_kinds.as_markdown(rows)
-    assert "| A | Linear, float32 | 2 µs, 1 graph break | 2.00 (1.90–2.10) |" in table
-    assert "0.50 (0.40–0.60), 2 graph breaks" in table
+    assert "| A | Linear, float32 | 2 µs, 1 graph break | 2.00 (1.90\N{EN DASH}2.10) |" in table
+    assert "0.50 (0.40\N{EN DASH}0.60), 2 graph breaks" in table
 
 
 def test_unknown_names_are_errors(tmp_path):
     """They say which there are."""
-    with pytest.raises(ValueError, match="there are .*'DoRA'"):
+    with pytest.raises(ValueError, match=r"there are .*'DoRA'"):
         compiled_kinds.measure_compiled_kinds(Settings(kinds=("Dora",)))
     done = CliRunner().invoke(
         app, ["lab", "compiled", "--kind", "Dora", "--backend", "eager", "--out", str(tmp_path)]

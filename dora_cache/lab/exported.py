@@ -6,6 +6,7 @@ import copy
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class Exported:
         way: one of :data:`WAYS`.
         tokens: length of its input.
         ms: of a run, in milliseconds: the median over rounds.
-        ratio: its time over that of the merged model's, within rounds; the median and the quartiles.
+        ratio: its time over that of the merged model, within rounds; the median and the quartiles.
         error: the largest difference of a logit from the eager model's, relative to the largest
             logit.
         operations: in the exported graph.
@@ -111,9 +112,8 @@ def measure_exported(
                     "seconds": spent,
                 }
                 del program
-            times = take_turns(
-                {way: lambda run=run: run(ids) for way, run in programs.items()}, rounds, seconds
-            )
+            runs = {way: partial(run, ids) for way, run in programs.items()}
+            times = take_turns(runs, rounds, seconds)
         merged = times.get("merged")
         for way, own in times.items():
             ratios = [a / b for a, b in zip(own, merged, strict=True)] if merged else None
@@ -142,7 +142,7 @@ def as_markdown(rows: Sequence[Exported]) -> str:
         "tokens",
         "program",
         "ms",
-        "× merged (quartiles)",
+        "x merged (quartiles)",
         "operations",
         "constants",
         "package",
@@ -150,8 +150,8 @@ def as_markdown(rows: Sequence[Exported]) -> str:
     heads += ["max error", "s to compile"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in rows:
-        cells = [str(row.tokens), row.way, f"{row.ms:.1f}", str(row.ratio or "–")]
-        cells += [str(row.operations), format_bytes(row.constants) if row.constants else "–"]
+        cells = [str(row.tokens), row.way, f"{row.ms:.1f}", str(row.ratio or "-")]
+        cells += [str(row.operations), format_bytes(row.constants) if row.constants else "-"]
         cells += [format_bytes(row.file), f"{row.error:.1e}", f"{row.seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

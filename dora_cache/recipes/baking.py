@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.baked import Baked, BakedLayer
-from dora_cache.decorator import SLOT, derivation_of
+from dora_cache.decorator import SLOT, derivation_of, derivations_of
 from dora_cache.errors import BakedError
 from dora_cache.facts import UncheckableError, read
 from dora_cache.keys import PLAIN_KEYS
@@ -217,17 +217,17 @@ class _Layer:
         found: list[Tensor] = []
         held: dict[str, None] = {}
         parts = dict(self.copy.named_modules())
-        for name, original in self.owner.named_modules():
+        for where, original in self.owner.named_modules():
             binding: Binding | None = original.__dict__.get(SLOT)
-            part = parts.get(name)
+            part = parts.get(where)
             if binding is None or part is None:
                 continue
             constants = _Constants(part, binding)
             part.__dict__[SLOT] = constants
             part.__class__ = _refusing(plain_class(type(part)), _overrides(type(original)))
             if binding.bake is not None:
-                for adapter in self.adapters:
-                    binding.bake(part, adapter, constants.keep)
+                for one in self.adapters:
+                    binding.bake(part, one, constants.keep)
             for adapter, job in (binding.warmers or _none)(part, list(self.adapters)):
                 if adapter is None or adapter in self.adapters:
                     job()
@@ -251,8 +251,9 @@ def _active(name: str, owner: Any, binding: Binding) -> tuple[str, ...]:
     if not hasattr(owner, "active_adapters"):
         return ()
     if owner.merged_adapters:
+        merged = ", ".join(map(repr, owner.merged_adapters))
         msg = (
-            f"{', '.join(map(repr, owner.merged_adapters))} is merged into the weights of {name!r}: "
+            f"{merged} is merged into the weights of {name!r}: "
             "export it as it is, without baked(), or call unmerge_adapter() first"
         )
         raise BakedError(msg)
@@ -268,7 +269,7 @@ def _active(name: str, owner: Any, binding: Binding) -> tuple[str, ...]:
 
 def _keys(layer: Any) -> set[str]:
     """Return the names of the adapters that a layer of PEFT's has."""
-    parts = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    parts: list[Any] = [getattr(layer, name, None) for name in layer.adapter_layer_names]
     return {key for part in parts if hasattr(part, "keys") for key in part.keys()}  # noqa: SIM118
 
 
@@ -279,7 +280,7 @@ def _probes(base: Any) -> list[Tensor] | None:
         return None
     if type(base) is nn.Embedding:
         rows = torch.arange(len(weight), device=weight.device)
-        return [some[None] for some in rows.split(_ROWS)]
+        return [some[None] for some in torch.split(rows, _ROWS)]
     if type(base) is nn.Linear:
         shape: tuple[int, ...] = (_SAMPLES, base.in_features)
     elif type(base).__name__ == "Conv1D" and weight.dim() == 2:  # noqa: PLR2004 - Transformers'
@@ -489,12 +490,16 @@ def _places(
             continue
         seen.add(id(parent))
         for name, child in parent._modules.items():
-            if child is None:
-                continue
-            binding = child.__dict__.get(SLOT)
-            if binding is not None and binding.cache is cache and binding.warmers is not None:
-                yield parent, name, child
-            elif binding is not None and binding.cache is cache and hasattr(child, "base_layer"):
-                yield parent, name, child  # plain LoRA, which derives nothing
-            else:
-                waiting.append(child)
+            if child is not None:
+                binding = child.__dict__.get(SLOT)
+                if binding is not None and binding.cache is cache and _is_run(child):
+                    yield parent, name, child
+                else:
+                    waiting.append(child)
+
+
+def _is_run(owner: nn.Module) -> bool:
+    """Whether an owner is run where it is in the model: LyCORIS' modules, for one, are not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(owner, BaseTunerLayer) or bool(derivations_of(plain_class(type(owner))))
