@@ -16,8 +16,9 @@ import multiprocessing
 import os
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ class Settings:
     layers: int = 4
     tokens: tuple[int, ...] = (1, 128)
     rounds: int = 60
-    seconds: float = 2.0
+    seconds: float = 1.0
     backend: str = "inductor"
     mode: str | None = None
     limit: float = 240.0
@@ -375,15 +376,7 @@ def _stacked(example: Example, settings: Settings, length: int) -> tuple[_Stack,
         1 if example.base.whole else min(2, example.layers) if example.base.name == "Linear" else 1
     )
     for seed in range(1 if example.base.whole else math.ceil(settings.layers / each)):
-        model, x = make_model(
-            example,
-            inputs,
-            outputs,
-            dtype=getattr(torch, settings.dtype),
-            tokens=length,
-            layers=each,
-            seed=seed,
-        )
+        model, x = _made(example, settings, inputs, outputs, length, each, seed)
         # Past PeftModel's own forward, which takes as long in every way.
         inner = getattr(getattr(model, "base_model", model), "model", model)
         within = type(model).__name__ == "PeftModel" and callable(inner)
@@ -395,6 +388,25 @@ def _stacked(example: Example, settings: Settings, length: int) -> tuple[_Stack,
     output = parts[0](x)
     alike = isinstance(output, Tensor) and output.shape == x.shape and output.dtype == x.dtype
     return _Stack(parts, chained=alike).eval(), x
+
+
+def _made(
+    example: Example,
+    settings: Settings,
+    inputs: int,
+    outputs: int,
+    length: int,
+    layers: int,
+    seed: int,
+) -> tuple[Any, Tensor]:
+    """Make a model and an input, on the device where that can be done: it is faster there."""
+    dtype = getattr(torch, settings.dtype)
+    make = partial(
+        make_model, example, inputs, outputs, dtype=dtype, tokens=length, layers=layers, seed=seed
+    )
+    with suppress(Exception), torch.device(settings.device):
+        return make()
+    return make()
 
 
 def _distance(output: Tensor, expected: Tensor) -> float:
@@ -489,7 +501,7 @@ def default_jobs(device: str) -> int:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return max(1, cores - 2) if torch.device(device).type == "cuda" else max(1, cores // 2)
+    return cores if torch.device(device).type == "cuda" else max(1, cores // 2)
 
 
 def run_and_write(
@@ -506,12 +518,18 @@ def run_and_write(
         markdown: a file for the table.
         on_done: see :func:`measure_compiled_kinds`.
     """
-    rows = measure_compiled_kinds(settings, on_done)
     machine = describe_machine(torch.device(settings.device))
+    rows: list[Measured] = []
+
+    def on_row(row: Measured, done: int, total: int) -> None:
+        rows.append(row)
+        if out is not None:  # also if it is interrupted later on
+            data = {"machine": machine, "settings": asdict(settings), "rows": as_json(rows)}
+            out.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        on_done(row, done, total)
+
+    measure_compiled_kinds(settings, on_row)
     table = as_markdown(rows)
-    if out is not None:
-        data = {"machine": machine, "settings": asdict(settings), "rows": as_json(rows)}
-        out.write_text(json.dumps(data, indent=1), encoding="utf-8")
     text = (
         f"{table}\nTimes of compiled PEFT in microseconds; all others relative to it: how many "
         "times as fast, the median over rounds in which all ways took turns (quartiles).\n\n"
@@ -536,7 +554,7 @@ def _main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--mode", help="of torch.compile, such as reduce-overhead")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds to prepare")

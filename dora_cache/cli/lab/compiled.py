@@ -33,7 +33,7 @@ def compiled(
     layers: Annotated[int, typer.Option(min=1, help="Layers of each model.")] = 4,
     tokens: Annotated[str, typer.Option(help="Lengths of the inputs.")] = "1,128",
     rounds: Annotated[int, typer.Option(min=2, help="Of timing, at most.")] = 60,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each kind and length.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each kind and length.")] = 1.0,
     backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
     mode: Annotated[
         str | None, typer.Option(help="Of torch.compile, such as reduce-overhead.")
