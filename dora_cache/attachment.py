@@ -34,6 +34,7 @@ from dora_cache.lifecycle import (
     observe,
 )
 from dora_cache.recipes import RECIPES, Recipes
+from dora_cache.recipes.baking import bake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ def attach(
         )
         raise ConfigError(msg)
     cache = Engine(config or CacheConfig(**settings), _devices(target))
+    cache.bake = partial(bake, cache)
     cache.parts = {name: weakref.ref(part) for name, part in _parts(target).items()}
     try:
         if not _attach(cache, target, Recipes()):

@@ -74,6 +74,9 @@ class Binding:
         token: a number no other binding has; part of every key.
         trains: whether the owner is known to be trained, for as long as its ``training`` is True.
         adapter: the adapter of all its values where the derivation names none.
+        bake: makes an adapter's values constants of a copy of the owner: called with the copy, the
+            adapter's name, and what keeps a value and returns the names of its buffers. None: calls
+            of decorated functions are enough.
         buffers: what compiled code reads of it, by adapter.
         children: bindings that this one's events are passed on to.
         reference: weak reference to the owner; None for a plain function, which has none.
@@ -95,6 +98,7 @@ class Binding:
         "_voided",
         "_voided_all",
         "adapter",
+        "bake",
         "buffers",
         "cache",
         "children",
@@ -116,6 +120,7 @@ class Binding:
         self.cache = cache
         self.token = next_token()
         self.adapter = adapter
+        self.bake: Callable[[Any, str, Callable[[str, Any], list[str]]], object] | None = None
         self.buffers: dict[str, Buffer] = {}
         self.children: list[weakref.ref[Binding]] = []
         self.infers: Callable[[Any, Binding], Reason | None] | None = None

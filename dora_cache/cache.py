@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from dora_cache.baked import Baked
     from dora_cache.binding import Binding
     from dora_cache.reasons import Reason
     from dora_cache.report import Declined
@@ -172,6 +173,43 @@ class AdapterCache:
         finally:
             warming_here.reset(warming)
         return self.stats().misses - before
+
+    @contextmanager
+    def baked(self, *, weights: bool = False) -> Iterator[Baked]:
+        """Export with stored values as constants, for adapters that will not change.
+
+        Programs that are exported from the model within the block do not derive what the cache
+        would store for the active adapters::
+
+            with cache.baked() as baked:
+                program = torch.export.export(model, (x,))
+            print(baked)  # how many bytes the constants take, and which layers have them
+
+        Copies of the adapter layers, with weights of their own, are in the model for as long as the
+        block lasts, so the program keeps none of theirs and does not follow their changes. Do not
+        run the model in other threads meanwhile. The outputs are those of the eager model up to
+        rounding.
+
+        Args:
+            weights: add the adapters to copies of the base layers' weights. The program is that
+                of a merged model, with its speed, its size and, in low precision, its rounding.
+                Without it, the adapters' factors stay, and a program with DoRA runs as one with
+                plain LoRA does. A quantized layer, or one whose outputs PEFT's ``merge()`` would
+                change, keeps its factors in any case.
+
+        Yields:
+            What is constant: layers, bytes, and the layers that derive in the program, with the
+            reason.
+
+        Raises:
+            BakedError: the model is in training mode, adapters are merged or disabled, or nothing
+                can be baked; something changes the model within the block: then what was exported
+                in it is to be thrown away.
+            DetachedError: the cache is detached.
+        """
+        self._check_open()
+        with self._engine.bake(weights=weights) as baked:
+            yield baked
 
     def resize(self, max_bytes: int | str) -> None:
         """Change the cap; what does not fit any more is evicted at once.

@@ -89,6 +89,7 @@ class Engine(Uncopyable):
         reasons: how often calls went past the cache, or values were not kept, and why.
         declined: what could have been cached and is not.
         closed: whether the cache is detached.
+        bake: makes what the model derives constants of programs; see ``recipes.baking``.
         arrivals: what is called with modules that come into the models; see ``lifecycle``.
     """
 
@@ -109,6 +110,7 @@ class Engine(Uncopyable):
         self.parts: dict[str, weakref.ref[nn.Module]] = {}
         self.closed = False
         self.arrivals: Any = None
+        self.bake: Any = None
         self.compares_contents = config.guard == "content"
         self.auditor = Auditor() if config.audit and not self.compares_contents else None
         self._backend: Backend = self.memory.backend

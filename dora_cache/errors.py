@@ -11,6 +11,7 @@ __all__ = [
     "AdapterNotFoundError",
     "AlreadyAttachedError",
     "BackendError",
+    "BakedError",
     "CacheWarning",
     "CapError",
     "ConfigError",
@@ -52,6 +53,10 @@ class NothingToCacheError(DoraCacheError, ValueError):
 
 class PinError(ConfigError):
     """What is pinned would take more than the cap."""
+
+
+class BakedError(DoraCacheError, RuntimeError):
+    """The model cannot be exported with constants, or was changed while it was."""
 
 
 class CapError(DoraCacheError):

@@ -33,6 +33,7 @@ __all__ = [
     "measure_coverage",
     "nothing_as_markdown",
     "page",
+    "sizes_of",
     "summary",
 ]
 
@@ -146,7 +147,8 @@ def _examples(kinds: Sequence[str] | None) -> list[tuple[str, Example]]:
     ]
 
 
-def _sizes(example: Example, size: int) -> tuple[int, int]:
+def sizes_of(example: Example, size: int) -> tuple[int, int]:
+    """Return the inputs and outputs of an example's layer; see :func:`measure_coverage`."""
     name = example.base.name
     if "Conv" in name:
         return size // 8, size // 8
@@ -162,7 +164,7 @@ def _measure(
     seconds: float,
     dtype: torch.dtype,
 ) -> Covered:
-    inputs, outputs = _sizes(example, size)
+    inputs, outputs = sizes_of(example, size)
     layer = f"{example.base.name}({inputs}, {outputs})"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

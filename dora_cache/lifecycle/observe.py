@@ -20,10 +20,12 @@ from dora_cache.lifecycle.offloading import rebind
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["POOL", "POOLED", "Observer", "observe", "plain_class", "reduce_as_plain"]
+__all__ = ["PLAIN", "POOL", "POOLED", "Observer", "observe", "plain_class", "reduce_as_plain"]
 
 _OBSERVER = "_dora_cache_observer"
-_PLAIN = "__dora_cache_plain__"
+PLAIN = "__dora_cache_plain__"
+"""Where the class of an observed module has the one that it was made from."""
+
 POOL = "_dora_cache_pool"
 """The attribute of a model that has the pool of its adapters."""
 
@@ -128,7 +130,7 @@ def observe(
 
 def plain_class(kind: type) -> type:
     """Return the class that an observed module had before, or the class itself."""
-    plain: type = getattr(kind, _PLAIN, kind)
+    plain: type = getattr(kind, PLAIN, kind)
     return plain
 
 
@@ -139,7 +141,7 @@ def _subclass(
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
-        _PLAIN: plain,
+        PLAIN: plain,
         "__reduce_ex__": _reduce_ex(plain),
     }
     if issubclass(plain, nn.Module):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import is_bare
 from dora_cache.reasons import Reason
 from dora_cache.recipes.hooks import UnusualError
@@ -36,7 +37,10 @@ def dense_base(layer: nn.Module) -> Any:
     A weight that is quantized, sharded or computed by a parametrization is left to PEFT.
     """
     base = base_layer(layer)
-    return base if type(base._parameters.get("weight")) is nn.Parameter else None
+    if type(base._parameters.get("weight")) is nn.Parameter:
+        return base
+    # An exporter has put a tensor of its own in the parameter's place.
+    return base if getattr(layer.__dict__.get(SLOT), "dense", False) else None
 
 
 def require_dense(layer: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dora_cache.decorator import cached
 from dora_cache.reasons import Reason
-from dora_cache.recipes.bases import require_dense
+from dora_cache.recipes.bases import dense_base, require_dense
 from dora_cache.recipes.blocks import rotate
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
 from dora_cache.recipes.hooks import (
@@ -160,7 +160,7 @@ def _conv(layer: Any, x: Tensor) -> Tensor | None:
     if not adapters:
         return None
     base = layer.base_layer
-    if not _is_just(base, nn.Conv2d):
+    if not _is_just(layer, nn.Conv2d):
         require_dense(layer)
         msg = f"the base layer is a {type(base).__name__}"
         raise UnusualError(msg)
@@ -178,8 +178,9 @@ def _conv(layer: Any, x: Tensor) -> Tensor | None:
     return result.to(x.dtype)
 
 
-def _is_just(base: nn.Module, kind: type) -> bool:
-    return type(base) is kind and type(base._parameters.get("weight")) is nn.Parameter
+def _is_just(layer: Any, kind: type) -> bool:
+    base = layer.base_layer
+    return type(base) is kind and dense_base(layer) is base
 
 
 # numerics="fast": the blocks alone
@@ -251,7 +252,7 @@ _fast_hook = guard(
 
 
 def _warm_conv(layer: Any, adapter: str) -> object:
-    if _is_just(layer.base_layer, nn.Conv2d):
+    if _is_just(layer, nn.Conv2d):
         return _weight(layer, *_like_base(layer), adapter)
     return None
 

@@ -29,6 +29,7 @@ from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import bring, plain_class
 from dora_cache.reasons import Reason
+from dora_cache.recipes.baking import DIRECT
 from dora_cache.recipes.fingerprints import changed
 from dora_cache.recipes.peft_layers import (
     base_layer,
@@ -178,6 +179,12 @@ def guard(
                     binding.passed_by(reason)
         return plain_class(type(self)).forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
+    def direct(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or (kwargs and kwargs.keys() != allowed):
+            return None
+        return forward(self, x, **kwargs)
+
+    setattr(guarded, DIRECT, direct)
     guarded.__name__ = "forward"  # by which methods that are bound to it are pickled
     return Hook("forward", guarded, warm)
 

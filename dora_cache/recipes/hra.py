@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d as convolve
 from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
-from dora_cache.recipes.bases import require_dense
+from dora_cache.recipes.bases import dense_base, require_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 
@@ -75,15 +75,16 @@ def _usual(layer: Any, kind: type) -> Sequence[str]:
     Raises:
         UnusualError: the base layer is another one, or its weight is no ordinary parameter.
     """
-    if not _is_just(layer.base_layer, kind):
+    if not _is_just(layer, kind):
         require_dense(layer)
         msg = f"the base layer is a {type(layer.base_layer).__name__}"
         raise UnusualError(msg)
     return active_in(layer, "hra_u")
 
 
-def _is_just(base: nn.Module, kind: type) -> bool:
-    return type(base) is kind and type(base._parameters.get("weight")) is nn.Parameter
+def _is_just(layer: Any, kind: type) -> bool:
+    base = layer.base_layer
+    return type(base) is kind and dense_base(layer) is base
 
 
 def _input(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def _is_narrow(layer: Any, dtype: torch.dtype, adapters: Sequence[str]) -> bool:
 
 def _warm(layer: Any, adapter: str) -> object:
     base = layer.base_layer
-    if _is_just(base, nn.Linear) or _is_just(base, nn.Conv2d):
+    if _is_just(layer, nn.Linear) or _is_just(layer, nn.Conv2d):
         return _weight(layer, base.weight.device, adapter)
     return None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
+from dora_cache.recipes.baking import DIRECT
 from dora_cache.recipes.hooks import Hook, optional_parameter
 from dora_cache.recipes.peft_layers import base_layer
 
@@ -60,4 +61,5 @@ def delta_hook(owner: type, name: str, factors: Callable[[Any, str], Iterator[ob
             return delta
         return stored(self, adapter_name)
 
+    setattr(get_delta_weight, DIRECT, get_delta_weight)
     return Hook("get_delta_weight", get_delta_weight, stored)

@@ -30,7 +30,12 @@ from dora_cache.recipes.dora.values import (
     offloaded_scale,
     stored_scale,
 )
-from dora_cache.recipes.dora.variants import CachedVariant, cached_variant, kind_of
+from dora_cache.recipes.dora.variants import (
+    CachedVariant,
+    bake_variant,
+    cached_variant,
+    kind_of,
+)
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d, embedding
 from dora_cache.recipes.peft_layers import derive_ahead, follow_layer
 
@@ -93,6 +98,7 @@ class _Dora:
         binding = follow_layer(cache, layer, self, overrides)
         if binding.warmers is None:
             binding.warmers = _warmers
+            binding.bake = bake_variant
             binding.undo.callback(_restore, weakref.ref(layer))
         for adapter, variant in known.items():
             if not isinstance(variant, CachedVariant):

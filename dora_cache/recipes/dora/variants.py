@@ -29,6 +29,7 @@ from dora_cache.recipes.dora.values import (
     buffered_fast,
     depends_on,
     fast_depends_on,
+    fast_scale,
     has_offloaded,
     parameters_of,
     same,
@@ -37,10 +38,19 @@ from dora_cache.recipes.dora.values import (
 from dora_cache.recipes.peft_layers import drops, why_training
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dora_cache.binding import Binding
     from dora_cache.recipes.dora.bound import Bound
 
-__all__ = ["CachedVariant", "cached_variant", "kind_of", "stands_aside", "why_unusual"]
+__all__ = [
+    "CachedVariant",
+    "bake_variant",
+    "cached_variant",
+    "kind_of",
+    "stands_aside",
+    "why_unusual",
+]
 
 
 _PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -155,6 +165,36 @@ def cached_variant(plain: Any, numerics: str) -> Any:
         "numerics": numerics,
     }
     return type(plain.__name__, (CachedVariant, plain), namespace)
+
+
+class _BakedVariant:
+    """Stands in for a variant of PEFT's in a copy of a layer whose scales are buffers.
+
+    Args:
+        kind: of the arithmetic; see :func:`kind_of`.
+        names: of the buffers that have what :func:`fast_scale` returns.
+    """
+
+    def __init__(self, kind: str, names: list[str]) -> None:
+        self._forward = FORWARDS["fast", kind]
+        self._names = names
+
+    def forward(
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        """Return the layer's output; by the fewest operations, in float32 where it matters."""
+        values = tuple([module._buffers[name] for name in self._names])
+        scaling = module.scaling[active_adapter]
+        return self._forward(module, active_adapter, x, result, (*values, scaling))
+
+
+def bake_variant(layer: Any, adapter: str, keep: Callable[[str, Any], list[str]]) -> None:
+    """Make an adapter's scale a constant of a copy of its layer."""
+    variant = layer.lora_variant.get(adapter)
+    kind = "" if variant is None else kind_of(type(variant))
+    if kind and why_unusual(layer, adapter) is None:
+        names = keep("DoRA scale, fast", fast_scale.__wrapped__(layer, adapter))
+        layer.lora_variant[adapter] = _BakedVariant(kind, names)
 
 
 def stands_aside(layer: Any, adapter: str) -> bool:
