@@ -29,6 +29,7 @@ from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import bring, plain_class
 from dora_cache.reasons import Reason
+from dora_cache.recipes.compiled import view_of, viewed
 from dora_cache.recipes.fingerprints import changed
 from dora_cache.recipes.peft_layers import (
     base_layer,
@@ -65,8 +66,7 @@ __all__ = [
 class UnusualError(UncheckableError):
     """A layer is not as a recipe knows it; its library's own code runs, and nothing is stored."""
 
-    def __init__(self, text: str, reason: Reason = Reason.UNUSUAL_PART) -> None:
-        super().__init__(text, reason)
+    usual = Reason.UNUSUAL_PART
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +151,23 @@ def guard(
     """
     allowed = {keyword}
 
+    def traced(self: Any, x: Any, args: Any, kwargs: Any) -> Tensor | None:
+        if args or (kwargs and kwargs.keys() != allowed) or torch.is_autocast_enabled(x.device.type):
+            return None
+        view = view_of(self)
+        if view is None or wants_gradients(view):
+            return None
+        try:
+            return forward(view, x, **kwargs)
+        except UncheckableError:
+            return None
+
     def guarded(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            result = traced(self, x, args, kwargs)
+            if result is not None:
+                return result
+        else:
             binding = self.__dict__.get(SLOT)
             if binding is not None and not (
                 (self._disable_adapters or self.merged_adapters)  # some have the class's
@@ -372,7 +387,9 @@ class LayerRecipe:
             return False
         if self.adapters is not None:
             self._check_adapters(layer, self.adapters)
-        binding = self.follow(cache, layer, self, {hook.method: hook.function for hook in hooks})
+        overrides = {hook.method: hook.function for hook in hooks}
+        overrides.setdefault("forward", viewed(plain.forward))  # type: ignore[attr-defined]
+        binding = self.follow(cache, layer, self, overrides)
         binding.warmers = partial(_warmers, self.adapters, hooks)
         return bool(_names(layer, self.adapters))
 

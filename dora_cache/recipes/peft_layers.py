@@ -15,6 +15,7 @@ from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, stays_in_place, weights_in_place
 from dora_cache.reasons import Reason
+from dora_cache.recipes.compiled import Holder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -240,6 +241,7 @@ def follow_layer(
     if bound is not None and bound.cache is cache:
         return bound
     binding = cache.bind(layer)
+    holder = Holder(binding, _active_in)
 
     def base_written(layer: BaseTunerLayer, *_: object, **__: object) -> None:
         # merge and unmerge write through .data, which version counters do not see.
@@ -259,6 +261,10 @@ def follow_layer(
         # Of every adapter: training may write to others than those that it trains.
         cache.event(binding)
 
+    def assigned(_: object) -> None:
+        if holder.used:
+            holder.update()
+
     def changed(*_: object, **__: object) -> None:
         # Eager calls compare what they depend on. Compiled code does not: its buffers are refilled.
         cache.revalidate(binding)
@@ -268,6 +274,7 @@ def follow_layer(
         moved=changed,
         loaded=changed,
         assigned={"scaling": changed},
+        changed=assigned,
         calls={
             "set_scale": changed,
             "scale_layer": changed,
@@ -283,6 +290,19 @@ def follow_layer(
     return binding
 
 
+def _active_in(layer: Any) -> Sequence[str]:
+    """Return the active adapters of a layer, of those that it has; for compiled code.
+
+    Raises:
+        UncheckableError: its adapters are disabled, or merged.
+    """
+    if layer._disable_adapters or layer.merged_adapters:
+        msg = "adapters are disabled or merged"
+        raise UncheckableError(msg)
+    parts = [getattr(layer, name, ()) for name in layer.adapter_layer_names]
+    return [name for name in layer.active_adapters if any(name in part for part in parts)]
+
+
 def follow_part(
     cache: Engine,
     parent: Binding,
@@ -295,6 +315,7 @@ def follow_part(
     if part.__dict__.get(SLOT) is not None:
         return
     binding = cache.bind(part, adapter=adapter)
+    Holder(binding, lambda _: (adapter,))
     binding.warmers = warmers
     binding.infers = lambda *_: parent.why_training(parent.owner)
     parent.adopt(binding)
@@ -324,6 +345,7 @@ def follow_module(
     if bound is not None and bound.cache is cache:
         return bound
     binding = cache.bind(layer)
+    Holder(binding, lambda _: ("",))
 
     def switched(layer: nn.Module) -> None:
         binding.trains = layer.training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,22 +21,14 @@ from dora_cache.ambient import functorch_stack
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import only_moves, reduce_as_plain
 from dora_cache.reasons import Reason
-from dora_cache.recipes.compiled import Buffer, prepare
 from dora_cache.recipes.dora.outputs import FORWARDS, OFFLOADED
 from dora_cache.recipes.dora.values import (
-    buffered,
-    buffered_fast,
-    depends_on,
-    fast_depends_on,
     has_offloaded,
-    parameters_of,
-    same,
     wants_gradient,
 )
 from dora_cache.recipes.peft_layers import drops, why_training
 
 if TYPE_CHECKING:
-    from dora_cache.binding import Binding
     from dora_cache.recipes.dora.bound import Bound
 
 __all__ = ["CachedVariant", "cached_variant", "kind_of", "stands_aside", "why_unusual"]
@@ -74,7 +65,6 @@ class CachedVariant:
 
     Attributes:
         original: PEFT's.
-        buffer: what compiled code reads.
         bound: the layer as bound to its stored value, where it is a linear one; or None.
         kind: of the arithmetic.
         numerics: likewise.
@@ -83,17 +73,9 @@ class CachedVariant:
     kind: str
     numerics: str
 
-    def __init__(self, original: Any, binding: Binding, adapter: str) -> None:
+    def __init__(self, original: Any) -> None:
         self.original = original
         self.bound: Bound | None = None
-        fast = self.numerics == "fast"
-        self.buffer = Buffer(
-            binding,
-            adapter,
-            partial(fast_depends_on if fast else depends_on, adapter=adapter),
-            partial(buffered_fast if fast else buffered, kind=self.kind, adapter=adapter),
-            partial(parameters_of, adapter=adapter),
-        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce_as_plain(self.original.__reduce_ex__(protocol))
@@ -104,7 +86,6 @@ def cached_variant(plain: Any, numerics: str) -> Any:
     """Return a subclass of a variant's class whose forward uses what is stored."""
     kind = kind_of(plain)
     forward = FORWARDS[numerics, kind]
-    readable = _readable if numerics == "fast" else _as_derived
 
     def run(
         module: Any,
@@ -113,24 +94,13 @@ def cached_variant(plain: Any, numerics: str) -> Any:
         result: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        if torch.compiler.is_compiling():
-            if (
-                module.__dict__.get(SLOT) is None  # a copy that shares this variant
-                or torch.compiler._is_exporting_flag  # torch 2.11 takes is_exporting() for True
-                or stands_aside(module, active_adapter)
-            ):
+        if torch.compiler.is_dynamo_compiling():
+            binding = module.__dict__.get(SLOT)
+            if binding is None or binding.reader is None or stands_aside(module, active_adapter):
                 return plain.forward(
                     module, active_adapter=active_adapter, x=x, result=result, **kwargs
                 )
-            buffers = None
-            if readable(module, active_adapter, x):
-                buffer = module.lora_variant[active_adapter].buffer
-                prepare(buffer.cache, active_adapter)
-                if buffer.values is not None and same(
-                    buffer.parameters, parameters_of(module, active_adapter)
-                ):
-                    buffers = buffer.values
-            return forward(module, active_adapter, x, result, buffers)
+            return forward(module, active_adapter, x, result)
         binding = module.__dict__.get(SLOT)
         reason = None
         if binding is not None:
@@ -160,10 +130,9 @@ def cached_variant(plain: Any, numerics: str) -> Any:
 def stands_aside(layer: Any, adapter: str) -> bool:
     """Whether compiled code has to run PEFT's own: see :func:`why_unusual`."""
     modules = layer._modules
-    if layer.training:
-        dropout = modules["lora_dropout"]._modules.get(adapter)
-        if layer.__dict__[SLOT].trains or (dropout is not None and drops(dropout)):
-            return True
+    dropout = modules["lora_dropout"]._modules.get(adapter)
+    if dropout is not None and drops(dropout):
+        return True
     for name in _PARTS:
         part = modules[name]._modules.get(adapter)
         if part is not None and (
@@ -211,15 +180,3 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
             ):
                 return Reason.UNUSUAL_PART
     return None
-
-
-def _readable(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
-    """Whether compiled code may read buffers here: with gradients it needs the magnitude."""
-    return not wants_gradient(layer, adapter)
-
-
-def _as_derived(layer: Any, adapter: str, x: Tensor) -> bool:
-    """Whether PEFT would derive here what is buffered: autocast and the input's dtype matter."""
-    if not _readable(layer, adapter, x) or torch.is_autocast_enabled(x.device.type):
-        return False
-    return adapter not in layer.lora_A or x.dtype == layer.lora_A[adapter].weight.dtype
