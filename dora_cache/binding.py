@@ -64,13 +64,18 @@ class Holder(Protocol):
     Attributes:
         used: whether compiled code has ever asked for it.
         form: a number; 0 while compiled code can read nothing.
+        lease: stands for bytes that are no buffer's.
     """
 
     used: bool
     form: int
+    lease: Buffer
 
     def update(self) -> int:
         """Derive again what no longer holds; return how many values. Never raises."""
+
+    def refresh(self) -> int:
+        """Do so for adapters that are not active as well."""
 
     def close(self) -> None:
         """Show compiled code nothing any more; the lock is held."""

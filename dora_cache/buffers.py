@@ -57,8 +57,11 @@ class Buffers(Uncopyable):
             binding.buffers[key] = buffer
 
     def all(self) -> list[Buffer]:
-        """Return every buffer."""
-        return [buffer for one in list(self._bindings()) for buffer in list(one.buffers.values())]
+        """Return every buffer, and what else takes bytes."""
+        leases = [one.lease for one in self.holders()]
+        return leases + [
+            buffer for one in list(self._bindings()) for buffer in list(one.buffers.values())
+        ]
 
     def holders(self) -> list[Any]:
         """Return what compiled code may read, owner by owner."""
@@ -98,6 +101,7 @@ class Buffers(Uncopyable):
     def drop_all(self, binding: Binding) -> None:
         """Free the memory of all buffers of a binding; the lock is held."""
         if binding.holder is not None:
+            self._drop(binding.holder.lease)
             binding.holder.close()
         while binding.buffers:
             self._drop(binding.buffers.popitem()[1])

@@ -107,7 +107,7 @@ class AdapterCache:
             DetachedError: the cache is detached.
         """
         self._check_open()
-        return sum(holder.update() for holder in self._engine.buffers.holders())
+        return sum(holder.refresh() for holder in self._engine.buffers.holders())
 
     @contextmanager
     def bypass(self) -> Iterator[None]:

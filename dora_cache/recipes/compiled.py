@@ -28,6 +28,7 @@ import functools
 import itertools
 import threading
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from dora_cache.ambient import environment, untraceable
 from dora_cache.backends.storage import storage_bytes
+from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT, derivations
 from dora_cache.dependencies import listed
@@ -122,12 +124,13 @@ class Buffer(Uncopyable):
 
     Args:
         holder: of the layer.
-        slot: the holder's attribute that shows it.
+        number: the call's.
         derivation: derives it.
         args: the arguments, without the layer; adapters by their own names.
         kwargs: keyword arguments.
 
     Attributes:
+        slot: the holder's attribute that shows it.
         adapters: the names of the adapters that were active.
         values: what compiled code reads; None while that does not hold.
         facts: what the values were derived from; None if there are none.
@@ -138,7 +141,7 @@ class Buffer(Uncopyable):
     def __init__(
         self,
         holder: Holder,
-        slot: str,
+        number: int,
         derivation: Derivation,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -148,7 +151,8 @@ class Buffer(Uncopyable):
         self.facts: Facts | None = None
         self.stale = True
         self.nbytes = 0
-        self.slot = slot
+        self.number = number
+        self.slot = f"v{number}"
         self.outputs: list[tuple[Any, ...]] | None = None
         self._holder = holder
         self._derivation = derivation
@@ -317,7 +321,7 @@ class Holder(Uncopyable):
         self._binding = weakref.ref(binding)
         self._active = active
         self._scalings: dict[str, Tensor] = {}
-        self._lease = _Lease()
+        self.lease = _Lease(self)
         self._updating = threading.RLock()
         self._busy = False
         self._surprises = 0
@@ -372,12 +376,24 @@ class Holder(Uncopyable):
         if buffer.adapters == self.names:
             self.__dict__[buffer.slot] = buffer.values
 
+    def clear(self) -> None:
+        """Have no view until it is made again; the lock is held."""
+        self.view, self.form, self.tensors = None, 0, ()
+
     def close(self) -> None:
         """Show nothing any more; the lock is held."""
-        self.view, self.form, self.tensors, self.used = None, 0, (), False
+        self.clear()
+        self.used = False
+        self._scalings.clear()
 
-    def update(self) -> int:
+    def update(self, *, traced: bool = False) -> int:
         """Bring the view up to date, and the values that compiled code reads of it.
+
+        If time and again a trace finds that it no longer holds, each time may have been a
+        recompilation (weights come and go with offloading, for example): then it is given up.
+
+        Args:
+            traced: whether a layer is being traced.
 
         Returns:
             How many values were derived.
@@ -390,11 +406,15 @@ class Holder(Uncopyable):
                 return 0
             self._busy = True
             try:
-                return self._update(binding)
+                return self._update(binding, traced=traced) + sum(
+                    member.holder.update()
+                    for member in with_children(binding)
+                    if member is not binding and member.holder is not None
+                )
             finally:
                 self._busy = False
 
-    def _update(self, binding: Binding) -> int:
+    def _update(self, binding: Binding, *, traced: bool) -> int:
         owner, cache = binding.owner, binding.cache
         if owner is None or cache.closed:
             return 0
@@ -407,11 +427,19 @@ class Holder(Uncopyable):
             names, view = (), None
         if view is None:
             with cache.mutex.held():
-                self.view, self.form, self.tensors = None, 0, ()
+                self.clear()
             return 0
         places, tensors, form = _form(view)
+        others = (
+            self.view is not None
+            and names == self.names
+            and any([one is not two for one, two in zip(tensors, self.tensors, strict=False)])
+        )
         with cache.mutex.held():
-            switched = names != self.names
+            if traced and others and self._is_surprised():
+                self.clear()
+                return 0
+            switched, known = names != self.names, form == self.form
             self.names, self.tensors, self.form, self.view = names, tensors, form, view
             self.device = tensors[0].device.type if tensors else "cpu"
             _known.places.setdefault(form, places)
@@ -419,14 +447,46 @@ class Holder(Uncopyable):
             if switched:
                 for slot in [name for name in self.__dict__ if name[1:].isdigit()]:
                     self.__dict__[slot] = None
-        return sum(self.want(call) for call in list(wanted))
+            for key, buffer in list(binding.buffers.items()):
+                if buffer.adapters == names and buffer.number not in wanted:  # of another form
+                    cache.buffers.drop(binding.buffers.pop(key))
+        derived = sum(self.want(call) for call in list(wanted))
+        if traced and known and derived:
+            self._is_surprised()
+        return derived
+
+    def _is_surprised(self) -> bool:
+        """Take note that what was traced no longer holds; return whether to give up.
+
+        Without its values, a layer derives them in the graph.
+        """
+        self._surprises += 1
+        binding = self._binding()
+        if self._surprises <= _SURPRISES or binding is None:
+            return False
+        for buffer in list(binding.buffers.values()):
+            binding.cache.buffers.drop(buffer)
+        return True
+
+    def refresh(self) -> int:
+        """Do as :meth:`update`, for adapters that are not active as well."""
+        found = self.update()
+        binding = self._binding()
+        if binding is not None and self.used:
+            found += sum(buffer.fill() for buffer in list(binding.buffers.values()))
+        return found
 
     def want(self, number: int) -> bool:
         """Have the value of a call there; return whether it was derived."""
         self.__dict__.setdefault(f"v{number}", None)
         buffer = self._buffer(number)
         cache = self.engine
-        if buffer is None or cache is None or cache.compares_contents:
+        if (
+            buffer is None
+            or cache is None
+            or cache.compares_contents
+            or self._surprises > _SURPRISES
+        ):
             return False
         filled = buffer.fill()
         with cache.mutex.held():
@@ -448,7 +508,7 @@ class Holder(Uncopyable):
             real = {canonical: name for name, canonical in _canonical(self.names).items()}
             buffer = Buffer(
                 self,
-                f"v{number}",
+                number,
                 derivation,
                 tuple(real.get(one, one) if type(one) is str else one for one in call.args),
                 {name: real.get(one, one) for name, one in call.kwargs},
@@ -520,7 +580,7 @@ class Holder(Uncopyable):
                 others = [one for key, one in self._scalings.items() if key != known]
                 nbytes = storage_bytes((*others, tensor))
                 cache = self.engine
-                if cache is None or not cache.buffers.reserve(self._lease, nbytes, like.device):
+                if cache is None or not cache.buffers.reserve(self.lease, nbytes, like.device):
                     found[known] = value
                     continue
                 torch._dynamo.mark_static_address(tensor)
@@ -535,13 +595,27 @@ class _Lease(Uncopyable):
     """Bytes set aside for scalings."""
 
     adapters = ()
+    stale = False
 
-    def __init__(self) -> None:
+    def __init__(self, holder: Holder) -> None:
         self.nbytes = 0
+        self._holder = holder
 
     def drop(self) -> None:
-        """Give them back; compiled code goes on to read the numbers."""
+        """Give them back; the cache's lock is held."""
         self.nbytes = 0
+        self._holder.clear()
+        self._holder._scalings.clear()
+
+    def void(self) -> None:
+        """Leave it as it is: updates set scalings anew."""
+
+    def publish(self, values: object) -> None:
+        """Leave it as it is."""
+
+    def derived_from(self, storages: set[int]) -> bool:  # noqa: ARG002
+        """Whether it holds derived values: it does not."""
+        return False
 
 
 def view_of(layer: Any) -> Any:
@@ -580,7 +654,8 @@ def viewed(plain: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_dynamo_compiling():
             view = view_of(self)
             if view is not None:
-                return plain(view, *args, **kwargs)
+                with suppress(UncheckableError):
+                    return plain(view, *args, **kwargs)
         return plain(self, *args, **kwargs)
 
     return forward
@@ -612,7 +687,7 @@ def _prepare(cache: str) -> bool:
             _prepared[living] = weakref.ref(context)
         for holder in living.buffers.holders():
             holder.used = True
-            holder.update()
+            holder.update(traced=True)
     return True
 
 
@@ -732,12 +807,13 @@ def _form(view: Any) -> tuple[tuple[tuple[str, ...], ...], tuple[Tensor, ...], i
                 if type(tensor) in _EXACT:
                     places.append((*path, kind, name))
                     tensors.append(tensor)
-                    signs.append((places[-1], *_output(tensor), tensor.requires_grad))
+                    signs.append((places[-1], *_output(tensor)))
     for name, value in view.__dict__.items():
         if type(value) in _PLAIN:
             signs.append((name, value))
         elif type(value) is dict:
-            signs += [(name, k, v) for k, v in value.items() if type(v) in _PLAIN]
+            # No text: it may name the layer.
+            signs += [(name, k, v) for k, v in value.items() if type(v) in _PLAIN - {str}]
     return tuple(places), tuple(tensors), _known.number(_known.forms, tuple(signs))
 
 

@@ -315,7 +315,12 @@ def follow_part(
     if part.__dict__.get(SLOT) is not None:
         return
     binding = cache.bind(part, adapter=adapter)
-    Holder(binding, lambda _: (adapter,))
+
+    def active(_: object) -> Sequence[str]:
+        owner: Any = parent.owner
+        return (adapter,) if adapter in owner.active_adapters else ()
+
+    Holder(binding, active)
     binding.warmers = warmers
     binding.infers = lambda *_: parent.why_training(parent.owner)
     parent.adopt(binding)

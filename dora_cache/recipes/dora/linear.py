@@ -7,6 +7,7 @@ between.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from dora_cache.facts import UncheckableError
 from dora_cache.recipes.compiled import view_of
 from dora_cache.recipes.dora.bound import bind
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
@@ -60,8 +62,12 @@ def _forward(plain: Any, *, ordinary: bool, fast: bool) -> Callable[..., Tensor]
             return result
         if torch.compiler.is_dynamo_compiling():
             view = view_of(self)
-            found = _traced(view, x, fast=fast) if ordinary and view is not None else None
-            result = plain(self if view is None else view, x) if found is None else found
+            if view is not None:
+                with suppress(UncheckableError):
+                    found = _traced(view, x, fast=fast) if ordinary else None
+                    result = plain(view, x) if found is None else found
+                    return result
+            result = plain(self, x)
             return result
         state = self.__dict__  # past nn.Module.__getattr__, which costs more than all the rest
         active = state["_active_adapter"]

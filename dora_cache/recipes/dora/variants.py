@@ -96,7 +96,12 @@ def cached_variant(plain: Any, numerics: str) -> Any:
     ) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
             binding = module.__dict__.get(SLOT)
-            if binding is None or binding.reader is None or stands_aside(module, active_adapter):
+            if (
+                binding is None  # a copy that shares this variant
+                or torch.compiler._is_exporting_flag
+                or (module.training and binding.reader is None and binding.trains)
+                or stands_aside(module, active_adapter)
+            ):
                 return plain.forward(
                     module, active_adapter=active_adapter, x=x, result=result, **kwargs
                 )
