@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from dora_cache.decorator import Derivation
     from dora_cache.engine import Engine
 
-__all__ = ["Buffer", "Holder", "view_of", "viewed"]
+__all__ = ["Buffer", "Holder", "opaque", "view_of", "viewed"]
 
 _ATTEMPTS = 3
 _SURPRISES = 3  # below PyTorch's limit of recompilations
@@ -306,6 +306,9 @@ class Holder(Uncopyable):
         device: the type of the layer's device.
         handle: a number that stands for the holder, as a tensor: no guard is on its value.
         used: whether compiled code has ever asked for it.
+        idle: whether the layer has none of the active adapters.
+        stand_in: what compiled code runs in place of the layer's base module; see ``stands``.
+        stands: called with the layer; returns that. None if compiled code runs the base module.
     """
 
     def __init__(self, binding: Binding, active: Callable[[Any], Sequence[str]]) -> None:
@@ -315,6 +318,9 @@ class Holder(Uncopyable):
         self.view: Any = None
         self.tensors: tuple[Tensor, ...] = ()
         self.used = False
+        self.idle = False
+        self.stand_in: Any = None
+        self.stands: Callable[[Any], Any] | None = None
         self.device = "cpu"
         number = next(_known.handles)
         self.handle = torch.tensor(number, device="cpu")
@@ -376,9 +382,14 @@ class Holder(Uncopyable):
         if buffer.adapters == self.names:
             self.__dict__[buffer.slot] = buffer.values
 
+    def changed(self) -> None:
+        """Follow something that has happened to the layer or a part of it."""
+        if self.used:
+            self.update()
+
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""
-        self.view, self.form, self.tensors = None, 0, ()
+        self.view, self.form, self.tensors, self.stand_in = None, 0, (), None
 
     def close(self) -> None:
         """Show nothing any more; the lock is held."""
@@ -419,12 +430,17 @@ class Holder(Uncopyable):
         if owner is None or cache.closed:
             return 0
         try:
-            names = () if binding.why_training(owner) else tuple(self._active(owner))
+            if binding.why_training(owner) is not None:
+                raise UncheckableError("it trains")
+            names = tuple(self._active(owner))
             view = self._view(owner, names) if names else None
+            stand_in = self.stands(owner) if self.stands is not None and names else None
+            self.idle = not names
         except Exception as error:
             if not isinstance(error, (UncheckableError, KeyError, AttributeError)):
                 cache.failed("preparing a layer for compiled code", error)
             names, view = (), None
+            self.idle = False
         if view is None:
             with cache.mutex.held():
                 self.clear()
@@ -438,9 +454,11 @@ class Holder(Uncopyable):
         with cache.mutex.held():
             if traced and others and self._is_surprised():
                 self.clear()
+                cache.buffers.drop(self.lease)
                 return 0
             switched, known = names != self.names, form == self.form
             self.names, self.tensors, self.form, self.view = names, tensors, form, view
+            self.stand_in = stand_in
             self.device = tensors[0].device.type if tensors else "cpu"
             _known.places.setdefault(form, places)
             wanted = cache.buffers.wanted.get(form, ())
@@ -743,6 +761,30 @@ def _derive_fake(handle: Tensor, form: int, call: int) -> list[Tensor]:
 
 _library.impl("derive", _derive, "CompositeExplicitAutograd")
 torch.library.register_fake("dora_cache::derive", _derive_fake, lib=_library)
+
+
+def opaque(
+    signature: str, function: Callable[..., Tensor], like: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Return a function whose operations compiled code calls, and does not look into.
+
+    Args:
+        signature: the operator's name, arguments and result, as
+            :meth:`torch.library.Library.define` takes them.
+        function: what it does, for inference; the result is contiguous.
+        like: called likewise; returns an empty tensor like the result.
+    """
+    name = signature.partition("(")[0]
+    _library.define(signature)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dora_cache::{name}", like, lib=_library)
+    operator: Any = getattr(torch.ops.dora_cache, name)
+
+    def call(*args: Any) -> Tensor:
+        found: Tensor = (operator if torch.compiler.is_dynamo_compiling() else function)(*args)
+        return found
+
+    return call
 
 
 # Making views

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -151,22 +152,29 @@ def guard(
     """
     allowed = {keyword}
 
-    def traced(self: Any, x: Any, args: Any, kwargs: Any) -> Tensor | None:
-        if args or (kwargs and kwargs.keys() != allowed) or torch.is_autocast_enabled(x.device.type):
-            return None
-        view = view_of(self)
-        if view is None or wants_gradients(view):
+    def traced(view: Any, x: Any, args: Any, kwargs: Any) -> Tensor | None:
+        if (
+            args
+            or (kwargs and kwargs.keys() != allowed)
+            or torch.is_autocast_enabled(x.device.type)
+            or wants_gradients(view)
+        ):
             return None
         try:
             return forward(view, x, **kwargs)
-        except UncheckableError:
+        except UnusualError:
             return None
 
     def guarded(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            result = traced(self, x, args, kwargs)
-            if result is not None:
-                return result
+            view = view_of(self)
+            if view is not None:
+                with suppress(UncheckableError):
+                    result = traced(view, x, args, kwargs)
+                    if result is not None:
+                        return result
+                    plain: Any = plain_class(type(self))
+                    return plain.forward(view, x, *args, **kwargs)
         else:
             binding = self.__dict__.get(SLOT)
             if binding is not None and not (

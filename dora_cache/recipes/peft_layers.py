@@ -261,10 +261,6 @@ def follow_layer(
         # Of every adapter: training may write to others than those that it trains.
         cache.event(binding)
 
-    def assigned(_: object) -> None:
-        if holder.used:
-            holder.update()
-
     def changed(*_: object, **__: object) -> None:
         # Eager calls compare what they depend on. Compiled code does not: its buffers are refilled.
         cache.revalidate(binding)
@@ -274,7 +270,7 @@ def follow_layer(
         moved=changed,
         loaded=changed,
         assigned={"scaling": changed},
-        changed=assigned,
+        changed=lambda _: holder.changed(),
         calls={
             "set_scale": changed,
             "scale_layer": changed,
