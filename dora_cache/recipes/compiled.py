@@ -871,7 +871,7 @@ def _modules_in(
     seen.add(id(module))
     yield path, module
     for name, part in module._modules.items():
-        if part is not None:
+        if part is not None and SLOT not in part.__dict__:  # else it has a holder of its own
             yield from _modules_in(part, (*path, name), seen)
 
 

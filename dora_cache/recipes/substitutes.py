@@ -226,7 +226,7 @@ def _reader(name: str) -> property:
             weight = _here.weights.get((id(module), name))
             if weight is not None:
                 return weight
-        elif _SUBSTITUTES in state:
+        elif name in state.get(_SUBSTITUTES, ()):
             holder, derive, index = state[_SUBSTITUTES][name]
             view = holder.view
             if view is not None:
