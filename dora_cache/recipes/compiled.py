@@ -307,6 +307,7 @@ class Holder(Uncopyable):
         handle: a number that stands for the holder, as a tensor: no guard is on its value.
         used: whether compiled code has ever asked for it.
         idle: whether the layer has none of the active adapters.
+        dependants: holders of layers to which it matters what this layer's active adapters are.
         stand_in: what compiled code runs in place of the layer's base module; see ``stands``.
         stands: called with the layer; returns that. None if compiled code runs the base module.
     """
@@ -319,6 +320,7 @@ class Holder(Uncopyable):
         self.tensors: tuple[Tensor, ...] = ()
         self.used = False
         self.idle = False
+        self.dependants: weakref.WeakSet[Holder] = weakref.WeakSet()
         self.stand_in: Any = None
         self.stands: Callable[[Any], Any] | None = None
         self.device = "cpu"
@@ -384,8 +386,9 @@ class Holder(Uncopyable):
 
     def changed(self) -> None:
         """Follow something that has happened to the layer or a part of it."""
-        if self.used:
-            self.update()
+        for holder in (self, *self.dependants):
+            if holder.used:
+                holder.update()
 
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""

@@ -121,12 +121,14 @@ def _next(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 def _stand_in(layer: Any) -> Any:
     """Return what compiled code runs in the attention module's place."""
-    adapter = _adapter(layer)
-    if adapter is None:
+    holder = layer.__dict__[SLOT].holder
+    base, out, projection = _parts(layer)
+    followed = out.__dict__.get(SLOT)
+    if followed is not None:  # PEFT switches it after the layer
+        followed.holder.dependants.add(holder)
+    if _adapter(layer) is None:
         msg = "there is no adapter"
         raise UnusualError(msg)
-    base, out, projection = _parts(layer)
-    holder = layer.__dict__[SLOT].holder
     inner = stand_in(projection, {"weight": Substitute(holder, _next, 1)})
     around = stand_in(out, {}, {"base_layer": inner})
     return stand_in(base, {"in_proj_weight": Substitute(holder, _next, 0)}, {"out_proj": around})
