@@ -296,6 +296,7 @@ class Holder(Uncopyable):
         binding: the layer's.
         active: called with the layer; returns the names of its active adapters, in order. It raises
             an UncheckableError if the library's own code has to run at present.
+        shallow: whether the layer's modules and parameters are no matter of the view's.
 
     Attributes:
         cache: a string that stands for the cache.
@@ -308,11 +309,16 @@ class Holder(Uncopyable):
         used: whether compiled code has ever asked for it.
         idle: whether the layer has none of the active adapters.
         dependants: holders of layers to which it matters what this layer's active adapters are.
-        stand_in: what compiled code runs in place of the layer's base module; see ``stands``.
-        stands: called with the layer; returns that. None if compiled code runs the base module.
+        finish: called with the layer and a view of it that has just been made; completes the view.
     """
 
-    def __init__(self, binding: Binding, active: Callable[[Any], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        binding: Binding,
+        active: Callable[[Any], Sequence[str]],
+        *,
+        shallow: bool = False,
+    ) -> None:
         self.cache = f"cache {binding.cache.token}"
         self.names: tuple[str, ...] = ()
         self.form = 0
@@ -321,8 +327,8 @@ class Holder(Uncopyable):
         self.used = False
         self.idle = False
         self.dependants: weakref.WeakSet[Holder] = weakref.WeakSet()
-        self.stand_in: Any = None
-        self.stands: Callable[[Any], Any] | None = None
+        self.finish: Callable[[Any, Any], None] | None = None
+        self.shallow = shallow
         self.device = "cpu"
         number = next(_known.handles)
         self.handle = torch.tensor(number, device="cpu")
@@ -392,7 +398,7 @@ class Holder(Uncopyable):
 
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""
-        self.view, self.form, self.tensors, self.stand_in = None, 0, (), None
+        self.view, self.form, self.tensors = None, 0, ()
 
     def close(self) -> None:
         """Show nothing any more; the lock is held."""
@@ -437,7 +443,8 @@ class Holder(Uncopyable):
                 raise UncheckableError("it trains")
             names = tuple(self._active(owner))
             view = self._view(owner, names) if names else None
-            stand_in = self.stands(owner) if self.stands is not None and names else None
+            if view is not None and self.finish is not None:
+                self.finish(owner, view)
             self.idle = not names
         except Exception as error:
             if not isinstance(error, (UncheckableError, KeyError, AttributeError)):
@@ -448,7 +455,7 @@ class Holder(Uncopyable):
             with cache.mutex.held():
                 self.clear()
             return 0
-        places, tensors, form = _form(view)
+        places, tensors, form = _form(view, shallow=self.shallow)
         others = (
             self.view is not None
             and names == self.names
@@ -461,7 +468,6 @@ class Holder(Uncopyable):
                 return 0
             switched, known = names != self.names, form == self.form
             self.names, self.tensors, self.form, self.view = names, tensors, form, view
-            self.stand_in = stand_in
             self.device = tensors[0].device.type if tensors else "cpu"
             _known.places.setdefault(form, places)
             wanted = cache.buffers.wanted.get(form, ())
@@ -555,28 +561,14 @@ class Holder(Uncopyable):
     def _view(self, owner: Any, names: tuple[str, ...]) -> Any:
         """Make a view of a layer; it shares its modules and parameters."""
         canonical = _canonical(names)
-        view = object.__new__(type(owner))
-        state = dict(owner.__dict__)
-        others = set(getattr(owner, "adapter_layer_names", ())) | set(
-            getattr(owner, "other_param_names", ())
-        )
-        modules = dict(state["_modules"])
-        for table in (state, modules):
-            for name, value in table.items():
-                if name in _OF_MODULES:
-                    continue
-                if name in _SCALINGS and type(value) is dict:
-                    table[name] = self._scaled(owner, value, canonical)
-                else:
-                    renamed = _renamed(value, canonical, named=name in others)
-                    if renamed is not None:
-                        table[name] = renamed
-        state["_modules"] = modules
-        state.pop("_dora_cache_observer", None)
-        if "_active_adapter" in state:
-            state["_active_adapter"] = list(canonical.values())
-        state[SLOT] = Tie(self)
-        view.__dict__.update(state)
+        view = _stand_in(owner, canonical)
+        for name in _SCALINGS:
+            if type(owner.__dict__.get(name)) is dict:
+                view.__dict__[name] = self._scaled(owner, owner.__dict__[name], canonical)
+        tuner = view._modules.get("base_model")
+        if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
+            view._modules["base_model"] = _stand_in(tuner, canonical)
+        view.__dict__[SLOT] = Tie(self)
         return view
 
     def _scaled(
@@ -671,6 +663,7 @@ def viewed(plain: Callable[..., Any]) -> Callable[..., Any]:
         plain: the forward of the layer's class.
     """
 
+    @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             view = view_of(self)
@@ -798,6 +791,28 @@ def _canonical(names: Sequence[str]) -> dict[str, str]:
     return {name: f"active {number}" for number, name in enumerate(names)}
 
 
+def _stand_in(owner: Any, canonical: Mapping[str, str]) -> Any:
+    """Return a copy that has the active adapters alone, by the names that views have for them."""
+    state = dict(owner.__dict__)
+    named = {*getattr(owner, "adapter_layer_names", ()), *getattr(owner, "other_param_names", ())}
+    state["_modules"] = dict(state["_modules"])
+    for table in (state, state["_modules"]):
+        for name, value in table.items():
+            if name not in _OF_MODULES:
+                renamed = _renamed(value, canonical, named=name in named)
+                if renamed is not None:
+                    table[name] = renamed
+    state.pop("_dora_cache_observer", None)
+    first, *_ = known = list(canonical.values())
+    if "_active_adapter" in state:
+        state["_active_adapter"] = known
+    elif "active_adapter" in state:  # of a model
+        state["active_adapter"] = first
+    view = object.__new__(type(owner))
+    view.__dict__.update(state)
+    return view
+
+
 def _renamed(value: Any, canonical: Mapping[str, str], *, named: bool) -> Any:
     """Return a container with the active adapters alone, under the names that views have for them.
 
@@ -840,12 +855,14 @@ def _renamed(value: Any, canonical: Mapping[str, str], *, named: bool) -> Any:
     return clone
 
 
-def _form(view: Any) -> tuple[tuple[tuple[str, ...], ...], tuple[Tensor, ...], int]:
+def _form(
+    view: Any, *, shallow: bool
+) -> tuple[tuple[tuple[str, ...], ...], tuple[Tensor, ...], int]:
     """Return where a view's tensors are, these, and the number of its form."""
     places: list[tuple[str, ...]] = []
     tensors: list[Tensor] = []
     signs: list[object] = [type(view)]
-    for path, module in _modules_in(view, (), set()):
+    for path, module in () if shallow else _modules_in(view, (), set()):
         signs.append((path, type(module)))
         for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
             for name, tensor in table.items():
@@ -874,7 +891,8 @@ def _modules_in(
     seen.add(id(module))
     yield path, module
     for name, part in module._modules.items():
-        if part is not None and SLOT not in part.__dict__:  # else it has a holder of its own
+        # Those with a binding have holders of their own, and Dynamo can follow no LSTM.
+        if part is not None and SLOT not in part.__dict__ and not isinstance(part, nn.RNNBase):
             yield from _modules_in(part, (*path, name), seen)
 
 

@@ -37,6 +37,7 @@ from dora_cache.recipes.substitutes import (
     gate_for,
     is_plain,
     stand_in,
+    substituted,
     substituting,
     warmers,
 )
@@ -119,8 +120,8 @@ def _next(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     return _sums(layer, adapter)[:2]
 
 
-def _stand_in(layer: Any) -> Any:
-    """Return what compiled code runs in the attention module's place."""
+def _finish(layer: Any, view: Any) -> None:
+    """Give a view what compiled code runs in the attention module's place."""
     holder = layer.__dict__[SLOT].holder
     base, out, projection = _parts(layer)
     followed = out.__dict__.get(SLOT)
@@ -129,9 +130,9 @@ def _stand_in(layer: Any) -> Any:
     if _adapter(layer) is None:
         msg = "there is no adapter"
         raise UnusualError(msg)
-    inner = stand_in(projection, {"weight": Substitute(holder, _next, 1)})
-    around = stand_in(out, {}, {"base_layer": inner})
-    return stand_in(base, {"in_proj_weight": Substitute(holder, _next, 0)}, {"out_proj": around})
+    inner = substituted(projection, {"weight": Substitute(holder, _next, 1)})
+    around = substituted(out, {}, {"base_layer": inner})
+    stand_in(view, base, {"in_proj_weight": Substitute(holder, _next, 0)}, {"out_proj": around})
 
 
 def _adapter(layer: Any) -> str | None:
@@ -272,7 +273,7 @@ class _LoraAttention:
         base, _, projection = _parts(layer)
         gate = gate_for(cache, base)
         holder: Any = binding.holder
-        holder.stands = _stand_in
+        holder.finish = _finish
         gate.substitute(base, "in_proj_weight", lambda _: holder.changed())
         gate.substitute(projection, "weight", lambda _: holder.changed())
         return True

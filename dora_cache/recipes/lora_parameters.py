@@ -126,15 +126,15 @@ def _covered(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return layer.base_layer(x, *args, **kwargs)
 
 
-def _stand_in(outermost: Any) -> Any:
-    """Return what compiled code runs in the base module's place."""
+def _finish(outermost: Any, view: Any) -> None:
+    """Give a view what compiled code runs in the base module's place."""
     base = base_layer(outermost)
     substitutes = {}
     layer = outermost
     while layer is not base:
         substitutes[layer.parameter_name] = Substitute(layer.__dict__[SLOT].holder, _weight)
         layer = layer._modules["base_layer"]
-    return stand_in(base, substitutes)
+    stand_in(view, base, substitutes)
 
 
 _forward = substituting(_plan, _covered)
@@ -173,7 +173,7 @@ class _LoraParameters:
         binding = follow_layer(cache, layer, self, {"forward": _forward})
         binding.warmers = partial(warmers, _weight)
         holder: Any = binding.holder
-        holder.stands = _stand_in
+        holder.finish = _finish
         gate_for(cache, base).substitute(base, layer.parameter_name, lambda _: holder.changed())
         return True
 

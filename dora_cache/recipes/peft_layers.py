@@ -13,9 +13,9 @@ from dora_cache.ambient import untraceable
 from dora_cache.decorator import SLOT, cached
 from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
-from dora_cache.lifecycle import Observer, observe, stays_in_place, weights_in_place
+from dora_cache.lifecycle import Observer, observe, plain_class, stays_in_place, weights_in_place
 from dora_cache.reasons import Reason
-from dora_cache.recipes.compiled import Holder
+from dora_cache.recipes.compiled import Holder, viewed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +34,7 @@ __all__ = [
     "follow_model",
     "follow_module",
     "follow_part",
+    "follow_whole",
     "is_hooked",
     "layers_in",
     "memoised",
@@ -362,6 +363,32 @@ def follow_module(
     return binding
 
 
+def follow_whole(
+    cache: Engine,
+    model: nn.Module,
+    overrides: dict[str, Callable[..., Any]] | None = None,
+    calls: dict[str, Callable[..., object]] | None = None,
+) -> Binding:
+    """Bind a PeftModel, so that compiled code does not go by its adapters' names.
+
+    Args:
+        cache: the cache.
+        model: the model; one bound before is returned as it is.
+        overrides: methods that stand in for the model's own.
+        calls: what else to follow; see :class:`dora_cache.lifecycle.Observer`.
+    """
+    bound: Binding | None = model.__dict__.get(SLOT)
+    if bound is not None and bound.cache is cache:
+        return bound
+    binding = cache.bind(model)
+    holder = Holder(binding, lambda model: (model.active_adapter,), shallow=True)
+    plain: Any = plain_class(type(model))
+    observer = Observer(changed=lambda _: holder.changed(), calls=calls)
+    overrides = {"forward": viewed(plain.forward)} | (overrides or {})
+    binding.undo.callback(observe(model, observer, overrides))
+    return binding
+
+
 def layers_in(model: nn.Module) -> Iterable[nn.Module]:
     """Return the modules of a model, where all PEFT layers are."""
     return list(model.modules())
@@ -377,6 +404,7 @@ def follow_model(
         model: the model.
         apply: applies every recipe that fits to one layer.
     """
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from dora_cache.recipes.hotswap import follow_hotswap
@@ -387,7 +415,9 @@ def follow_model(
     # Merging writes into base weights past their version counters, and layers may share them.
     other = _Other(apply)
     for part in list(model.modules()):
-        if isinstance(part, BaseTunerLayer):
+        if isinstance(part, PeftModel):
+            follow_whole(cache, part)
+        elif isinstance(part, BaseTunerLayer):
             follow_layer(cache, part, other)
 
 

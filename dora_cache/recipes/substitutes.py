@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from dora_cache.engine import Engine
     from dora_cache.recipes.compiled import Holder
 
-__all__ = ["Gate", "Plan", "check_cached", "Substitute", "gate_for", "is_plain", "stand_in", "substituting", "warmers"]
+__all__ = ["Gate", "Plan", "check_cached", "Substitute", "gate_for", "is_plain", "stand_in", "substituted", "substituting", "warmers"]
 
 
 class Plan:
@@ -185,10 +185,24 @@ class Substitute(NamedTuple):
     index: int | None = None
 
 
+_STAND_IN = "_dora_cache_stand_in"
+"""Where a tuner layer's view has what compiled code runs in the base module's place."""
+
+
 def stand_in(
+    view: Any,
+    base: Any,
+    substitutes: dict[str, Substitute],
+    parts: dict[str, Any] | None = None,
+) -> None:
+    """Have compiled code run :func:`substituted` in the place of a view's base module."""
+    view.__dict__[_STAND_IN] = substituted(base, substitutes, parts)
+
+
+def substituted(
     base: Any, substitutes: dict[str, Substitute], parts: dict[str, Any] | None = None
 ) -> Any:
-    """Return what compiled code runs in a base module's place; it shares all else with it.
+    """Return a module that reads substitutes; it shares all else with another one.
 
     Args:
         base: the module.
@@ -200,6 +214,16 @@ def stand_in(
     found.__dict__[_SUBSTITUTES] = substitutes
     found.__dict__["_modules"] = {**base._modules, **(parts or {})}
     return found
+
+
+def _in_place(layer: Any) -> Any:
+    """Return what compiled code runs in place of a layer's base module."""
+    while isinstance(layer, BaseTunerLayer):
+        view = layer.__dict__[SLOT].holder.view
+        if view is not None:
+            return view.__dict__[_STAND_IN]
+        layer = layer._modules["base_layer"]
+    return layer
 
 
 def views_hold(layer: Any) -> bool:
@@ -302,7 +326,7 @@ def substituting(
         if torch.compiler.is_dynamo_compiling():
             if "adapter_names" not in kwargs and views_hold(self):
                 with suppress(UncheckableError):
-                    return self.__dict__[SLOT].holder.stand_in(*args, **kwargs)
+                    return _in_place(self)(*args, **kwargs)
             return original(self, *args, **kwargs)
         gate = _gates.get(base_layer(self))
         if gate is None or SLOT not in self.__dict__:
