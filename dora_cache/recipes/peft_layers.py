@@ -317,12 +317,14 @@ def follow_part(
         owner: Any = parent.owner
         return (adapter,) if adapter in owner.active_adapters else ()
 
-    Holder(binding, active)
+    holder = Holder(binding, active)
     binding.warmers = warmers
     binding.infers = lambda *_: parent.why_training(parent.owner)
     parent.adopt(binding)
     # The layer's event is passed on; the part's own switches are followed as any module's.
-    observer = Observer(moved=lambda _: cache.revalidate(binding))
+    observer = Observer(
+        moved=lambda _: cache.revalidate(binding), changed=lambda _: holder.changed()
+    )
     binding.undo.callback(observe(part, observer, overrides))
 
 
@@ -347,7 +349,7 @@ def follow_module(
     if bound is not None and bound.cache is cache:
         return bound
     binding = cache.bind(layer)
-    Holder(binding, lambda _: ("",))
+    holder = Holder(binding, lambda _: ("",))
 
     def switched(layer: nn.Module) -> None:
         binding.trains = layer.training
@@ -357,7 +359,13 @@ def follow_module(
         cache.revalidate(binding)
 
     observer = Observer(
-        **{"mode_switched": switched, "moved": changed, "loaded": changed, **events}
+        **{
+            "mode_switched": switched,
+            "moved": changed,
+            "loaded": changed,
+            "changed": lambda _: holder.changed(),
+            **events,
+        }
     )
     binding.undo.callback(observe(layer, observer, overrides))
     return binding

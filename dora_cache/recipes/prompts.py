@@ -210,13 +210,14 @@ class _Prompts:
         for adapter, encoder in encoders:
             if encoder.__dict__.get(SLOT) is None:
                 part = cache.bind(encoder, adapter=adapter)
-                Holder(part, lambda _, adapter=adapter: (adapter,))
+                holder = Holder(part, partial(_named, adapter))
                 _tokens[encoder] = layer.prompt_tokens[adapter]
                 part.warmers = partial(_warmers, layer.prompt_tokens)
                 binding.adopt(part)
                 observer = Observer(
                     mode_switched=partial(_void, cache, part),
                     moved=partial(_revalidate, cache, part),
+                    changed=partial(_changed, holder),
                 )
                 part.undo.callback(observe(encoder, observer, {"forward": _forward}))
         return True
@@ -224,6 +225,14 @@ class _Prompts:
 
 def _void(cache: Engine, binding: Binding, _: object) -> None:
     cache.event(binding)
+
+
+def _named(adapter: str, _: object) -> tuple[str]:
+    return (adapter,)
+
+
+def _changed(holder: Holder, _: object) -> None:
+    holder.changed()
 
 
 def _revalidate(cache: Engine, binding: Binding, _: object) -> None:
