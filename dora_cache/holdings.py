@@ -215,8 +215,8 @@ class Holdings(Uncopyable):
         for member in with_children(binding):
             member.void(adapter, self.now())
             member.resting.clear()
-            for name, buffer in member.buffers.items():
-                if adapter in (ALL_ADAPTERS, name):
+            for buffer in member.buffers.values():
+                if concerns(adapter, buffer.adapters):
                     buffer.void()
             for cell in self.cells.of_owner(member.token):
                 if cell.facts is not None and concerns(adapter, cell.adapter):

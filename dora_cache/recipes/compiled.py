@@ -1,174 +1,226 @@
 """What compiled code reads: derived values at fixed addresses, filled ahead of its use.
 
 Compiled code cannot look anything up. It reads tensors, and its guards are checked before each
-call. So for each layer and adapter there is one :class:`Buffer`:
+call. Guards on names and numbers would have each adapter compiled anew. So recipes' forwards are
+traced with a :class:`View` in a layer's place, which has the layer's active adapters under names
+that are the same for all, and scalings as tensors. The view, and the values that were derived for
+its adapters, are attributes of a :class:`Holder`. Compiled code guards on their types, shapes and
+dtypes; events change what they are.
 
-- It is filled *while a layer is traced*: ``torch.compile`` runs :func:`prepare` as ordinary code
-  and takes its answer for a constant. So no graph has a cold branch to be compiled again later.
-  All layers' buffers are filled at once: blocks that are compiled one by one share their code, so
-  no guard may tell one layer from another.
-- Events that void stored values take the tensors out of ``values`` and fill them again at the same
-  addresses, without a recompilation.
-- Where that cannot be done at once, ``values`` stays None. Then a guard fails, the layer is traced
+- ``torch.compile`` runs :func:`_prepare` and :func:`_slot` as ordinary code while a layer is traced,
+  and takes what they return for constants. The first brings views up to date. The second derives
+  the value that a forward asks for, for all layers of the same form at once: blocks that are
+  compiled one by one share their code, so no guard may tell one layer from another.
+- Events that void stored values take the tensors out of the holder and fill them again at the same
+  addresses, without a recompilation. Another active adapter's values are at other addresses.
+- Where that cannot be done at once, the holder has None. Then a guard fails, the layer is traced
   again, and tracing fills it: at worst compiled code costs a recompilation, never a wrong number.
-- Compiled code reads a buffer only while the layer's parameters are the ones it was filled from,
-  the very objects. So it notices by itself if others are put in their place, for the duration of a
+- A value that cannot be kept (for lack of room, or since nothing tells when it changes) is derived
+  in the graph: by an operator of its own, which runs the very function at each call.
+- Compiled code uses a view only while the parameters in it are those that it was made of, the very
+  objects. So it notices by itself if others are put in their place, for the duration of a
   ``functional_call`` for example; also if that is part of what is traced.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_cache.ambient import environment, untraceable
 from dora_cache.backends.storage import storage_bytes
+from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
+from dora_cache.decorator import SLOT, derivations
+from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, UncheckableError, read
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dora_cache.binding import Binding
+    from dora_cache.decorator import Derivation
     from dora_cache.engine import Engine
 
-__all__ = ["Buffer", "prepare"]
+__all__ = ["Buffer", "Holder", "opaque", "view_of", "viewed"]
 
-_caches: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
-_prepared: weakref.WeakKeyDictionary[Engine, dict[str, weakref.ref[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
 _ATTEMPTS = 3
 _SURPRISES = 3  # below PyTorch's limit of recompilations
+_SCALINGS = ("scaling",)
+"""Attributes of layers with a number for each adapter that is not part of what is derived."""
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class _GoneError(Exception):
     """The layer has no such adapter any more, or only a part of it."""
 
 
-class Buffer(Uncopyable):
-    """The values of one layer and adapter that compiled code reads; empty until it is traced.
-
-    Args:
-        binding: the layer's.
-        adapter: the adapter's name.
-        depends_on: called with the layer; lists what the values depend on.
-        derive: called with the layer; returns the values.
-        parameters: called with the layer; returns those that the values depend on.
+class _Call(NamedTuple):
+    """A call of a decorated function, without its owner.
 
     Attributes:
-        cache: a string that stands for the cache; what is traced passes it to :func:`prepare`.
+        number: the derivation's.
+        args: the other positional arguments; adapters by the names that views have for them.
+        kwargs: keyword arguments, as pairs.
+    """
+
+    number: int
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+class _Known:
+    """What compiled code of this process knows by number: it cannot refer to anything else."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.caches: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
+        self.holders: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
+        self.calls: dict[_Call, int] = {}
+        self.forms: dict[object, int] = {}
+        self.places: dict[int, tuple[tuple[str, ...], ...]] = {0: ()}
+        self.outputs: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
+        self.handles = itertools.count(1)
+
+    def number(self, table: dict[Any, int], key: Any) -> int:
+        """Return the number of something; the same one for what is equal."""
+        with self.lock:
+            return table.setdefault(key, len(table) + 1)
+
+
+_known = _Known()
+_prepared: weakref.WeakKeyDictionary[Engine, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+class Tie:
+    """What a view has in place of a layer's binding; cached functions read values through it.
+
+    Attributes:
+        reader: the holder.
+    """
+
+    __slots__ = ("reader",)
+
+    def __init__(self, reader: Holder) -> None:
+        self.reader = reader
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Copy and pickle as None."""
+        return type(None), ()
+
+
+class Buffer(Uncopyable):
+    """A value of one layer and its adapters, at a fixed address; empty until it is filled.
+
+    Args:
+        holder: of the layer.
+        number: the call's.
+        derivation: derives it.
+        args: the arguments, without the layer; adapters by their own names.
+        kwargs: keyword arguments.
+
+    Attributes:
+        slot: the holder's attribute that shows it.
+        adapters: the names of the adapters that were active.
         values: what compiled code reads; None while that does not hold.
-        parameters: those of the layer when it was filled.
-        wanted: whether compiled code has ever asked for it.
+        facts: what the values were derived from; None if there are none.
         stale: whether an event has voided it since it was last filled.
         nbytes: the bytes of its tensors, those out of use for the moment included.
     """
 
     def __init__(
         self,
-        binding: Binding,
-        adapter: str,
-        depends_on: Callable[[Any], list[object]],
-        derive: Callable[[Any], tuple[Tensor, ...]],
-        parameters: Callable[[Any], tuple[Tensor | None, ...]],
+        holder: Holder,
+        number: int,
+        derivation: Derivation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
-        self.cache = f"cache {binding.cache.token}"
-        self.values: tuple[Tensor, ...] | None = None
-        self.parameters: tuple[Tensor | None, ...] = ()
-        self.wanted = False
+        self.adapters = tuple(holder.names)
+        self.values: Tensor | tuple[Tensor, ...] | None = None
+        self.facts: Facts | None = None
         self.stale = True
         self.nbytes = 0
-        self._binding = weakref.ref(binding)
-        self._adapter = adapter
-        self._depends_on = depends_on
-        self._derive = derive
-        self._parameters = parameters
+        self.number = number
+        self.slot = f"v{number}"
+        self.outputs: list[tuple[Any, ...]] | None = None
+        self._holder = holder
+        self._derivation = derivation
+        self._args = args
+        self._kwargs = kwargs
         self._tensors: tuple[Tensor, ...] = ()
-        self._facts: Facts | None = None
         self._surroundings: object = None
-        self._surprises = 0
         self._filling = threading.RLock()
         self._busy = False
-        _caches[self.cache] = binding.cache
-        binding.cache.buffers.follow(binding, adapter, self)
-
-    @property
-    def owner(self) -> Any:
-        """The layer, or None if it is gone."""
-        binding = self._binding()
-        return None if binding is None else binding.owner
 
     def void(self) -> None:
         """Keep compiled code from reading it until it is filled; the cache's lock is held."""
         self.stale = True
         self.values = None
-        self.parameters = ()
+        self._holder.show(self)
 
     def drop(self) -> None:
-        """Void it for good and free its tensors; the cache's lock is held."""
+        """Void it and free its tensors; the cache's lock is held."""
         self.void()
-        self.wanted = False
         self.nbytes = 0
         self._tensors = ()
-        self._facts = None
+        self.facts = None
+
+    def publish(self, values: Tensor | tuple[Tensor, ...]) -> None:
+        """Let compiled code read it; the cache's lock is held."""
+        self.values = values
+        self._holder.show(self)
 
     def derived_from(self, storages: set[int]) -> bool:
         """Whether one of these storages holds something that the values were derived from."""
-        return self._facts is not None and not storages.isdisjoint(self._facts.storages)
+        return self.facts is not None and not storages.isdisjoint(self.facts.storages)
 
-    def prepare(self) -> None:
-        """Fill it, and keep it filled if that works.
-
-        If time and again a trace finds that it no longer holds, each time may have been a
-        recompilation (weights come and go with offloading, for example): then it is given up.
-        """
-        binding = self._binding()
-        if binding is None or self._surprises > _SURPRISES:
-            return
-        wanted, self.wanted = self.wanted, True
-        filled = self.fill()
-        if self.values is None:
-            self.wanted = wanted and self.wanted
-        elif filled and wanted:
-            self._surprises += 1
-            if self._surprises > _SURPRISES:
-                binding.cache.buffers.drop(self)
+    def holds(self) -> bool:
+        """Whether the values are what would be derived at present."""
+        owner = self._holder.owner
+        if self.stale or self.values is None or self.facts is None or owner is None:
+            return False
+        try:
+            reading = self._read(owner)
+        except Exception:  # noqa: BLE001 - then it cannot be told
+            return False
+        surroundings = environment(), reading.plain
+        return bool(self.facts.rows == reading.rows and self._surroundings == surroundings)
 
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
 
-        Not in training mode and not while adapters are merged: there nobody reads them, and the
-        event at the end of that state comes here again.
-
         Returns:
             Whether they were derived. If they do not hold and cannot be derived, they are void.
         """
-        binding, owner = self._binding(), self.owner
-        if not self.wanted or binding is None or owner is None:
+        holder = self._holder
+        owner, cache = holder.owner, holder.engine
+        if owner is None or cache is None:
             return False
-        if (binding.trains and owner.training) or getattr(owner, "merged_adapters", None):
-            return False
-        cache = binding.cache
         with self._filling:
             if self._busy or untraceable():  # deriving has caused an event
                 return False
             self._busy = True
             try:
                 for _ in range(_ATTEMPTS):
-                    filled = self._fill(binding, owner)
+                    filled = self._fill(cache, owner)
                     if filled is not None:
                         return filled
-            except _GoneError:
+            except (_GoneError, UncheckableError) as error:
+                if isinstance(error, UncheckableError):
+                    cache.passed_by(error.reason, holder.binding)
                 cache.buffers.drop(self)
                 return False
-            except UncheckableError:
-                pass
             except Exception as error:  # noqa: BLE001 - never an inference failure: it is void
                 cache.failed("filling a buffer for compiled code", error)
             finally:
@@ -176,31 +228,19 @@ class Buffer(Uncopyable):
             cache.buffers.void(self)
         return False
 
-    def _fill(self, binding: Binding, owner: Any) -> bool | None:
+    def _fill(self, cache: Engine, owner: Any) -> bool | None:
         """Fill it once, as :meth:`fill`; None if something has happened meanwhile."""
-        cache = binding.cache
-        self.stale, voided = False, self.stale  # an event from now on shows
-        with (
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-            torch.autocast(owner_device(owner), enabled=False),
-        ):
-            reading = read(self._dependencies(owner))
+        if self.holds():
+            return False
+        self.stale = False  # an event from now on shows
+        with _plainly(owner):
+            reading = self._read(owner)
             if reading.refilled:
                 msg = "compiled code cannot tell what a refilled storage holds"
                 raise UncheckableError(msg, Reason.REFILLED)
-            surroundings = environment(), reading.plain
-            if (
-                not voided
-                and self.values is not None
-                and self._facts is not None
-                and self._facts.rows == reading.rows
-                and self._surroundings == surroundings
-            ):
-                return False
-            self._facts, self._surroundings = Facts(reading), surroundings
-            derived, parameters = self._derive(owner), self._parameters(owner)
-            after = read(self._dependencies(owner))
+            self.facts, self._surroundings = Facts(reading), (environment(), reading.plain)
+            derived, single = self.derive(owner)
+            after = self._read(owner)
             if after.rows != reading.rows or after.plain != reading.plain:
                 return None
             if _alike(self._tensors, derived):
@@ -209,48 +249,683 @@ class Buffer(Uncopyable):
             else:
                 # Storages of their own: what is counted is what is held.
                 tensors = tuple(value.detach().clone() for value in derived)
-                if not cache.buffers.reserve(self, storage_bytes(tensors), tensors[0].device):
+                nbytes = storage_bytes(tensors)
+                if not cache.buffers.reserve(self, nbytes, tensors[0].device):
+                    cache.passed_by(Reason.CAP, self._holder.binding)
                     return False
                 for tensor in tensors:  # CUDA graphs read them in place
                     torch._dynamo.mark_static_address(tensor)
                 self._tensors = tensors
-        return True if cache.buffers.publish(self, self._tensors, parameters) else None
+        values = self._tensors[0] if single else self._tensors
+        return True if cache.buffers.publish(self, values) else None
 
-    def _dependencies(self, owner: Any) -> list[object]:
+    def derive(self, owner: Any) -> tuple[tuple[Tensor, ...], bool]:
+        """Derive the values; return them, and whether they are one tensor and no tuple."""
+        found = self._derivation.function(owner, *self._args, **self._kwargs)
+        single = isinstance(found, Tensor)
+        derived: tuple[Tensor, ...] = (found,) if single else found
+        self.outputs = [_output(value) for value in derived] + [(single,)]
+        return derived, single
+
+    def describe(self) -> list[tuple[Any, ...]] | None:
+        """Return what the values are like, deriving them if need be; None if they cannot be."""
+        owner = self._holder.owner
+        if self.outputs is None and owner is not None:
+            try:
+                with _plainly(owner):
+                    self.derive(owner)
+            except Exception:  # noqa: BLE001 - the library's own code says why
+                return None
+        return self.outputs
+
+    def _read(self, owner: Any) -> Any:
+        depends_on = self._derivation.depends_on
+        assert depends_on is not None  # noqa: S101 - recipes give one
         try:
-            return self._depends_on(owner)
+            return read(listed(depends_on(owner, *self._args, **self._kwargs)))
         except KeyError:
             raise _GoneError from None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def prepare(cache: str, adapter: str) -> bool:
-    """Fill a model's buffers of an adapter; runs while a layer is traced, not in compiled code.
+class Holder(Uncopyable):
+    """What compiled code reads of one layer: its view, and the values for its active adapters.
 
-    Those stay empty that cannot be checked, or that there is no room for. Their layers derive the
-    values in the graph. All do if the cache compares contents at each use.
+    Compiled code reads attributes alone, and the values as attributes ``v1``, ``v2``, ...
+
+    Args:
+        binding: the layer's.
+        active: called with the layer; returns the names of its active adapters, in order. It raises
+            an UncheckableError if the library's own code has to run at present.
+        shallow: whether the layer's modules and parameters are no matter of the view's.
+
+    Attributes:
+        cache: a string that stands for the cache.
+        names: the active adapters that the view has.
+        form: a number that stands for all of the view but contents, names and scalings.
+        view: stands for the layer; None while it cannot.
+        tensors: the parameters and buffers in the view that have a place.
+        device: the type of the layer's device.
+        handle: a number that stands for the holder, as a tensor: no guard is on its value.
+        used: whether compiled code has ever asked for it.
+        idle: whether the layer has none of the active adapters.
+        dependants: holders of layers to which it matters what this layer's active adapters are.
+        finish: called with the layer and a view of it that has just been made; completes the view.
     """
-    living = _caches.get(cache)
-    if living is None or living.compares_contents or untraceable():
+
+    def __init__(
+        self,
+        binding: Binding,
+        active: Callable[[Any], Sequence[str]],
+        *,
+        shallow: bool = False,
+    ) -> None:
+        self.cache = f"cache {binding.cache.token}"
+        self.names: tuple[str, ...] = ()
+        self.form = 0
+        self.view: Any = None
+        self.tensors: tuple[Tensor, ...] = ()
+        self.used = False
+        self.idle = False
+        self.dependants: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self.finish: Callable[[Any, Any], None] | None = None
+        self.shallow = shallow
+        self.device = "cpu"
+        number = next(_known.handles)
+        self.handle = torch.tensor(number, device="cpu")
+        self._binding = weakref.ref(binding)
+        self._active = active
+        self._scalings: dict[str, Tensor] = {}
+        self.lease = _Lease(self)
+        self._updating = threading.RLock()
+        self._busy = False
+        self._surprises = 0
+        _known.holders[number] = self
+        _known.caches[self.cache] = binding.cache
+        binding.holder = self
+
+    @property
+    def binding(self) -> Any:
+        """The layer's binding, or None if it is gone."""
+        return self._binding()
+
+    @property
+    def engine(self) -> Engine | None:
+        """The cache, or None if it is gone."""
+        binding = self._binding()
+        return None if binding is None else binding.cache
+
+    @property
+    def owner(self) -> Any:
+        """The layer, or None if it is gone."""
+        binding = self._binding()
+        return None if binding is None else binding.owner
+
+    # In compiled code
+
+    def read(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value of a call whose owner is the view; ``torch.compile`` traces this."""
+        if torch.is_autocast_enabled(self.device) or (  # the library may derive another value
+            torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
+        ):
+            return derivation.function(*args, **kwargs)
+        slot, single = _slot(
+            self.cache, self.form, derivation.number, args[1:], tuple(kwargs.items())
+        )
+        if not slot:
+            raise UncheckableError("the value cannot be derived")
+        values = getattr(self, f"v{slot}")
+        if values is not None:
+            return values
+        found = torch.ops.dora_cache.derive(self.handle, self.form, slot)
+        return found[0] if single else tuple(found)
+
+    def wants_gradients(self) -> bool:
+        """Whether a tensor of the view requires a gradient."""
+        return any([tensor.requires_grad for tensor in self.tensors])
+
+    # Outside of it
+
+    def show(self, buffer: Buffer) -> None:
+        """Have compiled code read what a buffer of the active adapters has; the lock is held."""
+        if buffer.adapters == self.names:
+            self.__dict__[buffer.slot] = buffer.values
+
+    def changed(self) -> None:
+        """Follow something that has happened to the layer or a part of it."""
+        for holder in (self, *self.dependants):
+            if holder.used:
+                holder.update()
+
+    def clear(self) -> None:
+        """Have no view until it is made again; the lock is held."""
+        self.view, self.form, self.tensors = None, 0, ()
+
+    def close(self) -> None:
+        """Show nothing any more; the lock is held."""
+        self.clear()
+        self.used = False
+        self._scalings.clear()
+
+    def update(self, *, traced: bool = False) -> int:
+        """Bring the view up to date, and the values that compiled code reads of it.
+
+        If time and again a trace finds that it no longer holds, each time may have been a
+        recompilation (weights come and go with offloading, for example): then it is given up.
+
+        Args:
+            traced: whether a layer is being traced.
+
+        Returns:
+            How many values were derived.
+        """
+        binding = self._binding()
+        if binding is None or not self.used:
+            return 0
+        with self._updating:
+            if self._busy or untraceable():
+                return 0
+            self._busy = True
+            try:
+                return self._update(binding, traced=traced) + sum(
+                    member.holder.update()
+                    for member in with_children(binding)
+                    if member is not binding and member.holder is not None
+                )
+            finally:
+                self._busy = False
+
+    def _update(self, binding: Binding, *, traced: bool) -> int:
+        owner, cache = binding.owner, binding.cache
+        if owner is None or cache.closed:
+            return 0
+        try:
+            if binding.why_training(owner) is not None:
+                raise UncheckableError("it trains")
+            names = tuple(self._active(owner))
+            view = self._view(owner, names) if names else None
+            if view is not None and self.finish is not None:
+                self.finish(owner, view)
+            self.idle = not names
+        except Exception as error:
+            if not isinstance(error, (UncheckableError, KeyError, AttributeError)):
+                cache.failed("preparing a layer for compiled code", error)
+            names, view = (), None
+            self.idle = False
+        if view is None:
+            with cache.mutex.held():
+                self.clear()
+            return 0
+        places, tensors, form = _form(view, shallow=self.shallow)
+        others = (
+            self.view is not None
+            and names == self.names
+            and any([one is not two for one, two in zip(tensors, self.tensors, strict=False)])
+        )
+        with cache.mutex.held():
+            if traced and others and self._is_surprised():
+                self.clear()
+                cache.buffers.drop(self.lease)
+                return 0
+            switched, known = names != self.names, form == self.form
+            self.names, self.tensors, self.form, self.view = names, tensors, form, view
+            self.device = tensors[0].device.type if tensors else "cpu"
+            _known.places.setdefault(form, places)
+            wanted = cache.buffers.wanted.get(form, ())
+            if switched:
+                for slot in [name for name in self.__dict__ if name[1:].isdigit()]:
+                    self.__dict__[slot] = None
+            for key, buffer in list(binding.buffers.items()):
+                if buffer.adapters == names and buffer.number not in wanted:  # of another form
+                    cache.buffers.drop(binding.buffers.pop(key))
+        derived = sum(self.want(call) for call in list(wanted))
+        if traced and known and derived:
+            self._is_surprised()
+        return derived
+
+    def _is_surprised(self) -> bool:
+        """Take note that what was traced no longer holds; return whether to give up.
+
+        Without its values, a layer derives them in the graph.
+        """
+        self._surprises += 1
+        binding = self._binding()
+        if self._surprises <= _SURPRISES or binding is None:
+            return False
+        for buffer in list(binding.buffers.values()):
+            binding.cache.buffers.drop(buffer)
+        return True
+
+    def refresh(self) -> int:
+        """Do as :meth:`update`, for adapters that are not active as well."""
+        found = self.update()
+        binding = self._binding()
+        if binding is not None and self.used:
+            found += sum(buffer.fill() for buffer in list(binding.buffers.values()))
+        return found
+
+    def want(self, number: int) -> bool:
+        """Have the value of a call there; return whether it was derived."""
+        self.__dict__.setdefault(f"v{number}", None)
+        buffer = self._buffer(number)
+        cache = self.engine
+        if (
+            buffer is None
+            or cache is None
+            or cache.compares_contents
+            or self._surprises > _SURPRISES
+        ):
+            return False
+        filled = buffer.fill()
+        with cache.mutex.held():
+            self.show(buffer)
+        return filled
+
+    def _buffer(self, number: int) -> Buffer | None:
+        """Return the buffer of a call for the active adapters; None if there is no such call."""
+        binding = self._binding()
+        if binding is None or self.view is None:
+            return None
+        key = number, self.names
+        buffer: Any = binding.buffers.get(key)
+        if buffer is None:
+            call = next((one for one, known in _known.calls.items() if known == number), None)
+            derivation = None if call is None else derivations.get(call.number)
+            if call is None or derivation is None:
+                return None
+            real = {canonical: name for name, canonical in _canonical(self.names).items()}
+            buffer = Buffer(
+                self,
+                number,
+                derivation,
+                tuple(real.get(one, one) if type(one) is str else one for one in call.args),
+                {name: real.get(one, one) for name, one in call.kwargs},
+            )
+            binding.cache.buffers.follow(binding, key, buffer)
+        return buffer
+
+    def describe(self, number: int) -> list[tuple[Any, ...]] | None:
+        """Return what the values of a call are like; None if they cannot be derived."""
+        buffer = self._buffer(number)
+        return None if buffer is None else buffer.describe()
+
+    def derive(self, number: int) -> list[Tensor]:
+        """Derive the value of a call, in compiled code, whatever is stored."""
+        buffer, owner = self._buffer(number), self.owner
+        if buffer is None or owner is None:
+            msg = "compiled code runs a layer that is gone, or is not as it was when it was traced"
+            raise RuntimeError(msg)
+        with _plainly(owner):
+            derived, _ = buffer.derive(owner)
+            return [value.detach().clone() for value in derived]
+
+    def _view(self, owner: Any, names: tuple[str, ...]) -> Any:
+        """Make a view of a layer; it shares its modules and parameters."""
+        canonical = _canonical(names)
+        view = _stand_in(owner, canonical)
+        for name in _SCALINGS:
+            if type(owner.__dict__.get(name)) is dict:
+                view.__dict__[name] = self._scaled(owner, owner.__dict__[name], canonical)
+        tuner = view._modules.get("base_model")
+        if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
+            view._modules["base_model"] = _stand_in(tuner, canonical)
+        view.__dict__[SLOT] = Tie(self)
+        return view
+
+    def _scaled(
+        self, owner: Any, scaling: Mapping[str, Any], canonical: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return scalings as tensors: a guard on a number would be a recompilation."""
+        found: dict[str, Any] = {}
+        for name, known in canonical.items():
+            if name not in scaling:
+                continue
+            value = scaling[name]
+            if isinstance(value, Tensor) or type(value) not in {int, float}:
+                found[known] = value
+                continue
+            like = _like(owner)
+            # Without dimensions it promotes nothing, as a number would not.
+            dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+            tensor = self._scalings.get(known)
+            if tensor is None or tensor.dtype is not dtype or tensor.device != like.device:
+                with torch.inference_mode(mode=False):
+                    tensor = torch.empty((), dtype=dtype, device=like.device)
+                others = [one for key, one in self._scalings.items() if key != known]
+                nbytes = storage_bytes((*others, tensor))
+                cache = self.engine
+                if cache is None or not cache.buffers.reserve(self.lease, nbytes, like.device):
+                    found[known] = value
+                    continue
+                torch._dynamo.mark_static_address(tensor)
+                self._scalings[known] = tensor
+            with torch.inference_mode(mode=False), torch.no_grad():
+                tensor.fill_(value)
+            found[known] = tensor
+        return found
+
+
+class _Lease(Uncopyable):
+    """Bytes set aside for scalings."""
+
+    adapters = ()
+    stale = False
+
+    def __init__(self, holder: Holder) -> None:
+        self.nbytes = 0
+        self._holder = holder
+
+    def drop(self) -> None:
+        """Give them back; the cache's lock is held."""
+        self.nbytes = 0
+        self._holder.clear()
+        self._holder._scalings.clear()
+
+    def void(self) -> None:
+        """Leave it as it is: updates set scalings anew."""
+
+    def publish(self, values: object) -> None:
+        """Leave it as it is."""
+
+    def derived_from(self, storages: set[int]) -> bool:  # noqa: ARG002
+        """Whether it holds derived values: it does not."""
+        return False
+
+
+def view_of(layer: Any) -> Any:
+    """Return what a recipe's forward is to be traced with in a layer's place, or None.
+
+    ``torch.compile`` traces this, and guards what is looked at, for each layer and at each call: so
+    it is little.
+    """
+    binding = layer.__dict__.get(SLOT)  # None in a copy
+    if binding is None or torch.compiler._is_exporting_flag:
+        return None
+    holder = binding.holder
+    if holder is None:
+        return None
+    _prepare(holder.cache)
+    view = holder.view
+    if view is None:
+        return None
+    index = 0
+    for place in _places(holder.form):
+        if _at(view, place) is not holder.tensors[index]:
+            return None
+        index += 1
+    return view
+
+
+@functools.cache
+def viewed(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that is traced with a layer's view in its place.
+
+    Args:
+        plain: the forward of the layer's class.
+    """
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            view = view_of(self)
+            if view is not None:
+                with suppress(UncheckableError):
+                    return plain(view, *args, **kwargs)
+        return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def _at(view: Any, place: tuple[str, ...]) -> Any:
+    *path, kind, name = place
+    for part in path:
+        view = view._modules[part]
+    return (view._parameters if kind == "parameter" else view._buffers).get(name)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _places(form: int) -> tuple[tuple[str, ...], ...]:
+    """Return where the tensors are in views of a form; runs while a layer is traced."""
+    return _known.places[form]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepare(cache: str) -> bool:
+    """Bring all of a model's views up to date; runs while a layer is traced."""
+    living = _known.caches.get(cache)
+    if living is None or untraceable():
         return False
     context = torch._guards.CompileContext.try_get()
-    done = _prepared.setdefault(living, {})
-    if context is None or done.get(adapter, lambda: None)() is not context:
-        for buffer in living.buffers.of(adapter):
-            buffer.prepare()
-        if context is not None:  # every layer comes here while one model is traced
-            for name in [name for name, traced in done.items() if traced() is None]:
-                del done[name]
-            done[adapter] = weakref.ref(context)
+    done = _prepared.get(living, lambda: None)()
+    if context is None or done is not context:
+        if context is not None:
+            _prepared[living] = weakref.ref(context)
+        for holder in living.buffers.holders():
+            holder.used = True
+            holder.update(traced=True)
     return True
 
 
-def owner_device(owner: Any) -> str:
-    """Return the type of the device that a layer's weights are on."""
-    for parameter in owner.parameters():
-        kind: str = parameter.device.type
-        return kind
-    return "cpu"
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _slot(
+    cache: str, form: int, number: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> tuple[int, bool]:
+    """Fill the value of a call for all layers of a form; runs while a layer is traced.
+
+    Returns:
+        The call's number, 0 if the value cannot be derived; and whether it is one tensor.
+    """
+    living = _known.caches.get(cache)
+    if living is None:
+        return 0, False
+    call = _known.number(_known.calls, _Call(number, args, kwargs))
+    wanted = living.buffers.wanted.setdefault(form, {})
+    holders = [one for one in living.buffers.holders() if one.form == form]
+    if call not in wanted:
+        wanted[call] = None
+        for holder in holders:
+            holder.want(call)
+    outputs = _known.outputs.get((form, call))
+    if outputs is None:
+        outputs = next((found for one in holders if (found := one.describe(call))), None)
+        if outputs is None:
+            return 0, False
+        _known.outputs[form, call] = outputs
+    return call, outputs[-1][0]
+
+
+# Derived in the graph
+
+_library = torch.library.Library("dora_cache", "FRAGMENT")
+_library.define("derive(Tensor handle, int form, int call) -> Tensor[]")
+
+
+def _derive(handle: Tensor, _: int, call: int) -> list[Tensor]:
+    holder = _known.holders.get(int(handle))
+    if holder is None:
+        msg = "compiled code runs a layer that is gone"
+        raise RuntimeError(msg)
+    return holder.derive(call)
+
+
+def _derive_fake(handle: Tensor, form: int, call: int) -> list[Tensor]:
+    del handle
+    return [
+        torch.empty_strided(size, stride, dtype=dtype, device=device)
+        for size, stride, dtype, device in _known.outputs[form, call][:-1]
+    ]
+
+
+_library.impl("derive", _derive, "CompositeExplicitAutograd")
+torch.library.register_fake("dora_cache::derive", _derive_fake, lib=_library)
+
+
+def opaque(
+    signature: str, function: Callable[..., Tensor], like: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Return a function whose operations compiled code calls, and does not look into.
+
+    Args:
+        signature: the operator's name, arguments and result, as
+            :meth:`torch.library.Library.define` takes them.
+        function: what it does, for inference; the result is contiguous.
+        like: called likewise; returns an empty tensor like the result.
+    """
+    name = signature.partition("(")[0]
+    _library.define(signature)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dora_cache::{name}", like, lib=_library)
+    operator: Any = getattr(torch.ops.dora_cache, name)
+
+    def call(*args: Any) -> Tensor:
+        found: Tensor = (operator if torch.compiler.is_dynamo_compiling() else function)(*args)
+        return found
+
+    return call
+
+
+# Making views
+
+
+def _canonical(names: Sequence[str]) -> dict[str, str]:
+    """Return the names that views have for adapters, in order."""
+    return {name: f"active {number}" for number, name in enumerate(names)}
+
+
+def _stand_in(owner: Any, canonical: Mapping[str, str]) -> Any:
+    """Return a copy that has the active adapters alone, by the names that views have for them."""
+    state = dict(owner.__dict__)
+    named = {*getattr(owner, "adapter_layer_names", ()), *getattr(owner, "other_param_names", ())}
+    state["_modules"] = dict(state["_modules"])
+    for table in (state, state["_modules"]):
+        for name, value in table.items():
+            if name not in _OF_MODULES:
+                renamed = _renamed(value, canonical, named=name in named)
+                if renamed is not None:
+                    table[name] = renamed
+    state.pop("_dora_cache_observer", None)
+    first, *_ = known = list(canonical.values())
+    if "_active_adapter" in state:
+        state["_active_adapter"] = known
+    elif "active_adapter" in state:  # of a model
+        state["active_adapter"] = first
+    view = object.__new__(type(owner))
+    view.__dict__.update(state)
+    return view
+
+
+def _renamed(value: Any, canonical: Mapping[str, str], *, named: bool) -> Any:
+    """Return a container with the active adapters alone, under the names that views have for them.
+
+    Args:
+        value: an attribute of a layer.
+        canonical: these names, by the adapters' own.
+        named: whether the layer says that it has a part for each adapter.
+
+    Returns:
+        The container; None if the attribute is none that has a part for each adapter.
+    """
+    kind = type(value)
+    if kind is dict:
+        items, table = value, None
+    elif isinstance(value, nn.Module):
+        state = value.__dict__
+        if isinstance(value, nn.ModuleDict):
+            table = "_modules"
+        elif isinstance(value, nn.ParameterDict):
+            table = "_parameters"
+        elif kind.__name__ == "BufferDict":
+            table = "_buffers"
+        else:
+            return None
+        items = state[table]
+    else:
+        return None
+    if not named and not any(name in items for name in canonical):
+        return None
+    kept = {known: items[name] for name, known in canonical.items() if name in items}
+    if table is None:
+        return kept
+    clone = object.__new__(kind)
+    clone.__dict__.update(value.__dict__)
+    clone.__dict__[table] = kept
+    if "_keys" in clone.__dict__:
+        clone.__dict__["_keys"] = {
+            known: None for name, known in canonical.items() if name in value.__dict__["_keys"]
+        }
+    return clone
+
+
+def _form(
+    view: Any, *, shallow: bool
+) -> tuple[tuple[tuple[str, ...], ...], tuple[Tensor, ...], int]:
+    """Return where a view's tensors are, these, and the number of its form."""
+    places: list[tuple[str, ...]] = []
+    tensors: list[Tensor] = []
+    signs: list[object] = [type(view)]
+    for path, module in () if shallow else _modules_in(view, (), set()):
+        signs.append((path, type(module)))
+        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for name, tensor in table.items():
+                if type(tensor) in _EXACT:
+                    places.append((*path, kind, name))
+                    tensors.append(tensor)
+                    signs.append((places[-1], *_output(tensor)))
+    for name, value in view.__dict__.items():
+        if type(value) in _PLAIN:
+            signs.append((name, value))
+        elif type(value) is dict:
+            # No text: it may name the layer.
+            signs += [(name, k, v) for k, v in value.items() if type(v) in _PLAIN - {str}]
+    return tuple(places), tuple(tensors), _known.number(_known.forms, tuple(signs))
+
+
+_EXACT = frozenset({Tensor, nn.Parameter, nn.Buffer})
+_PLAIN = frozenset({bool, int, str, type(None), torch.dtype})
+
+
+def _modules_in(
+    module: nn.Module, path: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, part in module._modules.items():
+        # Those with a binding have holders of their own, and Dynamo can follow no LSTM.
+        if part is not None and SLOT not in part.__dict__ and not isinstance(part, nn.RNNBase):
+            yield from _modules_in(part, (*path, name), seen)
+
+
+def _output(value: Tensor) -> tuple[Any, ...]:
+    return tuple(value.shape), value.stride(), value.dtype, value.device
+
+
+def _like(owner: Any) -> Tensor:
+    """Return a floating-point parameter of a layer."""
+    for tensor in itertools.chain(owner.parameters(), owner.buffers()):
+        if tensor.is_floating_point():
+            found: Tensor = tensor
+            return found
+    return torch.empty(0)
+
+
+class _plainly:  # noqa: N801 - a context manager
+    """Derive as eager inference does, whatever the surroundings of an event are."""
+
+    def __init__(self, owner: Any) -> None:
+        self._contexts = (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(_like(owner).device.type, enabled=False),
+        )
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*args)
 
 
 def _alike(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
