@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -389,12 +390,18 @@ def follow_whole(
     if bound is not None and bound.cache is cache:
         return bound
     binding = cache.bind(model)
+    binding.infers = lambda *_: None  # no value is the model's own
     holder = Holder(binding, lambda model: (model.active_adapter,), shallow=True)
     plain: Any = plain_class(type(model))
-    observer = Observer(changed=lambda _: holder.changed(), calls=calls)
+    changed = partial(_changed, holder)
+    observer = Observer(mode_switched=changed, changed=changed, calls=calls)
     overrides = {"forward": viewed(plain.forward)} | (overrides or {})
     binding.undo.callback(observe(model, observer, overrides))
     return binding
+
+
+def _changed(holder: Holder, _: object) -> None:
+    holder.changed()
 
 
 def layers_in(model: nn.Module) -> Iterable[nn.Module]:
