@@ -7,7 +7,8 @@ they hold, and how it is derived, is the recipes' business.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from dora_cache.copying import Uncopyable
 
@@ -31,6 +32,9 @@ class Buffers(Uncopyable):
         mutex: the cache's lock.
         memory: where their bytes are counted.
         bindings: returns the cache's bindings.
+
+    Attributes:
+        entries: checks of compiled code, by what that code calls: kept for as long as that.
     """
 
     def __init__(
@@ -40,12 +44,14 @@ class Buffers(Uncopyable):
         self._memory = memory
         self._bindings = bindings
         self._closed = False
+        self.entries: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
 
     def close(self) -> None:
         """Give none out any more; the lock is held."""
         self._closed = True
         for binding in self._bindings():
             self.drop_all(binding)
+        self.entries.clear()
 
     def follow(self, binding: Binding, adapter: str, buffer: Buffer) -> None:
         """Take on what compiled code reads of an owner and adapter, in place of any older one."""

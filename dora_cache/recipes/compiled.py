@@ -9,7 +9,9 @@ call. So for each layer and adapter there is one :class:`Buffer`:
   no guard may tell one layer from another.
 - Events that void stored values take the tensors out of ``values`` and fill them again at the same
   addresses, without a recompilation.
-- Where that cannot be done at once, ``values`` stays None. Then a guard fails, the layer is traced
+- What raises no event is noticed where compiled code is entered: see
+  :mod:`dora_cache.recipes.entry`.
+- Where buffers cannot be filled, ``values`` stays None. Then a guard fails, the layer is traced
   again, and tracing fills it: at worst compiled code costs a recompilation, never a wrong number.
 - Compiled code reads a buffer only while the layer's parameters are the ones it was filled from,
   the very objects. So it notices by itself if others are put in their place, for the duration of a
@@ -20,22 +22,25 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dora_cache.ambient import environment, untraceable
+from dora_cache.ambient import entry_guards_work, environment, untraceable
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.copying import Uncopyable
 from dora_cache.facts import Facts, UncheckableError, read
 from dora_cache.reasons import Reason
+from dora_cache.recipes.entry import Key, enter, watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dora_cache.binding import Binding
     from dora_cache.engine import Engine
+    from dora_cache.recipes.entry import Entry, Watch
 
 __all__ = ["Buffer", "prepare"]
 
@@ -44,6 +49,10 @@ _prepared: weakref.WeakKeyDictionary[Engine, dict[str, weakref.ref[Any]]] = (
     weakref.WeakKeyDictionary()
 )
 _ATTEMPTS = 3
+_NO_GUARDS = (
+    "this version of PyTorch has no guards that call a function. It derives the values itself. With "
+    "compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
+)
 _SURPRISES = 3  # below PyTorch's limit of recompilations
 
 
@@ -62,12 +71,15 @@ class Buffer(Uncopyable):
         parameters: called with the layer; returns those that the values depend on.
 
     Attributes:
-        cache: a string that stands for the cache; what is traced passes it to :func:`prepare`.
+        cache: what is traced passes it to :func:`prepare`: the buffer's key, in a tuple, since
+            TorchDynamo guards a bare argument by its identity.
+        entries: the checks of the code that reads it.
         values: what compiled code reads; None while that does not hold.
         parameters: those of the layer when it was filled.
         wanted: whether compiled code has ever asked for it.
         stale: whether an event has voided it since it was last filled.
         nbytes: the bytes of its tensors, those out of use for the moment included.
+        watch: what it was filled from, while there are values.
     """
 
     def __init__(
@@ -78,7 +90,10 @@ class Buffer(Uncopyable):
         derive: Callable[[Any], tuple[Tensor, ...]],
         parameters: Callable[[Any], tuple[Tensor | None, ...]],
     ) -> None:
-        self.cache = f"cache {binding.cache.token}"
+        name = f"cache {binding.cache.token}"
+        self.cache = (Key(name, self, checks=binding.cache.config.compiled_check),)
+        self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+        self.watch: Watch | None = None
         self.values: tuple[Tensor, ...] | None = None
         self.parameters: tuple[Tensor | None, ...] = ()
         self.wanted = False
@@ -95,7 +110,7 @@ class Buffer(Uncopyable):
         self._surprises = 0
         self._filling = threading.RLock()
         self._busy = False
-        _caches[self.cache] = binding.cache
+        _caches[name] = binding.cache
         binding.cache.buffers.follow(binding, adapter, self)
 
     @property
@@ -107,8 +122,14 @@ class Buffer(Uncopyable):
     def void(self) -> None:
         """Keep compiled code from reading it until it is filled; the cache's lock is held."""
         self.stale = True
-        self.values = None
+        self.values = self.watch = None
         self.parameters = ()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Have compiled code's checks look at it anew; the cache's lock is held."""
+        for entry in list(self.entries):
+            entry.changed()
 
     def drop(self) -> None:
         """Void it for good and free its tensors; the cache's lock is held."""
@@ -139,6 +160,38 @@ class Buffer(Uncopyable):
             self._surprises += 1
             if self._surprises > _SURPRISES:
                 binding.cache.buffers.drop(self)
+
+    def check(self) -> bool:
+        """Bring it up to date; return whether what compiled code has read of it still holds.
+
+        It never raises.
+        """
+        try:
+            values, watch = self.values, self.watch
+            if values is None or (watch is not None and watch.complete and watch.holds()):
+                return True
+            self.renew()
+        except Exception:  # noqa: BLE001 - what it was filled from is not there any more, or worse
+            self.give_up()
+        return self.values is values
+
+    def renew(self) -> None:
+        """Fill it if its values no longer hold; void it if that cannot be done now."""
+        watch = self.watch
+        if self.values is None or watch is None:
+            return
+        with suppress(Exception):  # something is not there any more: that shows below
+            if watch.complete and watch.holds():
+                return
+        self.fill()
+        if self.watch is watch:  # it has not even been looked at
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Void it: compiled code is compiled again before it reads it."""
+        binding = self._binding()
+        if binding is not None:
+            binding.cache.buffers.void(self)
 
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
@@ -185,7 +238,9 @@ class Buffer(Uncopyable):
             torch.no_grad(),
             torch.autocast(owner_device(owner), enabled=False),
         ):
-            reading = read(self._dependencies(owner))
+            dependencies = self._dependencies(owner)
+            reading = read(dependencies)
+            watched = watch(owner, self._adapter, dependencies, reading)
             if reading.refilled:
                 msg = "compiled code cannot tell what a refilled storage holds"
                 raise UncheckableError(msg, Reason.REFILLED)
@@ -197,7 +252,7 @@ class Buffer(Uncopyable):
                 and self._facts.rows == reading.rows
                 and self._surroundings == surroundings
             ):
-                return False
+                return False if self._publish(cache, self.values, self.parameters, watched) else None
             self._facts, self._surroundings = Facts(reading), surroundings
             derived, parameters = self._derive(owner), self._parameters(owner)
             after = read(self._dependencies(owner))
@@ -214,7 +269,22 @@ class Buffer(Uncopyable):
                 for tensor in tensors:  # CUDA graphs read them in place
                     torch._dynamo.mark_static_address(tensor)
                 self._tensors = tensors
-        return True if cache.buffers.publish(self, self._tensors, parameters) else None
+        return True if self._publish(cache, self._tensors, parameters, watched) else None
+
+    def _publish(
+        self,
+        cache: Engine,
+        values: tuple[Tensor, ...],
+        parameters: tuple[Tensor | None, ...],
+        watched: Watch,
+    ) -> bool:
+        """Let compiled code read values, unless an event has come since ``watched`` was noted."""
+        with cache.mutex.lock:
+            if not cache.buffers.publish(self, values, parameters):
+                return False
+            self.watch = watched
+            self._tell()
+        return True
 
     def _dependencies(self, owner: Any) -> list[object]:
         try:
@@ -224,15 +294,25 @@ class Buffer(Uncopyable):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def prepare(cache: str, adapter: str) -> bool:
+def prepare(keys: tuple[Key], adapter: str) -> bool:
     """Fill a model's buffers of an adapter; runs while a layer is traced, not in compiled code.
 
     Those stay empty that cannot be checked, or that there is no room for. Their layers derive the
     values in the graph. All do if the cache compares contents at each use.
+
+    Args:
+        keys: of the layer's buffer.
+        adapter: the adapter's name.
     """
-    living = _caches.get(cache)
-    if living is None or living.compares_contents or untraceable():
+    (key,) = keys
+    living, read_here = _caches.get(key.cache), key.buffer
+    if living is None or read_here is None or living.compares_contents or untraceable():
         return False
+    if key.checks:
+        if not entry_guards_work():
+            living.decline("compiled code", "every layer", _NO_GUARDS)
+            return False
+        enter(living, read_here)
     context = torch._guards.CompileContext.try_get()
     done = _prepared.setdefault(living, {})
     if context is None or done.get(adapter, lambda: None)() is not context:
