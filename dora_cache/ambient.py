@@ -435,7 +435,7 @@ def entry_guards_work() -> bool:
     """
     try:
         with (
-            torch.compiler.set_stance("default"),  # type: ignore[no-untyped-call]
+            torch.compiler.set_stance("default"),
             torch.inference_mode(mode=False),
             torch.no_grad(),
             _uncounted(),

@@ -168,7 +168,7 @@ class Buffer(Uncopyable):
         """
         try:
             values, watch = self.values, self.watch
-            if values is None or (watch is not None and watch.complete and watch.holds()):
+            if values is None or (watch is not None and watch.holds_entirely()):
                 return True
             self.renew()
         except Exception:  # noqa: BLE001 - what it was filled from is not there any more, or worse
@@ -181,7 +181,7 @@ class Buffer(Uncopyable):
         if self.values is None or watch is None:
             return
         with suppress(Exception):  # something is not there any more: that shows below
-            if watch.complete and watch.holds():
+            if watch.holds_entirely():
                 return
         self.fill()
         if self.watch is watch:  # it has not even been looked at
@@ -308,11 +308,9 @@ def prepare(keys: tuple[Key], adapter: str) -> bool:
     living, read_here = _caches.get(key.cache), key.buffer
     if living is None or read_here is None or living.compares_contents or untraceable():
         return False
-    if key.checks:
-        if not entry_guards_work():
-            living.decline("compiled code", "every layer", _NO_GUARDS)
-            return False
-        enter(living, read_here)
+    if key.checks and not entry_guards_work():
+        living.decline("compiled code", "every layer", _NO_GUARDS)
+        return False
     context = torch._guards.CompileContext.try_get()
     done = _prepared.setdefault(living, {})
     if context is None or done.get(adapter, lambda: None)() is not context:
@@ -322,6 +320,8 @@ def prepare(keys: tuple[Key], adapter: str) -> bool:
             for name in [name for name, traced in done.items() if traced() is None]:
                 del done[name]
             done[adapter] = weakref.ref(context)
+    if key.checks:
+        enter(living, read_here)
     return True
 
 

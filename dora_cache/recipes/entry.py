@@ -45,6 +45,7 @@ class Watch(NamedTuple):
         tensors: the tensors.
         versions: their version counters.
         addresses: of their data.
+        layouts: their sizes, strides and dtypes.
         mappings: where scalars are, and tensors that are no parameters: in a mapping of mappings.
         names: keys in these.
         keys: keys in what is found there.
@@ -55,6 +56,7 @@ class Watch(NamedTuple):
     tensors: list[Tensor]
     versions: list[int]
     addresses: list[int]
+    layouts: list[object]
     mappings: list[Mapping[Any, Any]]
     names: list[Hashable]
     keys: list[Hashable]
@@ -62,13 +64,17 @@ class Watch(NamedTuple):
     complete: bool
 
     def holds(self) -> bool:
-        """Whether everything is as it was. Raises if something is not there any more."""
+        """Whether all but the layouts is as it was. Raises if something is not there any more."""
         found = map(getitem, map(getitem, self.mappings, self.names), self.keys)
         return (
             list(map(_version, self.tensors)) == self.versions
             and list(map(_address, self.tensors)) == self.addresses
             and all(map(is_, found, self.items))
         )
+
+    def holds_entirely(self) -> bool:
+        """Whether everything is as it was, layouts included. Raises as :meth:`holds`."""
+        return self.complete and self.holds() and list(map(_layout, self.tensors)) == self.layouts
 
 
 def watch(owner: Any, adapter: str, dependencies: Iterable[object], reading: Reading) -> Watch:
@@ -92,17 +98,22 @@ def watch(owner: Any, adapter: str, dependencies: Iterable[object], reading: Rea
             complete &= bool(found)
             places += found
     tensors = list(reading.tensors)
-    mappings, names, keys, items = map(list, zip(*places, strict=True)) if places else ([],) * 4
+    mappings, names, keys, items = [list(column) for column in zip(*places)] or ([], [], [], [])
     return Watch(
         tensors,
         list(map(_version, tensors)),
         list(map(_address, tensors)),
+        list(map(_layout, tensors)),
         mappings,
         names,
         keys,
         items,
         complete,
     )
+
+
+def _layout(tensor: Tensor) -> object:
+    return tensor.size(), tensor.stride(), tensor.dtype
 
 
 def _places(
@@ -119,7 +130,7 @@ def _places(
 
 
 def _joined(watches: Sequence[Watch]) -> Watch:
-    """Return what several watch as one, each tensor once."""
+    """Return what several complete ones watch as one, each tensor once."""
     facts = {
         (id(tensor), version, address): tensor
         for one in watches
@@ -129,11 +140,12 @@ def _joined(watches: Sequence[Watch]) -> Watch:
         list(facts.values()),
         [version for _, version, _ in facts],
         [address for _, _, address in facts],
+        [],  # compared for each, where they matter
         [mapping for one in watches for mapping in one.mappings],
         [name for one in watches for name in one.names],
         [key for one in watches for key in one.keys],
         [item for one in watches for item in one.items],
-        all(one.complete for one in watches),
+        complete=True,
     )
 
 
@@ -177,21 +189,24 @@ class Key(Uncopyable):
 
 
 class Entry(Uncopyable):
-    """The check of all buffers that one piece of compiled code reads."""
+    """The check of all buffers that one piece of compiled code reads.
+
+    Layouts are not compared at each call. The compiler's own guards see to it that they are those
+    that were traced. So only what has been filled since, from other layouts, is looked at again.
+    """
 
     __slots__ = ("__weakref__", "_buffers", "_changes", "_known")
 
     def __init__(self) -> None:
-        self._buffers: list[weakref.ref[Buffer]] = []
+        self._buffers: dict[weakref.ref[Buffer], list[object] | None] = {}
         self._changes = 0
         self._known: tuple[int, Watch, list[Buffer]] | None = None
 
     def add(self, buffer: Buffer) -> None:
-        """Check a buffer as well; the cache's lock is held."""
-        if self not in buffer.entries:
-            buffer.entries.add(self)
-            self._buffers.append(weakref.ref(buffer))
-            self.changed()
+        """Check a buffer as well, which has just been filled; the cache's lock is held."""
+        buffer.entries.add(self)
+        self._buffers[weakref.ref(buffer)] = buffer.watch and buffer.watch.layouts
+        self.changed()
 
     def changed(self) -> None:
         """Look anew at what the buffers were filled from; the cache's lock is held."""
@@ -223,10 +238,17 @@ class Entry(Uncopyable):
     def _look(self) -> tuple[int, Watch, list[Buffer]]:
         """Note what all buffers watch, and which of them have to be looked at one by one."""
         changes = self._changes  # before anything is read: what comes meanwhile shows
-        watched = [(one, one.watch) for one in self._living()]
-        complete = [watch for _, watch in watched if watch is not None and watch.complete]
-        others = [one for one, watch in watched if watch is not None and not watch.complete]
-        self._known = known = changes, _joined(complete), others
+        fast: list[Watch] = []
+        others: list[Buffer] = []
+        for weak, layouts in list(self._buffers.items()):
+            buffer = weak()
+            watch = None if buffer is None else buffer.watch
+            if buffer is not None and watch is not None:
+                if watch.complete and watch.layouts == layouts:
+                    fast.append(watch)
+                else:
+                    others.append(buffer)
+        self._known = known = changes, _joined(fast), others
         return known
 
     def _renew(self, buffers: list[Buffer]) -> bool:
@@ -237,7 +259,7 @@ class Entry(Uncopyable):
 
 
 def enter(cache: Engine, buffer: Buffer) -> None:
-    """Have the code that is traced now check a buffer that it reads, at each call."""
+    """Have the code that is traced now check a buffer at each call; it has just been filled."""
     region = traced_region()
     if region is None:
         return
