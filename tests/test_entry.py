@@ -526,17 +526,17 @@ def test_nothing_is_kept_of_the_tracing():
 
 
 @pytest.mark.parametrize("way", [whole, regional])
-def test_the_same_memory_in_another_layout(way, monkeypatch):
+def test_the_same_memory_in_another_layout(way):
     """A weight transposed where it is keeps its version and address, and is noticed; and back."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     stack = Stack()
     model = way(stack)
     before = run(model, stack.x)
-    for part in ("base_layer", "lora_A.first", "lora_A.first", "base_layer"):
-        for block in reversed(stack.blocks):
-            weight = block.layer.get_submodule(part).weight
-            weight.data = weight.data.t()
-            after = run(model, stack.x)
-            assert not torch.equal(before, after)
-            assert torch.equal(after, stack.expected())
-            before = after
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for part in ("base_layer", "lora_A.first", "lora_A.first", "base_layer"):
+            for block in reversed(stack.blocks):
+                weight = block.layer.get_submodule(part).weight
+                weight.data = weight.data.t()
+                after = run(model, stack.x)
+                assert not torch.equal(before, after)
+                assert torch.equal(after, stack.expected())
+                before = after
