@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from dora_cache.binding import Binding
     from dora_cache.engine import Engine
-    from dora_cache.recipes.entry import Entry, Watch
+    from dora_cache.recipes.entry import Entry, Layouts, Watch
 
 __all__ = ["Buffer", "prepare"]
 
@@ -161,14 +161,28 @@ class Buffer(Uncopyable):
             if self._surprises > _SURPRISES:
                 binding.cache.buffers.drop(self)
 
-    def check(self) -> bool:
+    def traced(self) -> None:
+        """Take note that the key is being traced: guards get one that tells the layouts of now."""
+        (key,) = self.cache
+        layouts = None if self.watch is None else self.watch.layouts
+        self.cache = (Key(key.cache, self, checks=key.checks, layouts=layouts),)
+
+    def check(self, layouts: Layouts | None) -> bool:
         """Bring it up to date; return whether what compiled code has read of it still holds.
 
         It never raises.
+
+        Args:
+            layouts: that the parameters have, if the compiler's guards have seen to that.
         """
+        values, watch = self.values, self.watch
         try:
-            values, watch = self.values, self.watch
-            if values is None or (watch is not None and watch.holds_entirely()):
+            if values is None or (
+                watch is not None
+                and watch.complete
+                and watch.layouts is layouts
+                and watch.holds()
+            ):
                 return True
             self.renew()
         except Exception:  # noqa: BLE001 - what it was filled from is not there any more, or worse
@@ -321,6 +335,7 @@ def prepare(keys: tuple[Key], adapter: str) -> bool:
                 del done[name]
             done[adapter] = weakref.ref(context)
     if key.checks:
+        read_here.traced()
         enter(living, read_here)
     return True
 

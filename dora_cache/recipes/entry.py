@@ -35,6 +35,7 @@ __all__ = ["Entry", "Key", "Watch", "enter", "watch"]
 
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _address = Tensor.data_ptr
+Layouts = tuple[tuple[object, ...], ...]
 _SCALARS = (bool, int, float, complex, str)
 
 
@@ -45,7 +46,7 @@ class Watch(NamedTuple):
         tensors: the tensors.
         versions: their version counters.
         addresses: of their data.
-        layouts: their sizes, strides and dtypes.
+        layouts: their sizes, strides and dtypes; equal ones are the same object.
         mappings: where scalars are, and tensors that are no parameters: in a mapping of mappings.
         names: keys in these.
         keys: keys in what is found there.
@@ -56,7 +57,7 @@ class Watch(NamedTuple):
     tensors: list[Tensor]
     versions: list[int]
     addresses: list[int]
-    layouts: list[object]
+    layouts: Layouts
     mappings: list[Mapping[Any, Any]]
     names: list[Hashable]
     keys: list[Hashable]
@@ -74,7 +75,7 @@ class Watch(NamedTuple):
 
     def holds_entirely(self) -> bool:
         """Whether everything is as it was, layouts included. Raises as :meth:`holds`."""
-        return self.complete and self.holds() and list(map(_layout, self.tensors)) == self.layouts
+        return self.complete and self.holds() and _layouts_of(self.tensors) is self.layouts
 
 
 def watch(owner: Any, adapter: str, dependencies: Iterable[object], reading: Reading) -> Watch:
@@ -103,7 +104,7 @@ def watch(owner: Any, adapter: str, dependencies: Iterable[object], reading: Rea
         tensors,
         list(map(_version, tensors)),
         list(map(_address, tensors)),
-        list(map(_layout, tensors)),
+        _layouts_of(tensors),
         mappings,
         names,
         keys,
@@ -112,8 +113,12 @@ def watch(owner: Any, adapter: str, dependencies: Iterable[object], reading: Rea
     )
 
 
-def _layout(tensor: Tensor) -> object:
-    return tensor.size(), tensor.stride(), tensor.dtype
+def _layouts_of(tensors: Iterable[Tensor]) -> Layouts:
+    found = tuple([(tensor.size(), tensor.stride(), tensor.dtype) for tensor in tensors])
+    return _known_layouts.setdefault(found, found)
+
+
+_known_layouts: dict[Layouts, Layouts] = {}
 
 
 def _places(
@@ -140,7 +145,7 @@ def _joined(watches: Sequence[Watch]) -> Watch:
         list(facts.values()),
         [version for _, version, _ in facts],
         [address for _, _, address in facts],
-        [],  # compared for each, where they matter
+        (),  # compared for each, where they matter
         [mapping for one in watches for mapping in one.mappings],
         [name for one in watches for name in one.names],
         [key for one in watches for key in one.keys],
@@ -153,19 +158,24 @@ def _joined(watches: Sequence[Watch]) -> Watch:
 class Key(Uncopyable):
     """Stands for a buffer where compiled code is traced; equal to those of the same cache.
 
-    Comparing it brings the buffer up to date; see the module.
+    Comparing it with one that was traced brings the buffer up to date; see the module.
 
     Args:
         cache: a string that stands for the cache.
         buffer: the buffer; no strong reference is kept.
         checks: whether the buffer is to be checked.
+        layouts: those that the buffer was filled from when the layer was traced. The compiler's
+            own guards see to it that other layers that run the code have the same.
     """
 
-    __slots__ = ("__weakref__", "_buffer", "cache", "checks")
+    __slots__ = ("__weakref__", "_buffer", "cache", "checks", "layouts")
 
-    def __init__(self, cache: str, buffer: Buffer, *, checks: bool) -> None:
+    def __init__(
+        self, cache: str, buffer: Buffer, *, checks: bool, layouts: Layouts | None = None
+    ) -> None:
         self.cache = cache
         self.checks = checks
+        self.layouts = layouts
         self._buffer = weakref.ref(buffer)
 
     @property
@@ -179,7 +189,7 @@ class Key(Uncopyable):
         if not self.checks:
             return True
         buffer = self._buffer()
-        return buffer is not None and buffer.check()
+        return buffer is not None and buffer.check(other.layouts)
 
     def __hash__(self) -> int:
         return hash(self.cache)
@@ -198,14 +208,14 @@ class Entry(Uncopyable):
     __slots__ = ("__weakref__", "_buffers", "_changes", "_known")
 
     def __init__(self) -> None:
-        self._buffers: dict[weakref.ref[Buffer], list[object] | None] = {}
+        self._buffers: dict[weakref.ref[Buffer], Layouts | None] = {}
         self._changes = 0
         self._known: tuple[int, Watch, list[Buffer]] | None = None
 
     def add(self, buffer: Buffer) -> None:
-        """Check a buffer as well, which has just been filled; the cache's lock is held."""
+        """Check a buffer as well, whose key has been traced; the cache's lock is held."""
         buffer.entries.add(self)
-        self._buffers[weakref.ref(buffer)] = buffer.watch and buffer.watch.layouts
+        self._buffers[weakref.ref(buffer)] = buffer.cache[0].layouts
         self.changed()
 
     def changed(self) -> None:
@@ -244,7 +254,7 @@ class Entry(Uncopyable):
             buffer = weak()
             watch = None if buffer is None else buffer.watch
             if buffer is not None and watch is not None:
-                if watch.complete and watch.layouts == layouts:
+                if watch.complete and watch.layouts is layouts:
                     fast.append(watch)
                 else:
                     others.append(buffer)
@@ -259,7 +269,7 @@ class Entry(Uncopyable):
 
 
 def enter(cache: Engine, buffer: Buffer) -> None:
-    """Have the code that is traced now check a buffer at each call; it has just been filled."""
+    """Have the code that is traced now check a buffer, whose key is traced, at each call."""
     region = traced_region()
     if region is None:
         return
