@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from dora_cache.copying import Uncopyable
 
@@ -34,6 +35,7 @@ class Buffers(Uncopyable):
 
     Attributes:
         wanted: calls that compiled code makes, by the form of the owners, by numbers of them both.
+        entries: checks of compiled code, by what that code calls: kept for as long as that.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class Buffers(Uncopyable):
         self._bindings = bindings
         self._closed = False
         self.wanted: dict[int, dict[int, None]] = {}
+        self.entries: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
 
     def close(self) -> None:
         """Give none out any more; the lock is held."""
         self._closed = True
         for binding in self._bindings():
             self.drop_all(binding)
+        self.entries.clear()
 
     def follow(self, binding: Binding, key: Hashable, buffer: Buffer) -> None:
         """Take on a value that compiled code reads of an owner."""

@@ -13,6 +13,8 @@ dtypes; events change what they are.
   compiled one by one share their code, so no guard may tell one layer from another.
 - Events that void stored values take the tensors out of the holder and fill them again at the same
   addresses, without a recompilation. Another active adapter's values are at other addresses.
+- What raises no event is noticed where compiled code is entered: see
+  :mod:`dora_cache.recipes.entry`.
 - Where that cannot be done at once, the holder has None. Then a guard fails, the layer is traced
   again, and tracing fills it: at worst compiled code costs a recompilation, never a wrong number.
 - A value that cannot be kept (for lack of room, or since nothing tells when it changes) is derived
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import threading
 import weakref
 from contextlib import suppress
@@ -34,14 +37,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import environment, untraceable
+from dora_cache.ambient import entry_guards_work, environment, untraceable
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT, derivations
 from dora_cache.dependencies import listed
-from dora_cache.facts import Facts, UncheckableError, read
+from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
+from dora_cache.recipes.entry import Key, enter, joined, watch, watch_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,10 +53,15 @@ if TYPE_CHECKING:
     from dora_cache.binding import Binding
     from dora_cache.decorator import Derivation
     from dora_cache.engine import Engine
+    from dora_cache.recipes.entry import Entry, Place, Watch
 
 __all__ = ["Buffer", "Holder", "opaque", "view_of", "viewed"]
 
 _ATTEMPTS = 3
+_NO_GUARDS = (
+    "this version of PyTorch has no guards that call a function. It derives the values itself. With "
+    "compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
+)
 _SURPRISES = 3  # below PyTorch's limit of recompilations
 _SCALINGS = ("scaling",)
 """Attributes of layers with a number for each adapter that is not part of what is derived."""
@@ -134,6 +143,7 @@ class Buffer(Uncopyable):
         adapters: the names of the adapters that were active.
         values: what compiled code reads; None while that does not hold.
         facts: what the values were derived from; None if there are none.
+        watch: likewise, to be compared fast.
         stale: whether an event has voided it since it was last filled.
         nbytes: the bytes of its tensors, those out of use for the moment included.
     """
@@ -149,6 +159,7 @@ class Buffer(Uncopyable):
         self.adapters = tuple(holder.names)
         self.values: Tensor | tuple[Tensor, ...] | None = None
         self.facts: Facts | None = None
+        self.watch: Watch | None = None
         self.stale = True
         self.nbytes = 0
         self.number = number
@@ -185,18 +196,6 @@ class Buffer(Uncopyable):
         """Whether one of these storages holds something that the values were derived from."""
         return self.facts is not None and not storages.isdisjoint(self.facts.storages)
 
-    def holds(self) -> bool:
-        """Whether the values are what would be derived at present."""
-        owner = self._holder.owner
-        if self.stale or self.values is None or self.facts is None or owner is None:
-            return False
-        try:
-            reading = self._read(owner)
-        except Exception:  # noqa: BLE001 - then it cannot be told
-            return False
-        surroundings = environment(), reading.plain
-        return bool(self.facts.rows == reading.rows and self._surroundings == surroundings)
-
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
 
@@ -230,17 +229,22 @@ class Buffer(Uncopyable):
 
     def _fill(self, cache: Engine, owner: Any) -> bool | None:
         """Fill it once, as :meth:`fill`; None if something has happened meanwhile."""
-        if self.holds():
-            return False
-        self.stale = False  # an event from now on shows
+        held, self.stale = not self.stale and self.values is not None, False
+        # An event from now on shows.
         with _plainly(owner):
-            reading = self._read(owner)
+            dependencies = self._dependencies(owner)
+            reading = read(dependencies)
             if reading.refilled:
                 msg = "compiled code cannot tell what a refilled storage holds"
                 raise UncheckableError(msg, Reason.REFILLED)
-            self.facts, self._surroundings = Facts(reading), (environment(), reading.plain)
+            self.watch = self._watched(owner, dependencies, reading)
+            surroundings = environment(), reading.plain
+            if held and self.facts is not None and self.facts.rows == reading.rows:
+                if self._surroundings == surroundings:
+                    return False
+            self.facts, self._surroundings = Facts(reading), surroundings
             derived, single = self.derive(owner)
-            after = self._read(owner)
+            after = read(self._dependencies(owner))
             if after.rows != reading.rows or after.plain != reading.plain:
                 return None
             if _alike(self._tensors, derived):
@@ -278,13 +282,20 @@ class Buffer(Uncopyable):
                 return None
         return self.outputs
 
-    def _read(self, owner: Any) -> Any:
+    def _dependencies(self, owner: Any) -> list[object]:
         depends_on = self._derivation.depends_on
         assert depends_on is not None  # noqa: S101 - recipes give one
         try:
-            return read(listed(depends_on(owner, *self._args, **self._kwargs)))
+            return list(listed(depends_on(owner, *self._args, **self._kwargs)))
         except KeyError:
             raise _GoneError from None
+
+    def _watched(self, owner: Any, dependencies: list[object], reading: Reading) -> Watch:
+        guarded = set(map(id, self._holder.tensors))
+        found = watch(owner, self.adapters, dependencies, reading, guarded)
+        if not self._derivation.function.__module__.startswith("dora_cache."):
+            found = found._replace(complete=False)  # of others: scalars may be from anywhere
+        return found
 
 
 class Holder(Uncopyable):
@@ -300,6 +311,10 @@ class Holder(Uncopyable):
 
     Attributes:
         cache: a string that stands for the cache.
+        key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a bare
+            argument by its identity.
+        entries: the checks of the code that reads the view.
+        watch: what the view and the values were made from; None while there is no view.
         names: the active adapters that the view has.
         form: a number that stands for all of the view but contents, names and scalings.
         view: stands for the layer; None while it cannot.
@@ -320,6 +335,9 @@ class Holder(Uncopyable):
         shallow: bool = False,
     ) -> None:
         self.cache = f"cache {binding.cache.token}"
+        self.key = (Key(self.cache, self, checks=binding.cache.config.compiled_check),)
+        self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+        self.watch: Watch | None = None
         self.names: tuple[str, ...] = ()
         self.form = 0
         self.view: Any = None
@@ -399,6 +417,45 @@ class Holder(Uncopyable):
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""
         self.view, self.form, self.tensors = None, 0, ()
+        self._note(None)
+
+    def _note(self, watch: Watch | None) -> None:
+        """Watch something else from now on; the lock is held."""
+        self.watch = watch
+        for entry in list(self.entries):
+            entry.changed()
+
+    def check(self) -> bool:
+        """Bring it up to date; return whether what compiled code has read of it still holds.
+
+        It never raises.
+        """
+        watch = self.watch
+        if watch is None:
+            return True
+        before, values = self._shown()
+        try:
+            if watch.complete and watch.holds():
+                return True
+            self.update()
+        except Exception:  # noqa: BLE001 - what was watched is not there any more, or worse
+            self._give_up()
+        if self.watch is watch:  # it has not even been looked at
+            self._give_up()
+        after, others = self._shown()
+        return after == before and all(map(operator.is_, values, others))
+
+    def _shown(self) -> tuple[tuple[object, ...], list[object]]:
+        """Return what compiled code reads that an update may change, to be compared."""
+        values = [value for name, value in self.__dict__.items() if name[1:].isdigit()]
+        return (self.form, len(values), self.view is None), values + list(self._scalings.values())
+
+    def _give_up(self) -> None:
+        """Have no view: compiled code is compiled again before it reads one."""
+        cache = self.engine
+        if cache is not None:
+            with cache.mutex.held():
+                self.clear()
 
     def close(self) -> None:
         """Show nothing any more; the lock is held."""
@@ -442,7 +499,8 @@ class Holder(Uncopyable):
             if binding.why_training(owner) is not None:
                 raise UncheckableError("it trains")
             names = tuple(self._active(owner))
-            view = self._view(owner, names) if names else None
+            places: list[Place] = []
+            view = self._view(owner, names, places) if names else None
             if view is not None and self.finish is not None:
                 self.finish(owner, view)
             self.idle = not names
@@ -455,7 +513,7 @@ class Holder(Uncopyable):
             with cache.mutex.held():
                 self.clear()
             return 0
-        places, tensors, form = _form(view, shallow=self.shallow)
+        parts, tensors, form = _form(view, shallow=self.shallow)
         others = (
             self.view is not None
             and names == self.names
@@ -469,7 +527,7 @@ class Holder(Uncopyable):
             switched, known = names != self.names, form == self.form
             self.names, self.tensors, self.form, self.view = names, tensors, form, view
             self.device = tensors[0].device.type if tensors else "cpu"
-            _known.places.setdefault(form, places)
+            _known.places.setdefault(form, parts)
             wanted = cache.buffers.wanted.get(form, ())
             if switched:
                 for slot in [name for name in self.__dict__ if name[1:].isdigit()]:
@@ -478,6 +536,11 @@ class Holder(Uncopyable):
                 if buffer.adapters == names and buffer.number not in wanted:  # of another form
                     cache.buffers.drop(binding.buffers.pop(key))
         derived = sum(self.want(call) for call in list(wanted))
+        buffers = [binding.buffers.get((call, names)) for call in list(wanted)]
+        watches = [one.watch for one in buffers if one is not None and one.values is not None]
+        with cache.mutex.held():
+            if self.view is view:
+                self._note(joined([watch_places(places), *watches]))
         if traced and known and derived:
             self._is_surprised()
         return derived
@@ -558,13 +621,21 @@ class Holder(Uncopyable):
             derived, _ = buffer.derive(owner)
             return [value.detach().clone() for value in derived]
 
-    def _view(self, owner: Any, names: tuple[str, ...]) -> Any:
-        """Make a view of a layer; it shares its modules and parameters."""
+    def _view(self, owner: Any, names: tuple[str, ...], places: list[Place]) -> Any:
+        """Make a view of a layer; it shares its modules and parameters.
+
+        Args:
+            owner: the layer.
+            names: of the active adapters.
+            places: gets what the view has copied and no event reports.
+        """
         canonical = _canonical(names)
         view = _stand_in(owner, canonical)
         for name in _SCALINGS:
             if type(owner.__dict__.get(name)) is dict:
-                view.__dict__[name] = self._scaled(owner, owner.__dict__[name], canonical)
+                scaling = dict(owner.__dict__[name])
+                view.__dict__[name] = self._scaled(owner, scaling, canonical)
+                places += [(owner.__dict__, name, one, scaling[one]) for one in names if one in scaling]
         tuner = view._modules.get("base_model")
         if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
             view._modules["base_model"] = _stand_in(tuner, canonical)
@@ -643,7 +714,7 @@ def view_of(layer: Any) -> Any:
     holder = binding.holder
     if holder is None:
         return None
-    _prepare(holder.cache)
+    _prepare(holder.key)
     view = holder.view
     if view is None:
         return None
@@ -689,19 +760,33 @@ def _places(form: int) -> tuple[tuple[str, ...], ...]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(cache: str) -> bool:
-    """Bring all of a model's views up to date; runs while a layer is traced."""
-    living = _known.caches.get(cache)
-    if living is None or untraceable():
+def _prepare(keys: tuple[Key]) -> bool:
+    """Bring all of a model's views up to date; runs while a layer is traced.
+
+    Args:
+        keys: the layer's key.
+    """
+    (key,) = keys
+    holder = key.holder
+    living = None if holder is None else holder.engine
+    if living is None or holder is None or untraceable():
+        return False
+    if key.checks and not entry_guards_work():
+        living.decline("compiled code", "every layer", _NO_GUARDS)
+        with living.mutex.held():
+            for one in living.buffers.holders():
+                one.close()
         return False
     context = torch._guards.CompileContext.try_get()
     done = _prepared.get(living, lambda: None)()
     if context is None or done is not context:
         if context is not None:
             _prepared[living] = weakref.ref(context)
-        for holder in living.buffers.holders():
-            holder.used = True
-            holder.update(traced=True)
+        for one in living.buffers.holders():
+            one.used = True
+            one.update(traced=True)
+    if key.checks:
+        enter(living, holder)
     return True
 
 

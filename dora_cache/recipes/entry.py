@@ -2,13 +2,15 @@
 
 In-place writes, other data in a parameter and scalings set by hand raise no event, and compiled
 code looks nothing up. So TorchDynamo's guards, which are checked at each call and outside of CUDA
-graphs, come here: one pass compares what the buffers were filled from with what is there now. Those
-for which that has changed are filled again, at the same addresses. A guard fails only if that
-cannot be done.
+graphs, come here: one pass compares what views and values were made from with what is there now.
+Layers for which that has changed are brought up to date, at the same addresses. A guard fails only
+if that cannot be done.
 
 Two guards share the work. One of the code as a whole checks the layers that were traced. Where
 other layers run the same code, as blocks do that are compiled one by one, the :class:`Key` of each
 is compared with that of the layer that was traced, and checks its own.
+
+Layouts of tensors that a view has are not compared here: the compiler's own guards see to them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from functools import partial
 from operator import attrgetter, getitem, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_cache.ambient import EntryGuard, traced_constant, traced_region
 from dora_cache.copying import Uncopyable
@@ -29,113 +31,94 @@ if TYPE_CHECKING:
 
     from dora_cache.engine import Engine
     from dora_cache.facts import Reading
-    from dora_cache.recipes.compiled import Buffer
+    from dora_cache.recipes.compiled import Holder
 
-__all__ = ["Entry", "Key", "Watch", "enter", "watch"]
+__all__ = ["Entry", "Key", "Place", "Watch", "enter", "joined", "watch", "watch_places"]
 
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _address = Tensor.data_ptr
-Layouts = tuple[tuple[object, ...], ...]
-_SCALARS = (bool, int, float, complex, str)
+Place = tuple["Mapping[Any, Any]", "Hashable", "Hashable", object]
+"""A mapping of mappings, a key in it, a key in what is found there, and what is there in turn."""
+
 
 
 class Watch(NamedTuple):
-    """What values depend on as it was when they were derived, to be compared fast.
+    """What views and values were made from, as it was then, to be compared fast.
 
     Attributes:
         tensors: the tensors.
         versions: their version counters.
         addresses: of their data.
-        layouts: their sizes, strides and dtypes; equal ones are the same object.
-        mappings: where scalars are, and tensors that are no parameters: in a mapping of mappings.
+        mappings: where scalars are, and parts of a layer: in a mapping of mappings.
         names: keys in these.
         keys: keys in what is found there.
         items: what was found there in turn.
+        loose: those of the tensors whose layouts have to be compared.
+        layouts: their sizes, strides and dtypes.
         complete: whether nothing else matters. Else all dependencies have to be listed and read.
     """
 
     tensors: list[Tensor]
     versions: list[int]
     addresses: list[int]
-    layouts: Layouts
     mappings: list[Mapping[Any, Any]]
     names: list[Hashable]
     keys: list[Hashable]
     items: list[object]
+    loose: list[Tensor]
+    layouts: list[tuple[object, ...]]
     complete: bool
 
     def holds(self) -> bool:
-        """Whether all but the layouts is as it was. Raises if something is not there any more."""
+        """Whether all of it is as it was. Raises if something is not there any more."""
         found = map(getitem, map(getitem, self.mappings, self.names), self.keys)
         return (
             list(map(_version, self.tensors)) == self.versions
             and list(map(_address, self.tensors)) == self.addresses
             and all(map(is_, found, self.items))
+            and (not self.loose or list(map(_layout, self.loose)) == self.layouts)
         )
 
-    def holds_entirely(self) -> bool:
-        """Whether everything is as it was, layouts included. Raises as :meth:`holds`."""
-        return self.complete and self.holds() and _layouts_of(self.tensors) is self.layouts
 
+def watch(
+    owner: nn.Module,
+    adapters: Sequence[str],
+    dependencies: Iterable[object],
+    reading: Reading,
+    guarded: set[int],
+) -> Watch:
+    """Note what a value of a recipe of this package depends on.
 
-def watch(owner: Any, adapter: str, dependencies: Iterable[object], reading: Reading) -> Watch:
-    """Note what a layer's values depend on.
+    Scalars are looked for among the attributes of the layer and its parts, and under the adapters'
+    names in those that are dictionaries; recipes take them from nowhere else.
 
     Args:
         owner: the layer.
-        adapter: the adapter's name.
-        dependencies: as they are listed. Scalars are looked for among the layer's attributes, and
-            under the adapter's name in those that are dictionaries.
+        adapters: names of adapters.
+        dependencies: as they are listed.
         reading: of the dependencies.
+        guarded: ids of the tensors that compiled code has guards on.
     """
     complete = not reading.elsewhere
-    places: list[tuple[Mapping[Any, Any], Hashable, Hashable, object]] = []
+    places: list[Place] = []
     for item in dependencies:
         if isinstance(item, Tensor):
             complete &= type(item) in EXACT  # one that wraps others may exchange them
-            places += _places(owner, adapter, item)
         elif item is not None:  # that is a parameter's place, which compiled code compares itself
-            found = _places(owner, adapter, item) if isinstance(item, _SCALARS) else []
+            found = _places(owner, adapters, item) if isinstance(item, _SCALARS) else []
             complete &= bool(found)
             places += found
-    tensors = list(reading.tensors)
-    mappings, names, keys, items = [list(column) for column in zip(*places)] or ([], [], [], [])
-    return Watch(
-        tensors,
-        list(map(_version, tensors)),
-        list(map(_address, tensors)),
-        _layouts_of(tensors),
-        mappings,
-        names,
-        keys,
-        items,
-        complete,
-    )
+    loose = [tensor for tensor in reading.tensors if id(tensor) not in guarded]
+    return _made(reading.tensors, places, loose, complete=complete)
 
 
-def _layouts_of(tensors: Iterable[Tensor]) -> Layouts:
-    found = tuple([(tensor.size(), tensor.stride(), tensor.dtype) for tensor in tensors])
-    return _known_layouts.setdefault(found, found)
+def watch_places(places: Sequence[Place]) -> Watch:
+    """Note what is found in some places."""
+    return _made([], places)
 
 
-_known_layouts: dict[Layouts, Layouts] = {}
-
-
-def _places(
-    owner: Any, adapter: str, item: object
-) -> list[tuple[Mapping[Any, Any], Hashable, Hashable, object]]:
-    state = owner.__dict__
-    found: list[tuple[Mapping[Any, Any], Hashable, Hashable, object]] = []
-    for name, value in state.items():
-        if value is item:
-            found.append(({None: state}, None, name, item))
-        elif type(value) is dict and value.get(adapter) is item:
-            found.append((state, name, adapter, item))
-    return found
-
-
-def _joined(watches: Sequence[Watch]) -> Watch:
-    """Return what several complete ones watch as one, each tensor once."""
+def joined(watches: Sequence[Watch]) -> Watch:
+    """Return what several watch as one, each tensor once."""
     facts = {
         (id(tensor), version, address): tensor
         for one in watches
@@ -145,51 +128,88 @@ def _joined(watches: Sequence[Watch]) -> Watch:
         list(facts.values()),
         [version for _, version, _ in facts],
         [address for _, _, address in facts],
-        (),  # compared for each, where they matter
         [mapping for one in watches for mapping in one.mappings],
         [name for one in watches for name in one.names],
         [key for one in watches for key in one.keys],
         [item for one in watches for item in one.items],
-        complete=True,
+        [tensor for one in watches for tensor in one.loose],
+        [layout for one in watches for layout in one.layouts],
+        complete=all([one.complete for one in watches]),
     )
+
+
+def _made(
+    tensors: Sequence[Tensor],
+    places: Sequence[Place],
+    loose: Sequence[Tensor] = (),
+    *,
+    complete: bool = True,
+) -> Watch:
+    mappings, names, keys, items = [list(column) for column in zip(*places)] or ([], [], [], [])
+    return Watch(
+        list(tensors),
+        list(map(_version, tensors)),
+        list(map(_address, tensors)),
+        mappings,
+        names,
+        keys,
+        items,
+        list(loose),
+        list(map(_layout, loose)),
+        complete,
+    )
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.size(), tensor.stride(), tensor.dtype
+
+
+_SCALARS = (bool, int, float, complex, str)
+
+
+def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Place]:
+    found: list[Place] = []
+    for module in owner.modules():
+        state = module.__dict__
+        for name, value in state.items():
+            if value is item:
+                found.append(({None: state}, None, name, item))
+            elif type(value) is dict:
+                found += [(state, name, key, item) for key in adapters if value.get(key) is item]
+    return found
 
 
 @traced_constant
 class Key(Uncopyable):
-    """Stands for a buffer where compiled code is traced; equal to those of the same cache.
+    """Stands for a layer where compiled code is traced; equal to those of the same cache.
 
-    Comparing it with one that was traced brings the buffer up to date; see the module.
+    Comparing it with one that was traced brings the layer up to date; see the module.
 
     Args:
         cache: a string that stands for the cache.
-        buffer: the buffer; no strong reference is kept.
-        checks: whether the buffer is to be checked.
-        layouts: those that the buffer was filled from when the layer was traced. The compiler's
-            own guards see to it that other layers that run the code have the same.
+        holder: the layer's; no strong reference is kept.
+        checks: whether the layer is to be checked.
     """
 
-    __slots__ = ("__weakref__", "_buffer", "cache", "checks", "layouts")
+    __slots__ = ("__weakref__", "_holder", "cache", "checks")
 
-    def __init__(
-        self, cache: str, buffer: Buffer, *, checks: bool, layouts: Layouts | None = None
-    ) -> None:
+    def __init__(self, cache: str, holder: Holder, *, checks: bool) -> None:
         self.cache = cache
         self.checks = checks
-        self.layouts = layouts
-        self._buffer = weakref.ref(buffer)
+        self._holder = weakref.ref(holder)
 
     @property
-    def buffer(self) -> Buffer | None:
-        """The buffer, or None if it is gone."""
-        return self._buffer()
+    def holder(self) -> Holder | None:
+        """The layer's, or None if it is gone."""
+        return self._holder()
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not Key or other.cache != self.cache:
             return False
         if not self.checks:
             return True
-        buffer = self._buffer()
-        return buffer is not None and buffer.check(other.layouts)
+        holder = self._holder()
+        return holder is not None and holder.check()
 
     def __hash__(self) -> int:
         return hash(self.cache)
@@ -199,32 +219,28 @@ class Key(Uncopyable):
 
 
 class Entry(Uncopyable):
-    """The check of all buffers that one piece of compiled code reads.
+    """The check of all layers whose views one piece of compiled code reads."""
 
-    Layouts are not compared at each call. The compiler's own guards see to it that they are those
-    that were traced. So only what has been filled since, from other layouts, is looked at again.
-    """
-
-    __slots__ = ("__weakref__", "_buffers", "_changes", "_known")
+    __slots__ = ("__weakref__", "_changes", "_holders", "_known")
 
     def __init__(self) -> None:
-        self._buffers: dict[weakref.ref[Buffer], Layouts | None] = {}
+        self._holders: dict[weakref.ref[Holder], None] = {}
         self._changes = 0
-        self._known: tuple[int, Watch, list[Buffer]] | None = None
+        self._known: tuple[int, Watch, list[Holder]] | None = None
 
-    def add(self, buffer: Buffer) -> None:
-        """Check a buffer as well, whose key has been traced; the cache's lock is held."""
-        buffer.entries.add(self)
-        self._buffers[weakref.ref(buffer)] = buffer.cache[0].layouts
+    def add(self, holder: Holder) -> None:
+        """Check a layer as well; the cache's lock is held."""
+        holder.entries.add(self)
+        self._holders[weakref.ref(holder)] = None
         self.changed()
 
     def changed(self) -> None:
-        """Look anew at what the buffers were filled from; the cache's lock is held."""
+        """Look anew at what the layers watch; the cache's lock is held."""
         self._changes += 1
         self._known = None  # and keep nothing of it alive
 
     def check(self) -> bool:
-        """Bring the buffers up to date; return whether the code may read what it has read before.
+        """Bring the layers up to date; return whether the code may read what it has read before.
 
         It never raises.
         """
@@ -236,40 +252,32 @@ class Entry(Uncopyable):
             held = watch.holds()
             if held and not others:
                 return True
-            return self._renew(others if held else self._living())
-        except Exception:  # noqa: BLE001 - what it was filled from is not there any more, or worse
-            for buffer in self._living():
-                buffer.give_up()
-            return False
+            # In any case all are asked: none may be left behind for the next call.
+            return all([holder.check() for holder in (others if held else self._living())])
+        except Exception:  # noqa: BLE001 - what was watched is not there any more, or worse
+            return all([holder.check() for holder in self._living()])
 
-    def _living(self) -> list[Buffer]:
-        return [buffer for weak in list(self._buffers) if (buffer := weak()) is not None]
+    def _living(self) -> list[Holder]:
+        return [holder for weak in list(self._holders) if (holder := weak()) is not None]
 
-    def _look(self) -> tuple[int, Watch, list[Buffer]]:
-        """Note what all buffers watch, and which of them have to be looked at one by one."""
+    def _look(self) -> tuple[int, Watch, list[Holder]]:
+        """Note what all layers watch, and which of them have to be looked at one by one."""
         changes = self._changes  # before anything is read: what comes meanwhile shows
         fast: list[Watch] = []
-        others: list[Buffer] = []
-        for weak, layouts in list(self._buffers.items()):
-            buffer = weak()
-            watch = None if buffer is None else buffer.watch
-            if buffer is not None and watch is not None:
-                if watch.complete and watch.layouts is layouts:
+        others: list[Holder] = []
+        for holder in self._living():
+            watch = holder.watch
+            if watch is not None:
+                if watch.complete:
                     fast.append(watch)
                 else:
-                    others.append(buffer)
-        self._known = known = changes, _joined(fast), others
+                    others.append(holder)
+        self._known = known = changes, joined(fast), others
         return known
 
-    def _renew(self, buffers: list[Buffer]) -> bool:
-        before = [(buffer, buffer.values) for buffer in self._living()]
-        for buffer in buffers:
-            buffer.renew()
-        return all(buffer.values is values for buffer, values in before)
 
-
-def enter(cache: Engine, buffer: Buffer) -> None:
-    """Have the code that is traced now check a buffer, whose key is traced, at each call."""
+def enter(cache: Engine, holder: Holder) -> None:
+    """Have the code that is traced now check a layer at each call."""
     region = traced_region()
     if region is None:
         return
@@ -285,7 +293,7 @@ def enter(cache: Engine, buffer: Buffer) -> None:
         guard = EntryGuard(check)
         guards[cache.token] = guard, reference
     with cache.mutex.lock:
-        entry.add(buffer)
+        entry.add(holder)
     guard.install()
 
 
