@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,12 +12,27 @@ from peft import get_peft_model
 from test_compile import NUMERICS, Compiled, _fresh  # noqa: F401 - a fixture
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from zoo import dora_config, dora_model, run, shake
+from zoo import dora_config, dora_model, quiet, run, shake
 
 import dora_cache
 from dora_cache import ambient
 from dora_cache.recipes import compiled as compiled_module
-from dora_cache.recipes import entry
+from dora_cache.facts import UncheckableError, read
+from dora_cache.recipes import RECIPES, entry, load_recipes
+from dora_cache.recipes.examples import make_model
+
+EXAMPLES = [
+    example for recipe in load_recipes() if recipe.name in RECIPES for example in recipe.examples
+]
+SIZES = {"BOFT": (8, 8), "VB-LoRA": (8, 8), "Super-Tuning": (32, 48)}
+LISTED = {
+    # Of these more is listed than scalars that are attributes and tensors.
+    "p-tuning, LSTM",
+    "p-tuning, MLP",
+    "prefix tuning, projected",
+    "TrainableTokens",
+    "TrainableTokens, head",
+}
 
 
 def in_place(layer):
@@ -115,9 +131,9 @@ def test_what_has_not_changed_is_not_derived(monkeypatch):
     setup = Compiled()
     setup.check()
     buffer, looks, derived = setup.buffer(), [], []
-    fill, derive = buffer.fill, buffer._derive
+    fill, derive = buffer.fill, buffer.derive
     monkeypatch.setattr(buffer, "fill", lambda: looks.append(1) or fill())
-    monkeypatch.setattr(buffer, "_derive", lambda layer: derived.append(1) or derive(layer))
+    monkeypatch.setattr(buffer, "derive", lambda layer: derived.append(1) or derive(layer))
     for _ in range(3):
         run(setup.compiled, setup.x)
     assert not looks
@@ -142,7 +158,9 @@ class Stack:
 
     def __init__(self, **settings):
         torch.manual_seed(0)
-        self.model = get_peft_model(nn.Sequential(Part(), Part(), Part()), dora_config(r=8), "first")
+        self.model = get_peft_model(
+            nn.Sequential(Part(), Part(), Part()), dora_config(r=8), "first"
+        )
         self.model.eval().requires_grad_(requires_grad=False)
         shake(self.model)
         self.x = torch.randn(2, 8)
@@ -344,19 +362,19 @@ def test_a_failure_costs_a_compilation(monkeypatch):
     """A buffer that cannot be filled is void, and the graph derives; filled again once it can."""
     setup = Compiled()
     setup.check()
-    buffer, derive = setup.buffer(), setup.buffer()._derive
+    buffer, fill = setup.buffer(), setup.buffer()._fill
 
-    def fail(_):
+    def fail(*_):
         msg = "no memory"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(buffer, "_derive", fail)
+    monkeypatch.setattr(buffer, "_fill", fail)
     in_place(setup.layer)
     with pytest.warns(dora_cache.CacheWarning, match="no memory"):
         setup.check()
     assert buffer.values is None
     assert setup.compilations == 2
-    monkeypatch.setattr(buffer, "_derive", derive)
+    monkeypatch.setattr(buffer, "_fill", fill)
     assert setup.cache.refresh() == 1
     setup.check()
 
@@ -393,7 +411,7 @@ def test_what_is_derived_while_something_is_written_is_not_used(monkeypatch):
     """A write while the check fills is noticed by the same check."""
     setup = Compiled()
     setup.check()
-    buffer, derive = setup.buffer(), setup.buffer()._derive
+    buffer, derive = setup.buffer(), setup.buffer().derive
     weight, writes = setup.layer.lora_magnitude_vector["first"].weight, []
 
     def slowly(layer):
@@ -403,7 +421,7 @@ def test_what_is_derived_while_something_is_written_is_not_used(monkeypatch):
             weight.mul_(1.5)
         return values
 
-    monkeypatch.setattr(buffer, "_derive", slowly)
+    monkeypatch.setattr(buffer, "derive", slowly)
     in_place(setup.layer)
     setup.check()
     assert len(writes) == 2
@@ -430,7 +448,7 @@ def test_where_pytorch_has_no_such_guards_the_graph_derives(monkeypatch):
         setup.check()
     in_place(setup.layer)
     setup.check()
-    assert setup.buffer().values is None
+    assert setup.buffer() is None
     assert any("guards" in one.reason for one in setup.cache.declined)
     torch._dynamo.reset()
     other = Compiled(compiled_check=False)
@@ -522,7 +540,7 @@ def test_nothing_is_kept_of_the_tracing():
     gc.collect()
     assert not entry._regions
     (check,) = stack.cache._engine.buffers.entries.values()
-    assert len(check._living()) == len(stack.blocks)
+    assert len(check._living()) == len(stack.blocks) + 1  # and the model
 
 
 @pytest.mark.parametrize("way", [whole, regional])
@@ -540,3 +558,56 @@ def test_the_same_memory_in_another_layout(way):
                 assert not torch.equal(before, after)
                 assert torch.equal(after, stack.expected())
                 before = after
+
+
+# Kinds
+
+
+def scalar_places(owner):
+    """Return where a layer and its parts have scalars: each with how to set another."""
+    for module in owner.modules():
+        for name, value in list(module.__dict__.items()):
+            if type(value) in SCALARS and not name.startswith("_"):
+                yield module.__dict__, name, value
+            elif type(value) is dict:
+                for key, item in list(value.items()):
+                    if type(item) in SCALARS:
+                        yield value, key, item
+
+
+SCALARS = (bool, int, float, str)
+OTHERS = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 1.5, str: "{}x".format}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_whatever_a_value_depends_on_is_watched(example):
+    """Of each kind: each tensor written to, each scalar set by hand, if the listing shows it."""
+    model, x = make_model(example, *SIZES.get(example.name, (8, 12)), adapters=("first",))
+    with quiet():
+        cache = dora_cache.attach(model)
+    run(torch.compile(model, backend="eager", fullgraph=True), x)
+    noticed = 0
+    for holder in cache._engine.buffers.holders():
+        for buffer in holder.binding.buffers.values():
+            if buffer.values is None or not buffer.watch.complete:
+                continue
+            buffer.fill()  # tensors may be those of other layers, too
+            assert buffer.watch.holds()
+            before = read(buffer._dependencies(holder.owner))
+            for table, key, value in scalar_places(holder.owner):
+                table[key] = OTHERS[type(value)](value)
+                changed = False
+                with suppress(UncheckableError):  # the name of a part: the model is broken
+                    changed = read(buffer._dependencies(holder.owner)).plain != before.plain
+                assert not (changed and buffer.watch.holds()), (key, value)
+                table[key] = value
+                noticed += changed
+            for tensor in before.tensors:
+                assert buffer.watch.holds()
+                with torch.no_grad():
+                    tensor.add_(0)
+                assert not buffer.watch.holds()
+                buffer.fill()
+                noticed += 1
+    cache.detach()
+    assert bool(noticed) is (example.name not in LISTED)

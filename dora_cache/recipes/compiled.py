@@ -170,6 +170,7 @@ class Buffer(Uncopyable):
         self._args = args
         self._kwargs = kwargs
         self._tensors: tuple[Tensor, ...] = ()
+        self._plain: object = None
         self._surroundings: object = None
         self._filling = threading.RLock()
         self._busy = False
@@ -195,6 +196,13 @@ class Buffer(Uncopyable):
     def derived_from(self, storages: set[int]) -> bool:
         """Whether one of these storages holds something that the values were derived from."""
         return self.facts is not None and not storages.isdisjoint(self.facts.storages)
+
+    def holds(self, owner: Any) -> bool:
+        """Whether the values are what would be derived at present."""
+        if self.stale or self.facts is None:
+            return False
+        reading = read(self._dependencies(owner))
+        return self.facts.rows == reading.rows and self._plain == reading.plain
 
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
@@ -238,11 +246,20 @@ class Buffer(Uncopyable):
                 msg = "compiled code cannot tell what a refilled storage holds"
                 raise UncheckableError(msg, Reason.REFILLED)
             self.watch = self._watched(owner, dependencies, reading)
-            surroundings = environment(), reading.plain
-            if held and self.facts is not None and self.facts.rows == reading.rows:
-                if self._surroundings == surroundings:
-                    return False
-            self.facts, self._surroundings = Facts(reading), surroundings
+            surroundings = environment()
+            if (
+                held
+                and self.facts is not None
+                and self.facts.rows == reading.rows
+                and self._plain == reading.plain
+                and self._surroundings == surroundings
+            ):
+                return False
+            self.facts, self._plain, self._surroundings = (
+                Facts(reading),
+                reading.plain,
+                surroundings,
+            )
             derived, single = self.derive(owner)
             after = read(self._dependencies(owner))
             if after.rows != reading.rows or after.plain != reading.plain:
@@ -293,7 +310,7 @@ class Buffer(Uncopyable):
     def _watched(self, owner: Any, dependencies: list[object], reading: Reading) -> Watch:
         guarded = set(map(id, self._holder.tensors))
         found = watch(owner, self.adapters, dependencies, reading, guarded)
-        if not self._derivation.function.__module__.startswith("dora_cache."):
+        if not getattr(self._derivation.depends_on, "__module__", "").startswith("dora_cache."):
             found = found._replace(complete=False)  # of others: scalars may be from anywhere
         return found
 
@@ -353,6 +370,7 @@ class Holder(Uncopyable):
         self._binding = weakref.ref(binding)
         self._active = active
         self._scalings: dict[str, Tensor] = {}
+        self._places: Watch = watch_places([])
         self.lease = _Lease(self)
         self._updating = threading.RLock()
         self._busy = False
@@ -435,7 +453,7 @@ class Holder(Uncopyable):
             return True
         before, values = self._shown()
         try:
-            if watch.complete and watch.holds():
+            if watch.holds() and (watch.complete or self._holds()):
                 return True
             self.update()
         except Exception:  # noqa: BLE001 - what was watched is not there any more, or worse
@@ -444,6 +462,17 @@ class Holder(Uncopyable):
             self._give_up()
         after, others = self._shown()
         return after == before and all(map(operator.is_, values, others))
+
+    def _holds(self) -> bool:
+        """Whether the values are what would be derived at present. Raises if that cannot be told."""
+        binding, owner = self._binding(), self.owner
+        return binding is not None and all(
+            [
+                buffer.holds(owner)
+                for buffer in binding.buffers.values()
+                if buffer.adapters == self.names and buffer.values is not None
+            ]
+        )
 
     def _shown(self) -> tuple[tuple[object, ...], list[object]]:
         """Return what compiled code reads that an update may change, to be compared."""
@@ -526,6 +555,7 @@ class Holder(Uncopyable):
                 return 0
             switched, known = names != self.names, form == self.form
             self.names, self.tensors, self.form, self.view = names, tensors, form, view
+            self._places = watch_places(places)
             self.device = tensors[0].device.type if tensors else "cpu"
             _known.places.setdefault(form, parts)
             wanted = cache.buffers.wanted.get(form, ())
@@ -536,14 +566,22 @@ class Holder(Uncopyable):
                 if buffer.adapters == names and buffer.number not in wanted:  # of another form
                     cache.buffers.drop(binding.buffers.pop(key))
         derived = sum(self.want(call) for call in list(wanted))
-        buffers = [binding.buffers.get((call, names)) for call in list(wanted)]
-        watches = [one.watch for one in buffers if one is not None and one.values is not None]
-        with cache.mutex.held():
-            if self.view is view:
-                self._note(joined([watch_places(places), *watches]))
+        self.watched()
         if traced and known and derived:
             self._is_surprised()
         return derived
+
+    def watched(self) -> None:
+        """Watch what the view and the values there are were made from."""
+        binding = self._binding()
+        if binding is None or self.view is None:
+            return
+        with binding.cache.mutex.held():
+            found = [self._places]
+            for buffer in binding.buffers.values():
+                if buffer.adapters == self.names and buffer.values is not None:
+                    found.append(buffer.watch)
+            self._note(joined(found))
 
     def _is_surprised(self) -> bool:
         """Take note that what was traced no longer holds; return whether to give up.
@@ -635,7 +673,9 @@ class Holder(Uncopyable):
             if type(owner.__dict__.get(name)) is dict:
                 scaling = dict(owner.__dict__[name])
                 view.__dict__[name] = self._scaled(owner, scaling, canonical)
-                places += [(owner.__dict__, name, one, scaling[one]) for one in names if one in scaling]
+                places += [
+                    (owner.__dict__, name, one, scaling[one]) for one in names if one in scaling
+                ]
         tuner = view._modules.get("base_model")
         if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
             view._modules["base_model"] = _stand_in(tuner, canonical)
@@ -809,6 +849,7 @@ def _slot(
         wanted[call] = None
         for holder in holders:
             holder.want(call)
+            holder.watched()
     outputs = _known.outputs.get((form, call))
     if outputs is None:
         outputs = next((found for one in holders if (found := one.describe(call))), None)

@@ -20,6 +20,7 @@ from functools import partial
 from operator import attrgetter, getitem, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dora_cache.ambient import EntryGuard, traced_constant, traced_region
@@ -39,7 +40,6 @@ _version: Callable[[Tensor], int] = attrgetter("_version")
 _address = Tensor.data_ptr
 Place = tuple["Mapping[Any, Any]", "Hashable", "Hashable", object]
 """A mapping of mappings, a key in it, a key in what is found there, and what is there in turn."""
-
 
 
 class Watch(NamedTuple):
@@ -101,12 +101,13 @@ def watch(
     """
     complete = not reading.elsewhere
     places: list[Place] = []
+    sizes = {size for tensor in reading.tensors for size in tensor.size()}
     for item in dependencies:
         if isinstance(item, Tensor):
             complete &= type(item) in EXACT  # one that wraps others may exchange them
         elif item is not None:  # that is a parameter's place, which compiled code compares itself
-            found = _places(owner, adapters, item) if isinstance(item, _SCALARS) else []
-            complete &= bool(found)
+            found = _places(owner, adapters, item) if _is_plain(item) else []
+            complete &= bool(found) or (type(item) is int and item in sizes)
             places += found
     loose = [tensor for tensor in reading.tensors if id(tensor) not in guarded]
     return _made(reading.tensors, places, loose, complete=complete)
@@ -164,7 +165,13 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
     return tensor.size(), tensor.stride(), tensor.dtype
 
 
-_SCALARS = (bool, int, float, complex, str)
+_SCALARS = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
+
+
+def _is_plain(item: object) -> bool:
+    if isinstance(item, tuple):
+        return all(isinstance(one, _SCALARS) for one in item)
+    return isinstance(item, _SCALARS)
 
 
 def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Place]:
@@ -252,10 +259,12 @@ class Entry(Uncopyable):
             held = watch.holds()
             if held and not others:
                 return True
-            # In any case all are asked: none may be left behind for the next call.
-            return all([holder.check() for holder in (others if held else self._living())])
+            holders = others if held else self._living()
         except Exception:  # noqa: BLE001 - what was watched is not there any more, or worse
-            return all([holder.check() for holder in self._living()])
+            holders = self._living()
+        # In any case all of them: what is behind is brought up to date before the next call.
+        found = [holder.check() for holder in holders]
+        return all(found)
 
     def _living(self) -> list[Holder]:
         return [holder for weak in list(self._holders) if (holder := weak()) is not None]
