@@ -123,25 +123,25 @@ def test_entry(benchmark, way):
         model = get_peft_model(base, config).eval()
     layers = [block.layer for block in base]
     with dora_cache.attach(model) as cache, torch.no_grad():
-        buffers = [layer.lora_variant["default"].buffer for layer in layers]
+        torch.compile(layers[0], backend="eager", fullgraph=True)(torch.randn(1, 16))
+        holders = [layer.__dict__[SLOT].holder for layer in layers]
         entry = Entry()
-        for buffer in buffers:
-            buffer.prepare()
-            buffer.traced()
+        for holder in holders:
             with cache._engine.mutex.lock:
-                entry.add(buffer)
-        traced = buffers[0].cache[0]
+                entry.add(holder)
+        (traced,) = holders[0].key
         weight = layers[-1].lora_magnitude_vector["default"].weight
 
         def check():
             if way == "block by block":
-                return all([layer.cache[0] == traced for layer in buffers])
+                return all([holder.key[0] == traced for holder in holders])
             if way == "after a write":
                 weight.add_(0)
             return entry.check()
 
         assert benchmark(check)
+        (buffer,) = layers[-1].__dict__[SLOT].buffers.values()
+        before = buffer.values.clone()
         weight.add_(1)
-        before = buffers[-1].values[0].clone()
         assert check()
-        assert not torch.equal(buffers[-1].values[0], before)
+        assert not torch.equal(buffer.values, before)

@@ -451,13 +451,13 @@ class Holder(Uncopyable):
         watch = self.watch
         if watch is None:
             return True
-        before, values = self._shown()
-        try:
+        # What was watched may not be there any more, or worse: updating shows it.
+        with suppress(Exception):
             if watch.holds() and (watch.complete or self._holds()):
                 return True
+        before, values = self._shown()
+        with suppress(Exception):
             self.update()
-        except Exception:  # noqa: BLE001 - what was watched is not there any more, or worse
-            self._give_up()
         if self.watch is watch:  # it has not even been looked at
             self._give_up()
         after, others = self._shown()
@@ -997,6 +997,8 @@ def _form(
                     tensors.append(tensor)
                     signs.append((places[-1], *_output(tensor)))
     for name, value in view.__dict__.items():
+        if name in _OF_COMPILERS:
+            continue
         if type(value) in _PLAIN:
             signs.append((name, value))
         elif type(value) is dict:
@@ -1006,6 +1008,7 @@ def _form(
 
 
 _EXACT = frozenset({Tensor, nn.Parameter, nn.Buffer})
+_OF_COMPILERS = frozenset({"_is_torch_compile"})
 _PLAIN = frozenset({bool, int, str, type(None), torch.dtype})
 
 
