@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from dora_cache.copying import Uncopyable
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Hashable, Iterable
 
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dora_cache.binding import Binding, Buffer, Holder
     from dora_cache.memory import Memory
@@ -47,6 +47,7 @@ class Buffers(Uncopyable):
         self._closed = False
         self.wanted: dict[int, dict[int, None]] = {}
         self.entries: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
+        self._copied: dict[int, WeakSet[Holder]] = {}
 
     def close(self) -> None:
         """Give none out any more; the lock is held."""
@@ -54,11 +55,29 @@ class Buffers(Uncopyable):
         for binding in self._bindings():
             self.drop_all(binding)
         self.entries.clear()
+        self._copied.clear()
 
     def follow(self, binding: Binding, key: Hashable, buffer: Buffer) -> None:
         """Take on a value that compiled code reads of an owner."""
         with self._mutex.held():
             binding.buffers[key] = buffer
+
+    def copied(self, container: nn.Module, holder: Holder) -> None:
+        """Take note that compiled code reads a copy of a container of modules or parameters."""
+        with self._mutex.lock:
+            self._copied.setdefault(id(container), WeakSet()).add(holder)
+
+    def comes(self, parent: nn.Module, table: str, name: str, new: object) -> None:
+        """Take note that a module is being given a part; takes no lock.
+
+        Args:
+            parent: the module.
+            table: the attribute of the module that is to have the part.
+            name: the part's.
+            new: the part.
+        """
+        for holder in list(self._copied.get(id(parent), ())):
+            holder.gets(parent.__dict__[table], name, new)
 
     def all(self) -> list[Buffer]:
         """Return every buffer, and what else takes bytes."""

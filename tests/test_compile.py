@@ -956,6 +956,7 @@ def test_a_shallow_copy_of_a_layer_reads_no_buffer():
 def test_a_buffer_that_cannot_be_filled_costs_no_output(monkeypatch):
     """One warning, and the graph derives; when it works again, it is used again."""
     setup = Compiled()
+
     def fail(*_):
         msg = "no memory"
         raise RuntimeError(msg)

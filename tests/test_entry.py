@@ -560,6 +560,67 @@ def test_the_same_memory_in_another_layout(way):
                 before = after
 
 
+# Parts that are replaced
+
+
+def another(module):
+    new = copy.deepcopy(module)
+    for weight in new.parameters():
+        weight.data = torch.randn_like(weight)
+    return new
+
+
+def by_item(layer):
+    layer.lora_A["first"] = another(layer.lora_A["first"])
+
+
+def by_name(layer):
+    layer.lora_B.first = another(layer.lora_B.first)
+
+
+def base_layer(layer):
+    layer.base_layer = another(layer.base_layer)
+
+
+def parameter_by_item(layer):
+    table = layer.lora_embedding_A
+    table["first"] = nn.Parameter(torch.randn_like(table["first"]), requires_grad=False)
+
+
+def parameter_by_name(layer):
+    table = layer.lora_embedding_B
+    table.first = nn.Parameter(torch.randn_like(table.first), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "replace"),
+    [
+        ("linear", by_item),
+        ("linear", by_name),
+        ("linear", base_layer),
+        ("embedding", parameter_by_item),
+        ("embedding", parameter_by_name),
+    ],
+)
+@pytest.mark.parametrize("checked", [True, False])
+def test_parts_that_are_replaced(kind, replace, checked):
+    """The next call runs with the new one; the graph remains, if the check is on."""
+    setup = Compiled(kind, compiled_check=checked)
+    before = setup.check()
+    replace(setup.layer)
+    assert not torch.equal(setup.check(), before)
+    setup.check()
+    assert setup.compilations == 1 or not checked
+
+
+def test_a_base_layer_that_is_replaced_past_setattr():
+    """As torch.ao's conversions do it: it is compiled again."""
+    setup = Compiled()
+    before = setup.check()
+    setup.layer._modules["base_layer"] = another(setup.layer.base_layer)
+    assert not torch.equal(setup.check(), before)
+
+
 # Kinds
 
 

@@ -45,7 +45,7 @@ from dora_cache.decorator import SLOT, derivations
 from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
-from dora_cache.recipes.entry import Key, enter, joined, watch, watch_places
+from dora_cache.recipes.entry import BEHIND, Key, enter, joined, watch, watch_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -375,6 +375,7 @@ class Holder(Uncopyable):
         self._updating = threading.RLock()
         self._busy = False
         self._surprises = 0
+        self._coming: list[tuple[Mapping[str, Any], str, object]] = []
         _known.holders[number] = self
         _known.caches[self.cache] = binding.cache
         binding.holder = self
@@ -431,6 +432,14 @@ class Holder(Uncopyable):
         for holder in (self, *self.dependants):
             if holder.used:
                 holder.update()
+
+    def gets(self, table: Mapping[str, Any], name: str, new: object) -> None:
+        """Take note that something comes into a container that the view has copied; takes no lock."""
+        self._coming.append((table, name, new))
+        if self.key[0].checks:
+            self._note(BEHIND)
+        else:
+            self.clear()
 
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""
@@ -577,7 +586,8 @@ class Holder(Uncopyable):
         if binding is None or self.view is None:
             return
         with binding.cache.mutex.held():
-            found = [self._places]
+            self._coming = [one for one in self._coming if one[0].get(one[1]) is not one[2]]
+            found = [BEHIND] if self._coming else [self._places]
             for buffer in binding.buffers.values():
                 if buffer.adapters == self.names and buffer.values is not None:
                     found.append(buffer.watch)
@@ -668,7 +678,12 @@ class Holder(Uncopyable):
             places: gets what the view has copied and no event reports.
         """
         canonical = _canonical(names)
-        view = _stand_in(owner, canonical)
+        copied: list[nn.Module] = []
+        view = _stand_in(owner, canonical, copied)
+        for container in copied:
+            binding = self._binding()
+            if binding is not None:
+                binding.cache.buffers.copied(container, self)
         for name in _SCALINGS:
             if type(owner.__dict__.get(name)) is dict:
                 scaling = dict(owner.__dict__[name])
@@ -678,7 +693,7 @@ class Holder(Uncopyable):
                 ]
         tuner = view._modules.get("base_model")
         if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
-            view._modules["base_model"] = _stand_in(tuner, canonical)
+            view._modules["base_model"] = _stand_in(tuner, canonical, copied)
         view.__dict__[SLOT] = Tie(self)
         return view
 
@@ -757,6 +772,8 @@ def view_of(layer: Any) -> Any:
     _prepare(holder.key)
     view = holder.view
     if view is None:
+        return None
+    if layer._modules.get("base_layer") is not view._modules.get("base_layer"):
         return None
     index = 0
     for place in _places(holder.form):
@@ -917,8 +934,14 @@ def _canonical(names: Sequence[str]) -> dict[str, str]:
     return {name: f"active {number}" for number, name in enumerate(names)}
 
 
-def _stand_in(owner: Any, canonical: Mapping[str, str]) -> Any:
-    """Return a copy that has the active adapters alone, by the names that views have for them."""
+def _stand_in(owner: Any, canonical: Mapping[str, str], copied: list[nn.Module]) -> Any:
+    """Return a copy that has the active adapters alone, by the names that views have for them.
+
+    Args:
+        owner: what is copied.
+        canonical: these names, by the adapters' own.
+        copied: gets the containers that the copy has others for.
+    """
     state = dict(owner.__dict__)
     named = {*getattr(owner, "adapter_layer_names", ()), *getattr(owner, "other_param_names", ())}
     state["_modules"] = dict(state["_modules"])
@@ -928,6 +951,8 @@ def _stand_in(owner: Any, canonical: Mapping[str, str]) -> Any:
                 renamed = _renamed(value, canonical, named=name in named)
                 if renamed is not None:
                     table[name] = renamed
+                    if isinstance(value, nn.Module):
+                        copied.append(value)
     state.pop("_dora_cache_observer", None)
     first, *_ = known = list(canonical.values())
     if "_active_adapter" in state:

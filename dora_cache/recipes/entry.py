@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dora_cache.facts import Reading
     from dora_cache.recipes.compiled import Holder
 
-__all__ = ["Entry", "Key", "Place", "Watch", "enter", "joined", "watch", "watch_places"]
+__all__ = ["BEHIND", "Entry", "Key", "Place", "Watch", "enter", "joined", "watch", "watch_places"]
 
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _address = Tensor.data_ptr
@@ -184,6 +184,10 @@ def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Pla
             elif type(value) is dict:
                 found += [(state, name, key, item) for key in adapters if value.get(key) is item]
     return found
+
+
+BEHIND = _made([], [({None: {None: object()}}, None, None, None)])
+"""What never holds."""
 
 
 @traced_constant

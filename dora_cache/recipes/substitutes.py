@@ -41,7 +41,18 @@ if TYPE_CHECKING:
     from dora_cache.engine import Engine
     from dora_cache.recipes.compiled import Holder
 
-__all__ = ["Gate", "Plan", "check_cached", "Substitute", "gate_for", "is_plain", "stand_in", "substituted", "substituting", "warmers"]
+__all__ = [
+    "Gate",
+    "Plan",
+    "check_cached",
+    "Substitute",
+    "gate_for",
+    "is_plain",
+    "stand_in",
+    "substituted",
+    "substituting",
+    "warmers",
+]
 
 
 class Plan:
