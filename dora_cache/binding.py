@@ -13,7 +13,7 @@ from dora_cache.keys import ALL_ADAPTERS, concerns
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -64,18 +64,23 @@ class Holder(Protocol):
     Attributes:
         used: whether compiled code has ever asked for it.
         form: a number; 0 while compiled code can read nothing.
-        lease: stands for bytes that are no buffer's.
     """
 
     used: bool
     form: int
-    lease: Buffer
+
+    @property
+    def lease(self) -> Buffer:
+        """What stands for bytes that are no buffer's."""
 
     def update(self) -> int:
         """Derive again what no longer holds; return how many values. Never raises."""
 
     def refresh(self) -> int:
         """Do so for adapters that are not active as well."""
+
+    def gets(self, table: Mapping[str, Any], name: str, new: object) -> None:
+        """Take note that a container of the owner's gets a part; takes no lock."""
 
     def close(self) -> None:
         """Show compiled code nothing any more; the lock is held."""

@@ -56,11 +56,13 @@ class Resolver(Protocol):
 
     Attributes:
         cache: looks values up.
-        reader: resolves calls that ``torch.compile`` traces; None: they are derived.
     """
 
     cache: Any
-    reader: Reader | None
+
+    @property
+    def reader(self) -> Reader | None:
+        """Resolves calls that ``torch.compile`` traces; None: they are derived."""
 
 
 class Holder(Protocol):

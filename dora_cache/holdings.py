@@ -17,7 +17,7 @@ from dora_cache.buffers import Buffers
 from dora_cache.cells import Cells
 from dora_cache.copying import Uncopyable
 from dora_cache.history import History
-from dora_cache.keys import ALL_ADAPTERS, concerns
+from dora_cache.keys import concerns
 from dora_cache.memory import Memory
 from dora_cache.mutex import Mutex
 from dora_cache.reasons import Reason

@@ -1,4 +1,4 @@
-"""Compiled models under changes of every sort: compiled always equals uncached, and seldom compiles.
+"""Compiled models under changes of every sort: they equal uncached ones, and seldom compile.
 
 As in ``model_machine.py`` there are two models alike, and only one has a cache and is compiled. A
 kind is added by the name of its example.

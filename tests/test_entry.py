@@ -16,9 +16,9 @@ from zoo import dora_config, dora_model, quiet, run, shake
 
 import dora_cache
 from dora_cache import ambient
-from dora_cache.recipes import compiled as compiled_module
 from dora_cache.facts import UncheckableError, read
 from dora_cache.recipes import RECIPES, entry, load_recipes
+from dora_cache.recipes import compiled as compiled_module
 from dora_cache.recipes.examples import make_model
 
 EXAMPLES = [
@@ -73,7 +73,7 @@ def scaling_of_another_type(layer):
 
 
 def scalings_past_setattr(layer):
-    vars(layer)["scaling"] = {name: 3.5 for name in layer.scaling}
+    vars(layer)["scaling"] = dict.fromkeys(layer.scaling, 3.5)
 
 
 def load_a_part(layer):

@@ -134,7 +134,7 @@ def test_entry(benchmark, way):
 
         def check():
             if way == "block by block":
-                return all([holder.key[0] == traced for holder in holders])
+                return all(holder.key[0] == traced for holder in holders)
             if way == "after a write":
                 weight.add_(0)
             return entry.check()

@@ -7,9 +7,9 @@ that are the same for all, and scalings as tensors. The view, and the values tha
 its adapters, are attributes of a :class:`Holder`. Compiled code guards on their types, shapes and
 dtypes; events change what they are.
 
-- ``torch.compile`` runs :func:`_prepare` and :func:`_slot` as ordinary code while a layer is traced,
-  and takes what they return for constants. The first brings views up to date. The second derives
-  the value that a forward asks for, for all layers of the same form at once: blocks that are
+- ``torch.compile`` runs :func:`_prepare` and :func:`_slot` as ordinary code while a layer is
+  traced, and takes what they return for constants. The first brings views up to date. The second
+  derives the value that a forward asks for, for all layers of the same form: blocks that are
   compiled one by one share their code, so no guard may tell one layer from another.
 - Events that void stored values take the tensors out of the holder and fill them again at the same
   addresses, without a recompilation. Another active adapter's values are at other addresses.
@@ -46,9 +46,10 @@ from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
 from dora_cache.recipes.entry import BEHIND, Key, enter, joined, watch, watch_places
+from dora_cache.recipes.views import canonical, form_of, layout_of, stand_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dora_cache.binding import Binding
     from dora_cache.decorator import Derivation
@@ -59,15 +60,12 @@ __all__ = ["Buffer", "Holder", "opaque", "view_of", "viewed"]
 
 _ATTEMPTS = 3
 _NO_GUARDS = (
-    "this version of PyTorch has no guards that call a function. It derives the values itself. With "
-    "compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
+    "this version of PyTorch has no guards that call a function. It derives the values itself. "
+    "With compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
 )
 _SURPRISES = 3  # below PyTorch's limit of recompilations
 _SCALINGS = ("scaling",)
 """Attributes of layers with a number for each adapter that is not part of what is derived."""
-
-
-_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class _GoneError(Exception):
@@ -285,7 +283,7 @@ class Buffer(Uncopyable):
         found = self._derivation.function(owner, *self._args, **self._kwargs)
         single = isinstance(found, Tensor)
         derived: tuple[Tensor, ...] = (found,) if single else found
-        self.outputs = [_output(value) for value in derived] + [(single,)]
+        self.outputs = [layout_of(value) for value in derived] + [(single,)]
         return derived, single
 
     def describe(self) -> list[tuple[Any, ...]] | None:
@@ -328,8 +326,8 @@ class Holder(Uncopyable):
 
     Attributes:
         cache: a string that stands for the cache.
-        key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a bare
-            argument by its identity.
+        key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a
+            bare argument by its identity.
         entries: the checks of the code that reads the view.
         watch: what the view and the values were made from; None while there is no view.
         names: the active adapters that the view has.
@@ -418,7 +416,7 @@ class Holder(Uncopyable):
 
     def wants_gradients(self) -> bool:
         """Whether a tensor of the view requires a gradient."""
-        return any([tensor.requires_grad for tensor in self.tensors])
+        return any([tensor.requires_grad for tensor in self.tensors])  # noqa: C419 - it is traced
 
     # Outside of it
 
@@ -434,7 +432,7 @@ class Holder(Uncopyable):
                 holder.update()
 
     def gets(self, table: Mapping[str, Any], name: str, new: object) -> None:
-        """Take note that something comes into a container that the view has copied; takes no lock."""
+        """Take note that a container that the view has copied gets a part; takes no lock."""
         self._coming.append((table, name, new))
         if self.key[0].checks:
             self._note(BEHIND)
@@ -473,15 +471,15 @@ class Holder(Uncopyable):
         return after == before and all(map(operator.is_, values, others))
 
     def _holds(self) -> bool:
-        """Whether the values are what would be derived at present. Raises if that cannot be told."""
+        """Whether the values are what would be derived now. Raises if that cannot be told."""
         binding, owner = self._binding(), self.owner
-        return binding is not None and all(
-            [
-                buffer.holds(owner)
-                for buffer in binding.buffers.values()
-                if buffer.adapters == self.names and buffer.values is not None
-            ]
-        )
+        return binding is not None and all(buffer.holds(owner) for buffer in self._filled())
+
+    def _filled(self) -> list[Buffer]:
+        """Return the buffers that compiled code reads now."""
+        binding = self._binding()
+        found: list[Any] = [] if binding is None else list(binding.buffers.values())
+        return [one for one in found if one.adapters == self.names and one.values is not None]
 
     def _shown(self) -> tuple[tuple[object, ...], list[object]]:
         """Return what compiled code reads that an update may change, to be compared."""
@@ -542,7 +540,7 @@ class Holder(Uncopyable):
             if view is not None and self.finish is not None:
                 self.finish(owner, view)
             self.idle = not names
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - never an inference failure
             if not isinstance(error, (UncheckableError, KeyError, AttributeError)):
                 cache.failed("preparing a layer for compiled code", error)
             names, view = (), None
@@ -551,11 +549,12 @@ class Holder(Uncopyable):
             with cache.mutex.held():
                 self.clear()
             return 0
-        parts, tensors, form = _form(view, shallow=self.shallow)
+        parts, tensors, signs = form_of(view, shallow=self.shallow)
+        form = _known.number(_known.forms, signs)
         others = (
             self.view is not None
             and names == self.names
-            and any([one is not two for one, two in zip(tensors, self.tensors, strict=False)])
+            and any(one is not two for one, two in zip(tensors, self.tensors, strict=False))
         )
         with cache.mutex.held():
             if traced and others and self._is_surprised():
@@ -571,7 +570,8 @@ class Holder(Uncopyable):
             if switched:
                 for slot in [name for name in self.__dict__ if name[1:].isdigit()]:
                     self.__dict__[slot] = None
-            for key, buffer in list(binding.buffers.items()):
+            buffers: list[tuple[Any, Any]] = list(binding.buffers.items())
+            for key, buffer in buffers:
                 if buffer.adapters == names and buffer.number not in wanted:  # of another form
                     cache.buffers.drop(binding.buffers.pop(key))
         derived = sum(self.want(call) for call in list(wanted))
@@ -588,9 +588,7 @@ class Holder(Uncopyable):
         with binding.cache.mutex.held():
             self._coming = [one for one in self._coming if one[0].get(one[1]) is not one[2]]
             found = [BEHIND] if self._coming else [self._places]
-            for buffer in binding.buffers.values():
-                if buffer.adapters == self.names and buffer.values is not None:
-                    found.append(buffer.watch)
+            found += [buffer.watch for buffer in self._filled() if buffer.watch is not None]
             self._note(joined(found))
 
     def _is_surprised(self) -> bool:
@@ -611,7 +609,8 @@ class Holder(Uncopyable):
         found = self.update()
         binding = self._binding()
         if binding is not None and self.used:
-            found += sum(buffer.fill() for buffer in list(binding.buffers.values()))
+            buffers: list[Any] = list(binding.buffers.values())
+            found += sum(buffer.fill() for buffer in buffers)
         return found
 
     def want(self, number: int) -> bool:
@@ -643,7 +642,7 @@ class Holder(Uncopyable):
             derivation = None if call is None else derivations.get(call.number)
             if call is None or derivation is None:
                 return None
-            real = {canonical: name for name, canonical in _canonical(self.names).items()}
+            real = {known: name for name, known in canonical(self.names).items()}
             buffer = Buffer(
                 self,
                 number,
@@ -677,9 +676,9 @@ class Holder(Uncopyable):
             names: of the active adapters.
             places: gets what the view has copied and no event reports.
         """
-        canonical = _canonical(names)
+        known = canonical(names)
         copied: list[nn.Module] = []
-        view = _stand_in(owner, canonical, copied)
+        view = stand_in(owner, known, copied)
         for container in copied:
             binding = self._binding()
             if binding is not None:
@@ -687,22 +686,22 @@ class Holder(Uncopyable):
         for name in _SCALINGS:
             if type(owner.__dict__.get(name)) is dict:
                 scaling = dict(owner.__dict__[name])
-                view.__dict__[name] = self._scaled(owner, scaling, canonical)
+                view.__dict__[name] = self._scaled(owner, scaling, known)
                 places += [
                     (owner.__dict__, name, one, scaling[one]) for one in names if one in scaling
                 ]
         tuner = view._modules.get("base_model")
         if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
-            view._modules["base_model"] = _stand_in(tuner, canonical, copied)
+            view._modules["base_model"] = stand_in(tuner, known, copied)
         view.__dict__[SLOT] = Tie(self)
         return view
 
     def _scaled(
-        self, owner: Any, scaling: Mapping[str, Any], canonical: Mapping[str, str]
+        self, owner: Any, scaling: Mapping[str, Any], names: Mapping[str, str]
     ) -> dict[str, Any]:
         """Return scalings as tensors: a guard on a number would be a recompilation."""
         found: dict[str, Any] = {}
-        for name, known in canonical.items():
+        for name, known in names.items():
             if name not in scaling:
                 continue
             value = scaling[name]
@@ -733,7 +732,7 @@ class Holder(Uncopyable):
 class _Lease(Uncopyable):
     """Bytes set aside for scalings."""
 
-    adapters = ()
+    adapters: tuple[str, ...] = ()
     stale = False
 
     def __init__(self, holder: Holder) -> None:
@@ -779,7 +778,7 @@ def view_of(layer: Any) -> Any:
     for place in _places(holder.form):
         if _at(view, place) is not holder.tensors[index]:
             return None
-        index += 1
+        index += 1  # noqa: SIM113 - Dynamo guards what enumerate() makes
     return view
 
 
@@ -878,8 +877,8 @@ def _slot(
 
 # Derived in the graph
 
-_library = torch.library.Library("dora_cache", "FRAGMENT")
-_library.define("derive(Tensor handle, int form, int call) -> Tensor[]")
+_library = torch.library.Library("dora_cache", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("derive(Tensor handle, int form, int call) -> Tensor[]")  # type: ignore[no-untyped-call]
 
 
 def _derive(handle: Tensor, _: int, call: int) -> list[Tensor]:
@@ -898,7 +897,7 @@ def _derive_fake(handle: Tensor, form: int, call: int) -> list[Tensor]:
     ]
 
 
-_library.impl("derive", _derive, "CompositeExplicitAutograd")
+_library.impl("derive", _derive, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("dora_cache::derive", _derive_fake, lib=_library)
 
 
@@ -914,8 +913,8 @@ def opaque(
         like: called likewise; returns an empty tensor like the result.
     """
     name = signature.partition("(")[0]
-    _library.define(signature)
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.define(signature)  # type: ignore[no-untyped-call]
+    _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dora_cache::{name}", like, lib=_library)
     operator: Any = getattr(torch.ops.dora_cache, name)
 
@@ -924,134 +923,6 @@ def opaque(
         return found
 
     return call
-
-
-# Making views
-
-
-def _canonical(names: Sequence[str]) -> dict[str, str]:
-    """Return the names that views have for adapters, in order."""
-    return {name: f"active {number}" for number, name in enumerate(names)}
-
-
-def _stand_in(owner: Any, canonical: Mapping[str, str], copied: list[nn.Module]) -> Any:
-    """Return a copy that has the active adapters alone, by the names that views have for them.
-
-    Args:
-        owner: what is copied.
-        canonical: these names, by the adapters' own.
-        copied: gets the containers that the copy has others for.
-    """
-    state = dict(owner.__dict__)
-    named = {*getattr(owner, "adapter_layer_names", ()), *getattr(owner, "other_param_names", ())}
-    state["_modules"] = dict(state["_modules"])
-    for table in (state, state["_modules"]):
-        for name, value in table.items():
-            if name not in _OF_MODULES:
-                renamed = _renamed(value, canonical, named=name in named)
-                if renamed is not None:
-                    table[name] = renamed
-                    if isinstance(value, nn.Module):
-                        copied.append(value)
-    state.pop("_dora_cache_observer", None)
-    first, *_ = known = list(canonical.values())
-    if "_active_adapter" in state:
-        state["_active_adapter"] = known
-    elif "active_adapter" in state:  # of a model
-        state["active_adapter"] = first
-    view = object.__new__(type(owner))
-    view.__dict__.update(state)
-    return view
-
-
-def _renamed(value: Any, canonical: Mapping[str, str], *, named: bool) -> Any:
-    """Return a container with the active adapters alone, under the names that views have for them.
-
-    Args:
-        value: an attribute of a layer.
-        canonical: these names, by the adapters' own.
-        named: whether the layer says that it has a part for each adapter.
-
-    Returns:
-        The container; None if the attribute is none that has a part for each adapter.
-    """
-    kind = type(value)
-    if kind is dict:
-        items, table = value, None
-    elif isinstance(value, nn.Module):
-        state = value.__dict__
-        if isinstance(value, nn.ModuleDict):
-            table = "_modules"
-        elif isinstance(value, nn.ParameterDict):
-            table = "_parameters"
-        elif kind.__name__ == "BufferDict":
-            table = "_buffers"
-        else:
-            return None
-        items = state[table]
-    else:
-        return None
-    if not named and not any(name in items for name in canonical):
-        return None
-    kept = {known: items[name] for name, known in canonical.items() if name in items}
-    if table is None:
-        return kept
-    clone = object.__new__(kind)
-    clone.__dict__.update(value.__dict__)
-    clone.__dict__[table] = kept
-    if "_keys" in clone.__dict__:
-        clone.__dict__["_keys"] = {
-            known: None for name, known in canonical.items() if name in value.__dict__["_keys"]
-        }
-    return clone
-
-
-def _form(
-    view: Any, *, shallow: bool
-) -> tuple[tuple[tuple[str, ...], ...], tuple[Tensor, ...], int]:
-    """Return where a view's tensors are, these, and the number of its form."""
-    places: list[tuple[str, ...]] = []
-    tensors: list[Tensor] = []
-    signs: list[object] = [type(view)]
-    for path, module in () if shallow else _modules_in(view, (), set()):
-        signs.append((path, type(module)))
-        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
-            for name, tensor in table.items():
-                if type(tensor) in _EXACT:
-                    places.append((*path, kind, name))
-                    tensors.append(tensor)
-                    signs.append((places[-1], *_output(tensor)))
-    for name, value in view.__dict__.items():
-        if name in _OF_COMPILERS:
-            continue
-        if type(value) in _PLAIN:
-            signs.append((name, value))
-        elif type(value) is dict:
-            # No text: it may name the layer.
-            signs += [(name, k, v) for k, v in value.items() if type(v) in _PLAIN - {str}]
-    return tuple(places), tuple(tensors), _known.number(_known.forms, tuple(signs))
-
-
-_EXACT = frozenset({Tensor, nn.Parameter, nn.Buffer})
-_OF_COMPILERS = frozenset({"_is_torch_compile"})
-_PLAIN = frozenset({bool, int, str, type(None), torch.dtype})
-
-
-def _modules_in(
-    module: nn.Module, path: tuple[str, ...], seen: set[int]
-) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield path, module
-    for name, part in module._modules.items():
-        # Those with a binding have holders of their own, and Dynamo can follow no LSTM.
-        if part is not None and SLOT not in part.__dict__ and not isinstance(part, nn.RNNBase):
-            yield from _modules_in(part, (*path, name), seen)
-
-
-def _output(value: Tensor) -> tuple[Any, ...]:
-    return tuple(value.shape), value.stride(), value.dtype, value.device
 
 
 def _like(owner: Any) -> Tensor:
@@ -1077,7 +948,7 @@ class _plainly:  # noqa: N801 - a context manager
         for context in self._contexts:
             context.__enter__()
 
-    def __exit__(self, *args: Any) -> None:
+    def __exit__(self, *args: object) -> None:
         for context in reversed(self._contexts):
             context.__exit__(*args)
 

@@ -135,7 +135,7 @@ def joined(watches: Sequence[Watch]) -> Watch:
         [item for one in watches for item in one.items],
         [tensor for one in watches for tensor in one.loose],
         [layout for one in watches for layout in one.layouts],
-        complete=all([one.complete for one in watches]),
+        complete=all(one.complete for one in watches),
     )
 
 
@@ -146,7 +146,9 @@ def _made(
     *,
     complete: bool = True,
 ) -> Watch:
-    mappings, names, keys, items = [list(column) for column in zip(*places)] or ([], [], [], [])
+    mappings, names, keys, items = (
+        [list(column) for column in zip(*places, strict=True)] if places else ([], [], [], [])
+    )
     return Watch(
         list(tensors),
         list(map(_version, tensors)),

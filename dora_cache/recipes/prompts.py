@@ -204,8 +204,10 @@ class _Prompts:
             def deleted(_: Any, adapter_name: str) -> None:
                 cache.event(layer.__dict__[SLOT], adapter_name)
 
-            calls = {"add_adapter": added, "load_adapter": added, "delete_adapter": deleted}
-            follow_whole(cache, layer, {"get_prompt": _get_prompt}, calls).holder.finish = _finish
+            calls: dict[str, Any] = dict.fromkeys(("add_adapter", "load_adapter"), added)
+            calls["delete_adapter"] = deleted
+            holder: Any = follow_whole(cache, layer, {"get_prompt": _get_prompt}, calls).holder
+            holder.finish = _finish
         binding = layer.__dict__[SLOT]
         for adapter, encoder in encoders:
             if encoder.__dict__.get(SLOT) is None:

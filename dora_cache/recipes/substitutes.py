@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Gate",
     "Plan",
-    "check_cached",
     "Substitute",
+    "check_cached",
     "gate_for",
     "is_plain",
     "stand_in",
@@ -188,12 +188,12 @@ class Substitute(NamedTuple):
     Attributes:
         holder: of the tuner layer that changes the weight.
         derive: a cached function of the layer and its active adapters.
-        index: which of several tensors it is that this returns; None if it returns one.
+        which: of several tensors, the one that this returns; None if it returns one.
     """
 
     holder: Holder
     derive: Callable[..., Any]
-    index: int | None = None
+    which: int | None = None
 
 
 _STAND_IN = "_dora_cache_stand_in"
