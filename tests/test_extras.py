@@ -101,6 +101,14 @@ def test_the_servers_extras_bring_what_it_imports():
     assert loaded - others == {"httpx", "openai"} <= names(extras["serving-tests"])
 
 
+def test_the_quickstart_lists_the_extras():
+    """The table of the quickstart has a row for each extra that is for users."""
+    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
+    extras = PROJECT["optional-dependencies"].keys()
+    assert sorted(rows) == sorted(extras - {"dev", "serving-tests"})
+
+
 # Imports from dora_cache's own modules fail; those from torch's and peft's do not.
 BLOCKED = """
 import builtins
