@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,8 @@ from dora_cache.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from os import PathLike
+
+    from _typeshed import DataclassInstance
 
     from dora_cache.history import Sample
     from dora_cache.reasons import Advised
@@ -35,6 +38,7 @@ __all__ = [
     "bars",
     "by_layer",
     "chart",
+    "counters",
     "cut",
     "details",
     "element",
@@ -180,6 +184,21 @@ def seconds(duration: float) -> Element:
 def percent(part: float, whole: float) -> str:
     """Show a share; a dash where there is nothing to have a share of."""
     return f"{part / whole:.1%}" if whole else "-"
+
+
+def counters(stats: DataclassInstance) -> Element:
+    """Make a section of a snapshot's numbers, by their names; floats are times in seconds."""
+    rows: list[tuple[str, Child]] = []
+    for one in fields(stats):
+        value = getattr(stats, one.name)
+        if value is None:
+            rows.append((one.name, "no cap"))
+        elif isinstance(value, float):
+            rows.append((one.name, seconds(value)))
+        elif isinstance(value, int):
+            rows.append((one.name, number(value)))
+    caption = "All counters, as in stats()"
+    return section("Counters", details(caption, table(caption, ("counter", "value"), rows)))
 
 
 def section(title: str, *children: Child) -> Element:
