@@ -207,16 +207,18 @@ def test_the_command_says_what_to_install(tmp_path):
 @pytest.mark.parametrize(
     ("module", "missing", "extra"),
     [
-        ("serving.server", "fastapi", "serve"),
-        ("serving.ray", "ray", "ray"),
-        ("lab.serving", "openai", "serving-tests"),
+        ("serving.server", SERVE, "serve"),
+        ("serving.ray", RAY, "ray"),
+        ("lab.serving", ("httpx", "openai"), "serving-tests"),
     ],
+    ids=["serve", "ray", "serving-tests"],
 )
 def test_the_server_says_what_to_install(tmp_path, module, missing, extra):
     """Without its extra, the import of the server or of what measures it names the extra."""
-    done = python(without(missing) + f"import dora_cache.{module}", cwd=tmp_path)
+    done = python(without(*missing) + f"import dora_cache.{module}", cwd=tmp_path)
     assert done.returncode == 1
-    text = f'dora_cache.{module} needs {missing}: pip install "dora-cache[{extra}]"'
+    names = f"{', '.join(missing[:-1])} and {missing[-1]}"
+    text = f'dora_cache.{module} needs {names}: pip install "dora-cache[{extra}]"'
     assert done.stderr.endswith(f"ImportError: {text}\n")
 
 
