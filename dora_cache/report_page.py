@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from xml.etree.ElementTree import Element, tostring
 
 from dora_cache.naming import shorten
@@ -21,8 +21,6 @@ from dora_cache.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from os import PathLike
-
-    from _typeshed import DataclassInstance
 
     from dora_cache.history import Sample
     from dora_cache.reasons import Advised
@@ -186,8 +184,8 @@ def percent(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def counters(stats: DataclassInstance) -> Element:
-    """Make a section of a snapshot's numbers, by their names; floats are times in seconds."""
+def counters(stats: Any) -> Element:
+    """Make a section of the numbers in a dataclass, by their names; floats are times in seconds."""
     rows: list[tuple[str, Child]] = []
     for one in fields(stats):
         value = getattr(stats, one.name)
