@@ -196,12 +196,13 @@ def test_the_code_of_the_page_runs(installed, page, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_works_from_the_sources(page, folder, base, sources, tmp_path):
-    """The page's own line installs the unpacked sdist; then its code runs word for word."""
+    """The page's own line, in the unpacked sdist, installs it; then its code runs word for word."""
     shown = [block.text for block in blocks(ROOT / page) if block.language == "console"]
     line = re.search(r"^\$ pip (install .*)$", "".join(shown), re.MULTILINE)[1]
     python = environment(folder / Path(page).stem, base)
-    constraints = ["--constraint", ROOT / "constraints.txt"]
-    run(python, "-m", "pip", *shlex.split(line), *constraints, cwd=sources)
+    # A line that names the package finds what is about to be published.
+    where = ["--constraint", ROOT / "constraints.txt", "--find-links", ROOT / "dist"]
+    run(python, "-m", "pip", *shlex.split(line), *where, cwd=sources)
     run(python, "-I", script_of(page, tmp_path), cwd=tmp_path)
 
 
