@@ -69,7 +69,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check setup.py backends dora_cache docs tests
 	$(BIN)/lint-imports
 
-types: $(READY)
+# With FastAPI's and Ray's own types.
+types: $(SERVE)
 	$(BIN)/mypy -p dora_cache
 	$(BIN)/mypy tests/typing
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from xml.etree.ElementTree import Element, tostring
 
 from dora_cache.naming import shorten
@@ -35,6 +36,7 @@ __all__ = [
     "bars",
     "by_layer",
     "chart",
+    "counters",
     "cut",
     "details",
     "element",
@@ -180,6 +182,21 @@ def seconds(duration: float) -> Element:
 def percent(part: float, whole: float) -> str:
     """Show a share; a dash where there is nothing to have a share of."""
     return f"{part / whole:.1%}" if whole else "-"
+
+
+def counters(stats: Any) -> Element:
+    """Make a section of the numbers in a dataclass, by their names; floats are times in seconds."""
+    rows: list[tuple[str, Child]] = []
+    for one in fields(stats):
+        value = getattr(stats, one.name)
+        if value is None:
+            rows.append((one.name, "no cap"))
+        elif isinstance(value, float):
+            rows.append((one.name, seconds(value)))
+        elif isinstance(value, int):
+            rows.append((one.name, number(value)))
+    caption = "All counters, as in stats()"
+    return section("Counters", details(caption, table(caption, ("counter", "value"), rows)))
 
 
 def section(title: str, *children: Child) -> Element:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dora_cache.extras import CLI, SERVE, require
+from dora_cache.extras import CLI, RAY, SERVE, require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ABOVE = ("cli", "lab", "testing")  # parts of the package that need an extra
 SERVER = "serving/server/"  # needs the extra "serve"
+REPLICAS = "serving/ray.py"  # needs the extra "ray"
 LOADED = "lab/serving/"  # needs "serving-tests"
 # Packages that peft needs, and torch on a GPU.
 INDIRECT = {"safetensors", "transformers", "triton"}
@@ -59,7 +60,7 @@ def imported(*, below):
 def test_the_library_imports_its_dependencies_alone():
     """No module outside the command line, the lab and the test kit imports anything else."""
     allowed = names(PROJECT["dependencies"]) | INDIRECT
-    library = {pair for pair in imported(below=True) if not pair[0].startswith(SERVER)}
+    library = {pair for pair in imported(below=True) if not pair[0].startswith((SERVER, REPLICAS))}
     assert {pair for pair in library if pair[1] not in allowed} == OPTIONAL
 
 
@@ -92,9 +93,20 @@ def test_the_servers_extras_bring_what_it_imports():
     # FastAPI is made of Starlette.
     assert server - allowed == brought - INDIRECT | {"prometheus_client", "starlette"}
     assert set(SERVE) == brought - INDIRECT | {"prometheus_client"}
+    replicas = {name for place, name in imported(below=True) if place == REPLICAS}
+    assert names(extras["ray"]) - {"dora_cache"} == set(RAY) - set(SERVE) == {"ray"}
+    assert replicas - allowed - server == {"ray"}
     loaded = {name for place, name in imported(below=False) if place.startswith(LOADED)}
     others = allowed | names(extras["cli"])
     assert loaded - others == {"httpx", "openai"} <= names(extras["serving-tests"])
+
+
+def test_the_quickstart_lists_the_extras():
+    """The table of the quickstart has a row for each extra that is for users."""
+    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
+    extras = PROJECT["optional-dependencies"].keys()
+    assert sorted(rows) == sorted(extras - {"dev", "serving-tests"})
 
 
 # Imports from dora_cache's own modules fail; those from torch's and peft's do not.
@@ -194,13 +206,19 @@ def test_the_command_says_what_to_install(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "missing", "extra"),
-    [("serving.server", "fastapi", "serve"), ("lab.serving", "openai", "serving-tests")],
+    [
+        ("serving.server", SERVE, "serve"),
+        ("serving.ray", RAY, "ray"),
+        ("lab.serving", ("httpx", "openai"), "serving-tests"),
+    ],
+    ids=["serve", "ray", "serving-tests"],
 )
 def test_the_server_says_what_to_install(tmp_path, module, missing, extra):
     """Without its extra, the import of the server or of what measures it names the extra."""
-    done = python(without(missing) + f"import dora_cache.{module}", cwd=tmp_path)
+    done = python(without(*missing) + f"import dora_cache.{module}", cwd=tmp_path)
     assert done.returncode == 1
-    text = f'dora_cache.{module} needs {missing}: pip install "dora-cache[{extra}]"'
+    names = f"{', '.join(missing[:-1])} and {missing[-1]}"
+    text = f'dora_cache.{module} needs {names}: pip install "dora-cache[{extra}]"'
     assert done.stderr.endswith(f"ImportError: {text}\n")
 
 

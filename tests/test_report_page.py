@@ -450,9 +450,15 @@ def test_the_pools_page_says_what_its_report_says(pool, tmp_path):
     assert stats == pool.stats()
     assert stats.evictions > 0
     counters = {row["counter"]: row["value"] for row in page.table("All counters, as in stats()")}
-    for one in dataclasses.fields(stats):
-        value = getattr(stats, one.name)
-        assert counters[one.name] == ("no cap" if value is None else str(value))
+    expected = {one.name: getattr(stats, one.name) for one in dataclasses.fields(stats)}
+    del expected["reasons"]
+    times = expected.pop("load_times")
+    assert counters == {
+        name: "no cap" if value is None else str(value) for name, value in expected.items()
+    }
+    loads = page.table("Loads by the time that they took")
+    assert [int(row["loads"]) for row in loads] == list(times)
+    assert (loads[0]["time"], loads[-1]["time"]) == ("up to 1 ms", "more")
     each = {row["adapter"]: row for row in page.table("Each adapter")}
     assert list(report.pins) == [pool.names[-1]]
     for row in report.adapters:
@@ -531,10 +537,11 @@ def test_a_pools_report_as_text(pool):
         assert words in text
 
 
-def fake_pool(name="x", adapters=1, device="cuda:0", **more):
+def fake_pool(name="x", adapters=1, device="cuda:0", failed=0, **more):
     stats = PoolStats(
         hits=1, misses=1, loads=1, reads=1, evictions=0, device_bytes=16, host_bytes=0, nbytes=16,
         max_device_bytes=32, max_host_bytes=None, on_device=1, on_host=0, on_disk=adapters - 1,
+        load_seconds=0.5, load_times=(0,) * 8 + (1,) + (0,) * 5, failures=failed, reasons={},
     )  # fmt: skip
     settings = {"reasons": (), "kernels": (), "failures": ()} | more
     return PoolReport(
@@ -570,6 +577,14 @@ def test_a_pool_of_many_adapters_gives_a_small_page(tmp_path):
     *shown, rest = page.table("Bytes on the device by adapter")
     assert len(shown) == 12
     assert (rest["adapter"], rest["bytes"]) == ("9,988 more adapters", str(9988 * 16))
+
+
+def test_loads_that_failed_are_told(tmp_path):
+    """On the page and in the text, and only where there are any."""
+    report = fake_pool(failed=3)
+    assert "Loads that failed: 3. The log says" in page_of(report, tmp_path).text
+    assert "loads that failed: 3; the log says" in str(report)
+    assert "failed" not in page_of(fake_pool(), tmp_path).text + str(fake_pool())
 
 
 def test_kernels_that_did_not_run_are_told(tmp_path):

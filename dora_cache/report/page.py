@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from dora_cache.naming import shorten
@@ -17,6 +16,7 @@ from dora_cache.report_page import (
     bars,
     by_layer,
     chart,
+    counters,
     cut,
     details,
     element,
@@ -69,7 +69,7 @@ def write_report(report: CacheReport, path: str | PathLike[str]) -> None:
         over_time(report.history, report.stats.max_bytes, "held", _RULE),
         _past(report),
         *_caps(report),
-        _counters(report),
+        counters(report.stats),
     ]
     about = f"Backend {cut(report.backend)}. What the cache holds, and what that has saved."
     write(path, "dora-cache report", about, *parts)
@@ -263,15 +263,3 @@ def _caps(report: CacheReport) -> list[Element]:
             ),
         )
     ]
-
-
-def _counters(report: CacheReport) -> Element:
-    stats = report.stats
-    values = {one.name: getattr(stats, one.name) for one in fields(stats)}
-    rows = [
-        (name, "no cap" if value is None else number(value))
-        for name, value in values.items()
-        if name != "reasons"
-    ]
-    caption = "All counters, as in stats()"
-    return section("Counters", details(caption, table(caption, ("counter", "value"), rows)))

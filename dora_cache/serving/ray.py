@@ -441,5 +441,5 @@ def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, **more
         asked.wait()
         serve.delete(APPLICATION)  # it waits for what is accepted
     finally:
-        serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()

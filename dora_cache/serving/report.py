@@ -106,6 +106,8 @@ class PoolReport:
             f"lookups: {now.lookups}, {now.hit_rate:.1%} hits",
             f"loads: {now.loads}, {now.reads} from files; {now.evictions} evictions",
         ]
+        if now.failures:
+            lines.append(f"loads that failed: {now.failures}; the log says which, and why")
         if self.pins:
             lines.append(f"pinned: {', '.join(self.pins)}")
         for what, rows in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from dora_cache.report_page import (
@@ -14,6 +13,7 @@ from dora_cache.report_page import (
     Tile,
     bars,
     by_layer,
+    counters,
     details,
     element,
     listed,
@@ -21,6 +21,7 @@ from dora_cache.report_page import (
     number,
     over_time,
     percent,
+    seconds,
     section,
     size,
     table,
@@ -29,7 +30,8 @@ from dora_cache.report_page import (
     why,
     write,
 )
-from dora_cache.units import format_bytes
+from dora_cache.serving.tiers import LOAD_SECONDS
+from dora_cache.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +60,8 @@ def write_report(report: PoolReport, path: str | PathLike[str]) -> None:
         over_time(report.history, report.stats.max_device_bytes, "on the device", _RULE),
         _kernels(report),
         _scales(report),
-        _counters(report),
+        _loads(report),
+        counters(report.stats),
     ]
     about = (
         f"AdapterPool on {report.device}: {len(report.adapters):,} adapters, "
@@ -70,6 +73,9 @@ def write_report(report: PoolReport, path: str | PathLike[str]) -> None:
 def _first(report: PoolReport) -> Element:
     now = report.stats
     elsewhere = number(now.on_host), " on the host, ", number(now.on_disk), " in files"
+    loaded: list[Element | str] = [number(now.reads), " from files"]
+    if now.loads:
+        loaded += [", ", seconds(now.load_seconds / now.loads), " each"]
     cap = now.max_device_bytes
     beside = "no cap" if cap is None else f"{percent(now.device_bytes, cap)} of {format_bytes(cap)}"
     return tiles([
@@ -84,7 +90,7 @@ def _first(report: PoolReport) -> Element:
             number(now.on_device),
             element("span", *elsewhere),
         ),
-        Tile("Loads", number(now.loads), element("span", number(now.reads), " from files")),
+        Tile("Loads", number(now.loads), element("span", *loaded)),
         Tile("Evictions", number(now.evictions), "from the device"),
         Tile("On the host", size(now.host_bytes), "copies of adapters"),
     ])  # fmt: skip
@@ -171,6 +177,20 @@ def _layers(report: PoolReport) -> Element:
     )
 
 
+def _loads(report: PoolReport) -> Element:
+    now = report.stats
+    parts = []
+    if now.failures:
+        failed = "Loads that failed: ", number(now.failures), ". The log says which, and why."
+        parts.append(element("p", *failed))
+    if now.loads:
+        names = [*(f"up to {format_seconds(bound)}" for bound in LOAD_SECONDS), "more"]
+        counted = zip(names, map(number, now.load_times), strict=True)
+        caption = "Loads by the time that they took"
+        parts.append(details(caption, table(caption, ("time", "loads"), list(counted))))
+    return section("Loads", *(parts or [element("p", "There was none.")]))
+
+
 def _kernels(report: PoolReport) -> Element:
     title = "Kernels"
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.kinds.items()))
@@ -195,11 +215,3 @@ def _scales(report: PoolReport) -> Element:
         kept = "No scale of an adapter had to be derived again at each forward."
         return section(title, element("p", kept))
     return section(title, why("Scales derived at each forward", report.reasons))
-
-
-def _counters(report: PoolReport) -> Element:
-    stats = report.stats
-    values = {one.name: getattr(stats, one.name) for one in fields(stats)}
-    rows = [(name, "no cap" if value is None else number(value)) for name, value in values.items()]
-    caption = "All counters, as in stats()"
-    return section("Counters", details(caption, table(caption, ("counter", "value"), rows)))

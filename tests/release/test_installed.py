@@ -7,8 +7,11 @@ which has the library's dependencies and nothing else, and installs the wheel an
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import tomllib
 from pathlib import Path
@@ -88,10 +91,28 @@ def wheel():
     return built
 
 
-def environment(folder):
+@pytest.fixture(scope="module")
+def sources(folder):
+    """The unpacked sdist."""
+    (built,) = (ROOT / "dist").glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        archive.extractall(folder / "sources", filter="data")
+    (unpacked,) = (folder / "sources").iterdir()
+    return unpacked
+
+
+def environment(folder, base=None):
+    """Make an environment, which sees the packages of another one, and return its interpreter."""
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     (python,) = [*folder.glob("bin/python"), *folder.glob("Scripts/python.exe")]
+    if base is not None:
+        (site_packages(python) / "base.pth").write_text(str(base), encoding="utf-8")
     return python
+
+
+def site_packages(python):
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run(python, "-c", code, cwd=python.parent).strip())
 
 
 def install(python, *what):
@@ -109,7 +130,7 @@ def base(folder, wheel):
     install(python, "torch")
     install(python, wheel)
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "dora-cache", cwd=folder)
-    return run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
+    return site_packages(python)
 
 
 @pytest.fixture(scope="module", params=["", *FOR_USERS], ids=lambda extra: extra or "no-extra")
@@ -120,12 +141,25 @@ def extra(request):
 @pytest.fixture(scope="module")
 def installed(folder, wheel, base, extra):
     """The interpreter of an environment with the wheel and one extra."""
-    python = environment(folder / (extra or "none"))
-    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(run(python, "-c", purelib, cwd=folder).strip())
-    (site / "base.pth").write_text(base, encoding="utf-8")
-    install(python, f"{wheel}[{extra}]" if extra else wheel)
-    return python
+    home = folder / (extra or "none")
+    python = environment(home, base)
+    install(python, wheel)
+    if extra:
+        install(python, f"dora-cache[{extra}]")  # as messages and pages say
+    yield python
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def script_of(page, folder):
+    """Save the Python code that a page shows as one script, and return its path."""
+    shown = [
+        block.text
+        for block in blocks(ROOT / page)
+        if block.language == "python" and "<!-- no-run -->" not in block.comments
+    ]
+    script = folder / "page.py"
+    script.write_text("\n".join(shown), encoding="utf-8")
+    return script
 
 
 def test_the_environment_is_consistent(installed, tmp_path):
@@ -157,14 +191,19 @@ def test_every_module_can_be_imported_or_says_what_to_install(installed, extra, 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_the_page_runs(installed, page, tmp_path):
     """What the page shows runs word for word."""
-    shown = [
-        block.text
-        for block in blocks(ROOT / page)
-        if block.language == "python" and "<!-- no-run -->" not in block.comments
-    ]
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(shown), encoding="utf-8")
-    run(installed, "-I", script, cwd=tmp_path)
+    run(installed, "-I", script_of(page, tmp_path), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_works_from_the_sources(page, folder, base, sources, tmp_path):
+    """The page's own line, in the unpacked sdist, installs it; then its code runs word for word."""
+    shown = [block.text for block in blocks(ROOT / page) if block.language == "console"]
+    line = re.search(r"^\$ pip (install .*)$", "".join(shown), re.MULTILINE)[1]
+    python = environment(folder / Path(page).stem, base)
+    # A line that names the package finds what is about to be published.
+    where = ["--constraint", ROOT / "constraints.txt", "--find-links", ROOT / "dist"]
+    run(python, "-m", "pip", *shlex.split(line), *where, cwd=sources)
+    run(python, "-I", script_of(page, tmp_path), cwd=tmp_path)
 
 
 def test_the_command_runs_or_says_what_to_install(installed, extra, tmp_path):
