@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dora_cache.extras import CLI, SERVE, require
+from dora_cache.extras import CLI, RAY, SERVE, require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ABOVE = ("cli", "lab", "testing")  # parts of the package that need an extra
 SERVER = "serving/server/"  # needs the extra "serve"
+REPLICAS = "serving/ray.py"  # needs the extra "ray"
 LOADED = "lab/serving/"  # needs "serving-tests"
 # Packages that peft needs, and torch on a GPU.
 INDIRECT = {"safetensors", "transformers", "triton"}
@@ -59,7 +60,7 @@ def imported(*, below):
 def test_the_library_imports_its_dependencies_alone():
     """No module outside the command line, the lab and the test kit imports anything else."""
     allowed = names(PROJECT["dependencies"]) | INDIRECT
-    library = {pair for pair in imported(below=True) if not pair[0].startswith(SERVER)}
+    library = {pair for pair in imported(below=True) if not pair[0].startswith((SERVER, REPLICAS))}
     assert {pair for pair in library if pair[1] not in allowed} == OPTIONAL
 
 
@@ -92,6 +93,9 @@ def test_the_servers_extras_bring_what_it_imports():
     # FastAPI is made of Starlette.
     assert server - allowed == brought - INDIRECT | {"prometheus_client", "starlette"}
     assert set(SERVE) == brought - INDIRECT | {"prometheus_client"}
+    replicas = {name for place, name in imported(below=True) if place == REPLICAS}
+    assert names(extras["ray"]) - {"dora_cache"} == set(RAY) - set(SERVE) == {"ray"}
+    assert replicas - allowed - server == {"ray"}
     loaded = {name for place, name in imported(below=False) if place.startswith(LOADED)}
     others = allowed | names(extras["cli"])
     assert loaded - others == {"httpx", "openai"} <= names(extras["serving-tests"])

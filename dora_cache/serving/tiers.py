@@ -135,6 +135,14 @@ class Tiers:
 
     # The device
 
+    def tier(self, adapter: Adapter) -> str:
+        """Return the fastest tier that has an adapter."""
+        with self.lock:
+            if adapter.resident is not None:
+                return "device"
+            hosted = () if self.host is None else self.host.keys()
+            return "host" if adapter.number in hosted else "files"
+
     @property
     def in_use(self) -> bool:
         """Whether adapters have been acquired and not been released."""

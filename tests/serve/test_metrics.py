@@ -769,10 +769,10 @@ def test_derivations_and_evictions_are_logged(model, x, caplog):
 @pytest.mark.filterwarnings("ignore::dora_cache.CacheWarning")
 def test_evictions_where_memory_runs_out_are_logged(caplog):
     """As those of the backend are; the shortage itself is at WARNING."""
-    short = []
+    short, weight = [], torch.ones(1)
 
     class Owner(nn.Module):
-        @cached("value", adapter="name", depends_on=lambda self, name: [torch.ones(1)])
+        @cached("value", adapter="name", depends_on=lambda self, name: [weight])
         def value(self, name):
             if short:
                 short.pop()
@@ -966,8 +966,6 @@ def test_one_frame_shows_what_the_server_counts(model, x, pool, registry, url):
 
 def test_rates_are_of_the_time_between_two_frames(pool, registry, url, monkeypatch):
     """Shares and rates are of what was gained since; a server that began anew has none."""
-    times = iter([10.0, 14.0])
-    monkeypatch.setattr(top_module.time, "monotonic", lambda: next(times, 20.0))
     metrics.register(pool, registry, {"model": "net", "pool": "1"})
     monkeypatch.setattr(top_module, "_fetch", lambda page, _: read_page(page))
     serve(pool, "lora")
@@ -976,6 +974,7 @@ def test_rates_are_of_the_time_between_two_frames(pool, registry, url, monkeypat
     for name in ("lora", "lora", "lora", "dora", "rslora"):
         serve(pool, name)
     latest = top_module._Scrape(f"{url}/metrics", 5.0)
+    before.time, latest.time = 10.0, 14.0
     ((labels, _),) = latest.sources.items()
     source = top_module._Source(labels, latest, before)
     assert source.hit_rate("pool_") == ("50.0%", "60.0%")
