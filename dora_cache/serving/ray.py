@@ -82,7 +82,8 @@ class Settings(BaseModel):
         replicas: how many; or the fewest and the most, for autoscaling by the length of queues.
         ingresses: processes that pass requests on. With two, one may die without a gap.
         multiplexed: whether requests go where their adapter is.
-        limits: of each replica; ``queue`` is that of each ingress.
+        limits: of each replica; ``queue`` is that of each ingress. Beside these, as many may wait
+            there as all replicas take: a burst waits there while it is handed out.
         refresh: seconds between looks at the adapters' folder; None to look once, at the start.
         drain: seconds for accepted requests when a replica is taken away.
         dtype: of the weights, such as ``"bfloat16"``; ``"auto"`` for the model's.
@@ -410,8 +411,11 @@ def _load(settings: Settings) -> tuple[Any, Any]:
 def deployment(settings: Settings) -> serve.Application:
     """Return an application for ``serve.run``, ``serve run`` and the files of ``serve deploy``."""
     limits = settings.limits
-    number: dict[str, Any] = {"num_replicas": settings.replicas}
-    if isinstance(settings.replicas, tuple):
+    taken = _most_ongoing(limits)
+    if isinstance(settings.replicas, int):
+        most = settings.replicas
+        number: dict[str, Any] = {"num_replicas": most}
+    else:
         least, most = settings.replicas
         number = {
             "autoscaling_config": {
@@ -423,10 +427,11 @@ def deployment(settings: Settings) -> serve.Application:
     replicas = serve.deployment(
         name=_REPLICA,
         **number,
-        max_ongoing_requests=_most_ongoing(limits),
-        max_queued_requests=max(1, limits.queue),
+        max_ongoing_requests=taken,
+        max_queued_requests=limits.queue + most * taken,
         graceful_shutdown_timeout_s=settings.drain,
         request_router_config={"request_router_class": AdapterRouter},
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     )(Replica)
 
@@ -438,6 +443,7 @@ def deployment(settings: Settings) -> serve.Application:
         num_replicas=settings.ingresses,
         max_ongoing_requests=_MOST_OF_INGRESS,
         graceful_shutdown_timeout_s=settings.drain,
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress(app)())
     return ingress.bind(replicas.bind(settings))
@@ -465,5 +471,5 @@ def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, **more
         asked.wait()
         serve.delete(APPLICATION)  # it waits for what is accepted
     finally:
-        serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
