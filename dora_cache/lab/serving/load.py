@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx
@@ -17,7 +19,7 @@ from dora_cache.lab.bench.measure import Spread
 from dora_cache.lab.serving.processes import running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 _Job: TypeAlias = tuple[str | None, str]
@@ -25,6 +27,7 @@ _Job: TypeAlias = tuple[str | None, str]
 
 __all__ = ["Load", "Way", "as_dict", "measure_load", "table"]
 
+_LOOK = 0.25  # seconds between two looks at what adapters have on the device
 _PROMPTS = (
     "Shall I compare thee to a summer's day?",
     "To make a good soup, first",
@@ -129,13 +132,13 @@ def measure_load(
                 asked = jobs["lora" if way == "theirs" else way]
                 named = [str(model) if way == "theirs" else name or "base" for name, _ in asked]
                 prompts = [prompt for _, prompt in asked]
-                seconds, texts = _ask(server.url, named, prompts, tokens, clients)
+                with _watching(own.url) as most:
+                    seconds, texts = _ask(server.url, named, prompts, tokens, clients)
                 right = [expected[one][0] for one in asked]
                 wrong[way] += sum(a != b for a, b in zip(texts, right, strict=True))
                 if turn:  # the first one warms up
                     measured.append(sum(expected[one][1] for one in asked) / seconds)
-                if server is own:
-                    held = max(held, _held(own.url))
+                held = max(held, *most)
                 move()
         rss = {way: (other if way == "theirs" else own).rss for way in rates}
     titles = {
@@ -199,9 +202,29 @@ def _alone(
     return found
 
 
+@contextmanager
+def _watching(url: str) -> Iterator[list[int]]:
+    """Note in a list what adapters have on the device, some times each second and at the end."""
+    found: list[int] = []
+    done = Event()
+
+    def watch() -> None:
+        while not done.wait(_LOOK):
+            found.append(_held(url))
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found.append(_held(url))
+
+
 def _held(url: str) -> int:
     """Return the bytes that adapters have on the device, as the server reports them."""
-    lines = httpx.get(f"{url}/metrics", follow_redirects=True, timeout=60).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     found = [line for line in lines if line.startswith("dora_cache_pool_used_bytes{")]
     return sum(int(float(line.split()[-1])) for line in found if 'tier="device"' in line)
 
