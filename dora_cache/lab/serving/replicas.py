@@ -219,6 +219,7 @@ class _Clients:
         self._move = move
         self._wrong = 0
         self._again: Counter[int] = Counter()
+        self._left = 0
         self._answered = 0.0  # when the last answer came
         self._longest = 0.0
 
@@ -240,16 +241,16 @@ class _Clients:
         )
 
     async def kill(self, requests: int) -> Killed:
-        """Ask, and kill a replica after a third of the requests."""
+        """Ask, and kill a replica when a third of the requests have been answered."""
         wrong, self._again, self._longest = self._wrong, Counter(), 0.0
         self._answered = time.monotonic()
-        left = asyncio.create_task(self._ask_all(requests // 3))
-        await left
+        self._left = requests
+        asking = asyncio.create_task(self._ask_all(requests))
+        while self._left > requests - requests // 3 and not asking.done():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
         before = self._replicas()
         before[0].kill()
-        killed = time.monotonic()
-        asking = asyncio.create_task(self._ask_all(requests - requests // 3))
-        replaced = await self._until_replaced(before, killed)
+        replaced = await self._until_replaced(before, time.monotonic())
         await asking
         return Killed(requests, dict(self._again), self._wrong - wrong, self._longest, replaced)
 
@@ -323,6 +324,7 @@ class _Clients:
             self._answered = now
             text = response.json()["choices"][0]["text"]
             self._wrong += text.split() != self._expected[name, prompt].split()
+            self._left -= 1
             self._move()
 
 
