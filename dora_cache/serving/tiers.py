@@ -413,9 +413,12 @@ class Tiers:
             if entry is not None:
                 return entry.tensors, "host"
         start = time.perf_counter()
-        packed = tuple(
-            layout.pack(adapter.files, pinned=self._pinned) for layout in adapter.layouts
-        )
+        try:
+            packed = tuple(
+                layout.pack(adapter.files, pinned=self._pinned) for layout in adapter.layouts
+            )
+        finally:
+            adapter.files.close()  # a process may have some ten thousand mapped files, no more
         cost = time.perf_counter() - start
         with self._forgiving(), self.lock:
             self.reads += 1
