@@ -273,7 +273,7 @@ class Buffer(Uncopyable):
                     cache.passed_by(Reason.CAP, self._holder.binding)
                     return False
                 for tensor in tensors:  # CUDA graphs read them in place
-                    torch._dynamo.mark_static_address(tensor)
+                    torch._dynamo.mark_static_address(tensor, guard=False)
                 self._tensors = tensors
         values = self._tensors[0] if single else self._tensors
         return True if cache.buffers.publish(self, values) else None
@@ -563,6 +563,8 @@ class Holder(Uncopyable):
                 return 0
             switched, known = names != self.names, form == self.form
             self.names, self.tensors, self.form, self.view = names, tensors, form, view
+            for tensor in tensors:  # as the compiler does with a module's own: not to be copied
+                torch._dynamo.mark_static_address(tensor, guard=False)
             self._places = watch_places(places)
             self.device = tensors[0].device.type if tensors else "cpu"
             _known.places.setdefault(form, parts)
@@ -721,7 +723,7 @@ class Holder(Uncopyable):
                 if cache is None or not cache.buffers.reserve(self.lease, nbytes, like.device):
                     found[known] = value
                     continue
-                torch._dynamo.mark_static_address(tensor)
+                torch._dynamo.mark_static_address(tensor, guard=False)
                 self._scalings[known] = tensor
             with torch.inference_mode(mode=False), torch.no_grad():
                 tensor.fill_(value)
