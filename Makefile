@@ -48,9 +48,9 @@ test: $(FIELD)
 test-field: $(FIELD)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/field
 
-# Servers on loopback, with real clients; a local Ray cluster.
+# Servers on loopback, with real clients; a local Ray cluster, of which there is to be one alone.
 test-serve: $(SERVE)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/serve
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist loadfile tests/serve
 
 # What other processors and another number of threads compute; empty is what this processor can do.
 test-processors: $(FIELD)

@@ -97,7 +97,7 @@ def test_the_servers_extras_bring_what_it_imports():
     assert names(extras["ray"]) - {"dora_cache"} == set(RAY) - set(SERVE) == {"ray"}
     assert replicas - allowed - server == {"ray"}
     loaded = {name for place, name in imported(below=False) if place.startswith(LOADED)}
-    others = allowed | names(extras["cli"])
+    others = allowed | names(extras["cli"]) | set(SERVE)
     assert loaded - others == {"httpx", "openai"} <= names(extras["serving-tests"])
 
 

@@ -72,6 +72,10 @@ def serve(
         int | None,
         typer.Option(min=1, help="Processes with the model, by Ray Serve; --queue is before them."),
     ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="As many where requests queue; --replicas are the fewest then."),
+    ] = None,
 ) -> None:
     """Serve a model and its adapters: many adapters in one batch, under a cap.
 
@@ -98,14 +102,16 @@ def serve(
             kv_tokens=kv_tokens,
             batch_tokens=max(512, batch),
         )
-        if replicas is not None:
+        if max_replicas is not None and max_replicas < (replicas or 1):
+            raise CliError(f"--max-replicas {max_replicas}: give at least {replicas or 1}")
+        if replicas is not None or max_replicas is not None:
             settings = {
                 "model": str(model_directory() if model == _DEMO else model),
                 "adapters": adapters,
                 "name": name or (_DEMO if model == _DEMO else None),
                 "device_bytes": device_bytes,
                 "max_bytes": max_bytes,
-                "replicas": replicas,
+                "replicas": (replicas or 1, max_replicas) if max_replicas else replicas,
                 "limits": limits,
                 "refresh": refresh or None,
                 "dtype": "auto" if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),

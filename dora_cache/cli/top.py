@@ -30,6 +30,8 @@ _CHUNK = 1 << 16
 _REASONS = 10  # shown
 _TIERS = ("device", "host", "files")
 _PREFIX = "dora_cache_"
+_OWN = ("tier", "reason", "outcome")  # labels that tell the samples of one source apart
+_ENDINGS = ("cancelled", "refused", "failed", "turned_away")  # of requests
 
 
 def top(
@@ -158,7 +160,7 @@ class _Scrape:
                     for sample in family.samples:
                         labels = dict(sample.labels)
                         bound = labels.pop("le", "")
-                        own = labels.pop("tier", "") or labels.pop("reason", "") or bound
+                        own = next(filter(None, (labels.pop(one, "") for one in _OWN)), bound)
                         name = sample.name.removeprefix(_PREFIX)
                         source = tuple(sorted(labels.items()))
                         self.sources[source][name, own] = sample.value
@@ -229,6 +231,9 @@ def _frame(latest: _Scrape, before: _Scrape | None, failure: str | None = None) 
     pools = [one for one in sources if one.value("pool_lookups_total") is not None]
     caches = [one for one in sources if one.value("lookups_total") is not None]
     parts: list[RenderableType] = [latest.page if failure is None else f"{failure} (trying again)"]
+    served = [one for one in sources if one.value("requests_running") is not None]
+    if served:
+        parts.append(_requests(served))
     if pools:
         parts += [_tiers(pools), _pools(pools)]
     if caches:
@@ -253,6 +258,25 @@ def _used(used: float | None, cap: float | None) -> tuple[str, str, str]:
     if cap is None:
         return format_bytes(used), "no cap", "-"
     return format_bytes(used), format_bytes(cap), _share(used, cap)
+
+
+def _requests(served: list[_Source]) -> Table:
+    table = _table(
+        "Requests", "pool", "running", "waiting", "finished", "per s", "cancelled", "refused",
+        "failed", "turned away", "on device",
+    )  # fmt: skip
+    for one in served:
+        came = [one.count("request_adapters_total", tier) for tier in _TIERS]
+        table.add_row(
+            one.name,
+            f"{one.count('requests_running'):,.0f}",
+            f"{one.count('requests_waiting'):,.0f}",
+            f"{one.count('requests_total', 'finished'):,.0f}",
+            one.rate("requests_total", "finished"),
+            *(f"{one.count('requests_total', ending):,.0f}" for ending in _ENDINGS),
+            _share(came[0], sum(came)),
+        )
+    return table
 
 
 def _tiers(pools: list[_Source]) -> Table:

@@ -291,6 +291,14 @@ class AdapterPool(Uncopyable):
         """
         return self._known(name).nbytes
 
+    def tier(self, name: str) -> str:
+        """Return the fastest tier that has an adapter: ``"device"``, ``"host"`` or ``"files"``.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+        """
+        return self._tiers.tier(self._known(name))
+
     def _known(self, name: str) -> Adapter:
         adapter = self._names.get(name) if isinstance(name, str) else None
         if adapter is None:

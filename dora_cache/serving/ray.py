@@ -25,6 +25,7 @@ import ray  # noqa: E402 - after the check
 import xxhash  # noqa: E402
 from fastapi import FastAPI, Request, Response  # noqa: E402
 from fastapi.responses import StreamingResponse  # noqa: E402
+from prometheus_client import CollectorRegistry, Metric  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field, model_validator  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.exceptions import RayActorError  # noqa: E402
@@ -41,10 +42,16 @@ from ray.serve.request_router import (  # noqa: E402
 from starlette.types import Message  # noqa: E402
 
 from dora_cache.serving.pool import AdapterPool  # noqa: E402
-from dora_cache.serving.server.app import body_limit, create_app, error_response  # noqa: E402
+from dora_cache.serving.server.app import (  # noqa: E402
+    body_limit,
+    create_app,
+    error_response,
+    metrics_response,
+)
 from dora_cache.serving.server.engine import Engine, Limits  # noqa: E402
 from dora_cache.serving.server.errors import RequestError  # noqa: E402
 from dora_cache.serving.server.folder import AdapterFolder  # noqa: E402
+from dora_cache.serving.server.metrics import Merged, registry_of  # noqa: E402
 
 __all__ = ["APPLICATION", "AdapterRouter", "Ingress", "Replica", "Settings", "deployment", "run"]
 
@@ -58,6 +65,7 @@ _SCOPE = ("type", "asgi", "http_version", "method", "path", "raw_path", "query_s
 _REPLICA = "replica"
 _OK, _NOT_FOUND = 200, 404
 _RETRY = 1  # seconds
+_SCRAPE = 5.0  # seconds that replicas have to tell their metrics
 _MOST_OF_INGRESS = 1000  # requests of one at once
 
 
@@ -74,7 +82,8 @@ class Settings(BaseModel):
         replicas: how many; or the fewest and the most, for autoscaling by the length of queues.
         ingresses: processes that pass requests on. With two, one may die without a gap.
         multiplexed: whether requests go where their adapter is.
-        limits: of each replica; ``queue`` is that of each ingress.
+        limits: of each replica; ``queue`` is that of each ingress. Beside these, as many may wait
+            there as all replicas take: a burst waits there while it is handed out.
         refresh: seconds between looks at the adapters' folder; None to look once, at the start.
         drain: seconds for accepted requests when a replica is taken away.
         dtype: of the weights, such as ``"bfloat16"``; ``"auto"`` for the model's.
@@ -160,9 +169,12 @@ class Replica:
             _log.warning("refused %s: %s", refused, reason)
         limits = dataclasses.replace(settings.limits, queue=_most_ongoing(settings.limits))
         self._engine = Engine(base, self._pool, folder, limits)
+        self._name: str = serve.get_replica_context().replica_id.unique_id
+        labels = {"replica": self._name}
         self._app = create_app(
-            self._engine, tokenizer, model=settings.base, refresh=settings.refresh
+            self._engine, tokenizer, model=settings.base, refresh=settings.refresh, labels=labels
         )
+        self._registry = registry_of(self._engine, {"model": settings.base, **labels})
         self._lifespan = AsyncExitStack()
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
         self._tell: Callable[[str], Awaitable[str]] | None = None
@@ -228,8 +240,11 @@ class Replica:
         """Return the replica's name, and what its pool and its engine have done."""
         pool = dataclasses.asdict(self._pool.stats())
         now = {"running": self._engine.running, "waiting": self._engine.waiting}
-        name = serve.get_replica_context().replica_id.unique_id
-        return name, pool | now | dict(self._engine.counts)
+        return self._name, pool | now | dict(self._engine.counts)
+
+    async def metrics(self) -> list[Metric]:
+        """Return what Prometheus reads of this replica."""
+        return list(self._registry.collect())
 
     async def check_health(self) -> None:
         """Have Ray put another replica in the place of one that cannot answer."""
@@ -261,6 +276,7 @@ class Ingress:
             return error_response(error)
 
         app = FastAPI(title="dora-cache", openapi_url=None)
+        app.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
         app.add_api_route("/{path:path}", self.forward, methods=_METHODS, response_model=None)
         app.add_exception_handler(RequestError, refused)
         return app
@@ -286,6 +302,15 @@ class Ingress:
             answer = Response(whole, start["status"])
         answer.raw_headers = start["headers"]
         return answer
+
+    async def metrics(self, request: Request) -> Response:
+        """Answer a scrape with the metrics of all replicas, which have the label ``replica``."""
+        with _as_answers():
+            asked = self._replicas.broadcast("metrics")
+            pages = await asked.results_async(timeout_s=_SCRAPE, return_exceptions=True)
+        registry = CollectorRegistry()
+        registry.register(Merged(page for page in pages if not isinstance(page, BaseException)))
+        return metrics_response(request, registry)
 
     async def _is_adapter(self, model: str) -> bool:
         """Tell whether there is such an adapter; Ray does not forget names that it is given."""
@@ -315,7 +340,7 @@ def _as_answers() -> Iterator[None]:
     except BackPressureError:
         msg = "too many requests are waiting already: try again later"
         raise RequestError(429, msg, code="queue_full", retry_after=_RETRY) from None
-    except DeploymentUnavailableError:
+    except (DeploymentUnavailableError, TimeoutError):
         msg = "no replica can answer: try again later"
         raise RequestError(503, msg, code="unavailable", retry_after=_RETRY) from None
     except RayActorError as error:
@@ -386,8 +411,11 @@ def _load(settings: Settings) -> tuple[Any, Any]:
 def deployment(settings: Settings) -> serve.Application:
     """Return an application for ``serve.run``, ``serve run`` and the files of ``serve deploy``."""
     limits = settings.limits
-    number: dict[str, Any] = {"num_replicas": settings.replicas}
-    if isinstance(settings.replicas, tuple):
+    taken = _most_ongoing(limits)
+    if isinstance(settings.replicas, int):
+        most = settings.replicas
+        number: dict[str, Any] = {"num_replicas": most}
+    else:
         least, most = settings.replicas
         number = {
             "autoscaling_config": {
@@ -399,10 +427,11 @@ def deployment(settings: Settings) -> serve.Application:
     replicas = serve.deployment(
         name=_REPLICA,
         **number,
-        max_ongoing_requests=_most_ongoing(limits),
-        max_queued_requests=max(1, limits.queue),
+        max_ongoing_requests=taken,
+        max_queued_requests=limits.queue + most * taken,
         graceful_shutdown_timeout_s=settings.drain,
         request_router_config={"request_router_class": AdapterRouter},
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     )(Replica)
 
@@ -414,6 +443,7 @@ def deployment(settings: Settings) -> serve.Application:
         num_replicas=settings.ingresses,
         max_ongoing_requests=_MOST_OF_INGRESS,
         graceful_shutdown_timeout_s=settings.drain,
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress(app)())
     return ingress.bind(replicas.bind(settings))

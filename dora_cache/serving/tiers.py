@@ -135,6 +135,14 @@ class Tiers:
 
     # The device
 
+    def tier(self, adapter: Adapter) -> str:
+        """Return the fastest tier that has an adapter."""
+        with self.lock:
+            if adapter.resident is not None:
+                return "device"
+            hosted = () if self.host is None else self.host.keys()
+            return "host" if adapter.number in hosted else "files"
+
     @property
     def in_use(self) -> bool:
         """Whether adapters have been acquired and not been released."""
@@ -405,9 +413,12 @@ class Tiers:
             if entry is not None:
                 return entry.tensors, "host"
         start = time.perf_counter()
-        packed = tuple(
-            layout.pack(adapter.files, pinned=self._pinned) for layout in adapter.layouts
-        )
+        try:
+            packed = tuple(
+                layout.pack(adapter.files, pinned=self._pinned) for layout in adapter.layouts
+            )
+        finally:
+            adapter.files.close()  # a process may have some ten thousand mapped files, no more
         cost = time.perf_counter() - start
         with self._forgiving(), self.lock:
             self.reads += 1

@@ -18,7 +18,9 @@ import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
 from served import Alone, make_model, tokenizer, write_adapters
+from typer.testing import CliRunner
 
 os.environ.update(  # Ray reads them when it is imported
     RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16)
@@ -26,7 +28,9 @@ os.environ.update(  # Ray reads them when it is imported
 import ray
 from ray import serve
 
-from dora_cache.serving.ray import APPLICATION
+from dora_cache.cli.app import app
+from dora_cache.serving.ray import APPLICATION, Settings, deployment
+from dora_cache.serving.server import Limits
 
 ROOT = Path(__file__).parents[2]
 BATCH, QUEUE, LONG = 4, 8, 250
@@ -87,11 +91,13 @@ class Replicated:
             port = probe.getsockname()[1]
         options = [str(one) for pair in OPTIONS.items() for one in pair]
         self.url = f"http://127.0.0.1:{port}"
-        self.command = subprocess.Popen(
-            [sys.executable, "-m", "dora_cache", "serve", folder / "model", "--adapters",
-             folder / "adapters", "--port", str(port), *options],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        self.output = folder / "output"  # a pipe that nobody reads would hold it up
+        with self.output.open("w") as output:
+            self.command = subprocess.Popen(
+                [sys.executable, "-m", "dora_cache", "serve", folder / "model", "--adapters",
+                 folder / "adapters", "--port", str(port), *options],
+                stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
     def http(self):
         return httpx.Client(base_url=self.url, timeout=120)
@@ -102,7 +108,7 @@ class Replicated:
 
     def is_up(self):
         if self.command.poll() is not None:
-            raise AssertionError(self.command.stdout.read())
+            raise AssertionError(self.output.read_text())
         try:
             with self.http() as http:
                 return http.get("/health").status_code == 200
@@ -110,12 +116,10 @@ class Replicated:
             return False
 
     def stats(self):
-        """Return what each replica has done, by its name; of all that answer within some calls."""
+        """Return what each replica has done, by its name."""
         handle = serve.get_deployment_handle("replica", APPLICATION)
-        found = {}
-        for _ in range(8):
-            found.update([handle.stats.remote().result()])
-        return found
+        found = handle.broadcast("stats").results(timeout_s=60, return_exceptions=True)
+        return dict(one for one in found if not isinstance(one, Exception))
 
     def total(self, what):
         return sum(one.get(what, 0) for one in self.stats().values())
@@ -183,27 +187,34 @@ def test_answers_are_those_of_plain_peft(served, folder, alone):
     assert all(one["finished"] for one in served.stats().values())
 
 
+@contextlib.contextmanager
+def copies(served, folder, **sources):
+    """Have replicas serve copies of adapters, which none of them has on its device yet."""
+    adapters = folder / "adapters"
+    for name, source in sources.items():
+        shutil.copytree(adapters / source, adapters / name)
+    try:
+        with served.client() as client:
+            served.until(
+                lambda: all(
+                    sources.keys() <= {one.id for one in client.models.list()} for _ in range(8)
+                )
+            )
+        yield
+    finally:
+        for name in sources:
+            shutil.rmtree(adapters / name)
+
+
 def test_a_request_goes_where_its_adapter_is(served, folder):
     """Each adapter is loaded by one replica alone, however often it is asked for."""
-    own = [f"own-{number}" for number in range(6)]
-    for name, source in zip(own, names(folder)[1:], strict=True):
-        shutil.copytree(folder / "adapters" / source, folder / "adapters" / name)
-    try:
-        with served.client(max_retries=20) as client:
-            before = served.total("loads")
-
-            def listed():
-                models = [{one.id for one in client.models.list()} for _ in range(8)]
-                return all(set(own) <= one for one in models)
-
-            served.until(listed)
-            for _ in range(6):
-                for name in own:
-                    complete(client, name, 2)
-            assert served.total("loads") - before == len(own)
-    finally:
-        for name in own:
-            shutil.rmtree(folder / "adapters" / name)
+    own = {f"own-{number}": source for number, source in enumerate(names(folder)[1:])}
+    with copies(served, folder, **own), served.client(max_retries=20) as client:
+        before = served.total("loads")
+        for _ in range(6):
+            for name in own:
+                complete(client, name, 2)
+        assert served.total("loads") - before == len(own)
 
 
 def test_refusals_are_those_of_one_server(served, folder):
@@ -284,12 +295,17 @@ def test_a_replica_is_killed(served, folder, alone):
         for number in range(4):
             alone.text(name, PROMPT, 2 + number)
     expected = alone.text("lora-0", PROMPT, LONG)
-    with ThreadPoolExecutor(6) as pool, served.client() as client, served.http() as http:
-        stream = complete(client, "lora-0", LONG, stream=True)
+    with (
+        copies(served, folder, only="lora-0"),  # one replica alone has it
+        ThreadPoolExecutor(8) as pool,
+        served.client() as client,
+        served.http() as http,
+    ):
+        stream = complete(client, "only", LONG, stream=True)
         parts = [next(iter(stream))]
         home = next(name for name, one in served.stats().items() if one["running"])
-        body = {"model": "lora-0", "prompt": PROMPT, "max_tokens": LONG, "temperature": 0}
-        whole = pool.submit(http.post, "/v1/completions", json=body)
+        body = {"model": "only", "prompt": PROMPT, "max_tokens": LONG, "temperature": 0}
+        wholes = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(3)]
         served.until(lambda: served.stats()[home]["running"] + served.stats()[home]["waiting"] > 1)
         clients = [pool.submit(traffic, number) for number in range(4)]
         ray.kill(ray.get_actor(f"SERVE_REPLICA::{APPLICATION}#replica#{home}", namespace="serve"))
@@ -298,9 +314,11 @@ def test_a_replica_is_killed(served, folder, alone):
             parts.extend(stream)
         assert broken.value.code == "replica_lost"
         assert expected.startswith(text(parts))
-        lost = whole.result()
-        assert (lost.status_code, error_of(lost)["code"]) == (503, "replica_lost")
-        assert int(lost.headers["Retry-After"]) > 0
+        lost = [one for one in (whole.result() for whole in wholes) if one.status_code != 200]
+        assert lost
+        for one in lost:
+            assert (one.status_code, error_of(one)["code"]) == (503, "replica_lost")
+            assert int(one.headers["Retry-After"]) > 0
         assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
 
         served.until(lambda: len(served.stats().keys() - before.keys()) == 1)
@@ -313,6 +331,60 @@ def test_a_replica_is_killed(served, folder, alone):
     assert home not in served.stats()
 
 
+def test_metrics_are_of_all_replicas(served):
+    """A scrape has each replica's metrics, which agree with its counters; `top` shows both."""
+    with served.client() as client:
+        complete(client, "dora-1", 2)
+    with served.http() as http:
+        families = {one.name: one for one in parse(http.get("/metrics").text)}
+    stats = served.stats()
+    finished = {
+        one.labels["replica"]: one.value
+        for one in families["dora_cache_requests"].samples
+        if one.labels["outcome"] == "finished"
+    }
+    assert finished == {name: one.get("finished", 0) for name, one in stats.items()}
+    loads = {
+        one.labels["replica"]: one.value
+        for one in families["dora_cache_pool_load_seconds"].samples
+        if one.name.endswith("_count")
+    }
+    assert loads == {name: one["loads"] for name, one in stats.items()}
+    assert len(families["dora_cache_build_info"].samples) == 1
+    done = CliRunner().invoke(app, ["top", served.url, "--once"])
+    assert done.exit_code == 0, done.output
+    assert all(done.stdout.count(name) >= 2 for name in stats)
+
+
+def config_of(application, name):
+    """Return what Ray is told of a deployment of an application."""
+    ingress = application._bound_deployment
+    (replicas,) = [one._bound_deployment for one in ingress.init_args]
+    return {"ingress": ingress, "replica": replicas}[name]._deployment_config
+
+
+def test_replicas_follow_the_queue():
+    """With a fewest and a most, Ray adds a replica where each has more than a batch to do."""
+    limits = Limits(max_prompt=64, max_tokens=64, batch=4, queue=10, kv_tokens=512)
+    settings = Settings(model="m", adapters="a", replicas=(2, 5), limits=limits)
+    config = config_of(deployment(settings), "replica")
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 4
+    assert (config.max_ongoing_requests, config.max_queued_requests) == (8, 50)
+    fixed = config_of(deployment(settings.model_copy(update={"replicas": 3})), "replica")
+    assert (fixed.num_replicas, fixed.autoscaling_config) == (3, None)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    """The fewest replicas are at least one and at most the most; on the command line as well."""
+    for replicas in (0, (0, 2), (3, 2)):
+        with pytest.raises(ValueError, match="replicas"):
+            Settings(model="m", adapters="a", replicas=replicas)
+    done = CliRunner().invoke(app, ["serve", "m", "--replicas", "3", "--max-replicas", "2"])
+    assert (done.exit_code, "give at least 3" in done.output) == (2, True)
+
+
 def test_ending_drains(served, running, alone):
     """After SIGTERM what was accepted is answered, and the command ends with status 0."""
     with served.client() as client, ThreadPoolExecutor(6) as clients:
@@ -322,4 +394,4 @@ def test_ending_drains(served, running, alone):
         served.command.send_signal(signal.SIGTERM)
         expected = alone.text("dora-1", PROMPT, LONG)
         assert [one.result().choices[0].text for one in asked] == [expected] * len(asked)
-        assert served.command.wait(60) == 0
+        assert served.command.wait(60) == 0, served.output.read_text()

@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from served import (
     LIMITS,
     VOCABULARY,
@@ -27,8 +28,10 @@ from served import (
     write_adapter,
     write_adapters,
 )
+from typer.testing import CliRunner
 
 from dora_cache import AdapterPool, ConfigError
+from dora_cache.cli.app import app
 from dora_cache.serving.server import AdapterFolder, Engine, Limits, Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -847,14 +850,48 @@ def test_mistakes_on_the_command_line_are_one_line():
 
 
 def test_metrics_count_requests(served):
-    """/metrics has what runs and waits, and what has become of requests."""
+    """/metrics has the pool's metrics and the requests', and they agree with the counters."""
+    served.complete("lora-0", "Hello")
     served.complete("lora-0", "Hello")
     with served.http() as http:
-        text = http.get("/metrics", follow_redirects=True).text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(lines["dora_cache_requests_running"]) == 0
-    finished = float(lines['dora_cache_requests_total{outcome="finished"}'])
-    assert finished == served.engine.counts["finished"] > 0
+        response = http.get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=")
+    engine, stats = served.engine, served.engine.pool.stats()
+    labels = {"model": "base", "pool": str(engine.pool.number)}
+    samples = [
+        one
+        for family in text_string_to_metric_families(response.text)
+        for one in family.samples
+        if one.name != "dora_cache_build_info"
+    ]
+    assert all(one.labels.items() >= labels.items() for one in samples)
+    found = {
+        (one.name.removeprefix("dora_cache_"), *(one.labels.keys() - labels.keys())): one
+        for one in samples
+        if len(one.labels) == len(labels)
+    }
+    assert found["requests_running",].value == found["requests_waiting",].value == 0
+    assert found["pool_lookups_total",].value == stats.lookups > 0
+    assert found["pool_load_seconds_count",].value == stats.loads > 0
+    outcomes, tiers = (
+        {one.labels[label]: one.value for one in samples if one.name == f"dora_cache_{name}_total"}
+        for name, label in (("requests", "outcome"), ("request_adapters", "tier"))
+    )
+    assert outcomes["finished"] == engine.counts["finished"] > 0
+    assert tiers["device"] > 0
+    assert sum(tiers.values()) <= sum(outcomes.values()) - outcomes["turned_away"]
+
+
+def test_top_watches_it(served):
+    """`dora-cache top` shows the pool and the requests of a server."""
+    served.complete("lora-0", "Hello")
+    done = CliRunner().invoke(app, ["top", served.url, "--once"])
+    assert done.exit_code == 0, done.output
+    pool = f"base/{served.engine.pool.number}"
+    row = next(line for line in done.stdout.splitlines() if line.split()[:1] == [pool]).split()
+    finished = served.engine.counts["finished"]
+    assert row[1:4] == ["0", "0", str(finished)]
+    assert "Adapters by tier" in done.stdout
 
 
 def test_limits_must_go_together(folder):

@@ -9,7 +9,7 @@ from dora_cache.cli.lab.coverage import coverage
 from dora_cache.cli.lab.exported import export
 from dora_cache.cli.lab.field import field
 from dora_cache.cli.lab.pages import pages
-from dora_cache.cli.lab.serving import serve_faults, serve_load
+from dora_cache.cli.lab.serving import serve_faults, serve_load, serve_replicas
 from dora_cache.cli.lab.simulate import simulate
 from dora_cache.cli.lab.traffic import traffic
 
@@ -25,6 +25,7 @@ for command in (
     traffic,
     serve_load,
     serve_faults,
+    serve_replicas,
     simulate,
     audit,
     pages,

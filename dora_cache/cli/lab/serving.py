@@ -1,4 +1,4 @@
-"""``dora-cache lab serve-load`` and ``serve-faults``: the server with many clients."""
+"""``dora-cache lab serve-load``, ``serve-faults`` and ``serve-replicas``: many clients."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from dora_cache.cli.output import make_folder, writing
 from dora_cache.config import parse_size
 from dora_cache.units import format_bytes
 
-__all__ = ["serve_faults", "serve_load"]
+__all__ = ["serve_faults", "serve_load", "serve_replicas"]
 
 
 def serve_load(
@@ -113,6 +113,55 @@ def serve_faults(
             f"{found.exit_status}."
         )
         data = {"machine": describe_machine(), **faults.as_dict(found)}
+        with writing(data_file, "folder as --out"):
+            data_file.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def serve_replicas(
+    *,
+    adapters: Annotated[int, typer.Option(min=2, help="Adapters.")] = 40,
+    room: Annotated[int, typer.Option(min=1, help="That fit on a replica's device.")] = 10,
+    exponent: Annotated[float, typer.Option(min=0, max=4, help="Of Zipf's law.")] = 1.0,
+    requests: Annotated[int, typer.Option(min=100, help="That are measured, of each way.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the order of requests.")] = 0,
+    out: OutOption = Path("out"),
+) -> None:
+    """Serve a small model from two replicas by Ray Serve, with and without multiplexing.
+
+    Adapters are asked for by Zipf's law. Then a replica is killed while more requests are sent.
+    Every answer is compared with the same request alone.
+    """
+    with reported():
+        replicas = _import("replicas")
+        from dora_cache.lab.machine import describe_machine
+
+        data_file = make_folder(out, "serve-replicas.json") / "serve-replicas.json"
+        total = 2 * (requests + requests // 2) + requests
+        with (
+            tempfile.TemporaryDirectory(prefix="dora-cache-") as scratch,
+            quiet(),
+            progress_bar("requests", total) as move,
+        ):
+            found = replicas.measure_replicas(
+                Path(scratch),
+                adapters=adapters,
+                room=room,
+                exponent=exponent,
+                requests=requests,
+                seed=seed,
+                move=move,
+            )
+        console = results()
+        console.print(replicas.table(found))
+        killed = found.killed
+        again = ", ".join(f"{count} of status {code}" for code, count in killed.again.items())
+        console.print(
+            f"\n{adapters} adapters, two replicas with room for {room} each. A replica killed: "
+            f"{killed.requests:,} of {killed.requests:,} requests answered, {killed.wrong} wrong; "
+            f"sent again after {again or 'no error'}. The longest time without an answer was "
+            f"{killed.longest:.1f} s; after {killed.replaced:.0f} s there were two replicas again."
+        )
+        data = {"machine": describe_machine(), **replicas.as_dict(found)}
         with writing(data_file, "folder as --out"):
             data_file.write_text(json.dumps(data, indent=1), encoding="utf-8")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx
@@ -17,7 +19,7 @@ from dora_cache.lab.bench.measure import Spread
 from dora_cache.lab.serving.processes import running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 _Job: TypeAlias = tuple[str | None, str]
@@ -25,6 +27,7 @@ _Job: TypeAlias = tuple[str | None, str]
 
 __all__ = ["Load", "Way", "as_dict", "measure_load", "table"]
 
+_LOOK = 0.25  # seconds between two looks at what adapters have on the device
 _PROMPTS = (
     "Shall I compare thee to a summer's day?",
     "To make a good soup, first",
@@ -129,13 +132,13 @@ def measure_load(
                 asked = jobs["lora" if way == "theirs" else way]
                 named = [str(model) if way == "theirs" else name or "base" for name, _ in asked]
                 prompts = [prompt for _, prompt in asked]
-                seconds, texts = _ask(server.url, named, prompts, tokens, clients)
+                with _watching(own.url) as most:
+                    seconds, texts = _ask(server.url, named, prompts, tokens, clients)
                 right = [expected[one][0] for one in asked]
                 wrong[way] += sum(a != b for a, b in zip(texts, right, strict=True))
                 if turn:  # the first one warms up
                     measured.append(sum(expected[one][1] for one in asked) / seconds)
-                if server is own:
-                    held = max(held, _held(own.url))
+                held = max(held, *most)
                 move()
         rss = {way: (other if way == "theirs" else own).rss for way in rates}
     titles = {
@@ -173,35 +176,54 @@ def _ask(
 def _alone(
     model: Path, adapters: Path, asked: set[_Job], tokens: int
 ) -> dict[_Job, tuple[str, int]]:
-    """Return each request's text alone with plain PEFT, and how many tokens it has."""
+    """Return each request's text alone with PEFT, and how many tokens it has.
+
+    Each adapter has a model of its own, within PEFT's ``DoraCaching``: nothing changes that could
+    make its values stale. Without it, PEFT would take minutes.
+    """
     from peft import PeftModel
+    from peft.helpers import DoraCaching
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    first, *others = sorted(one.name for one in adapters.iterdir())
-    wrapped: Any = PeftModel.from_pretrained(base, adapters / first, adapter_name=first)
-    for other in others:
-        wrapped.load_adapter(adapters / other, adapter_name=other)
-    wrapped.eval()
     found: dict[_Job, tuple[str, int]] = {}
-    for name, prompt in sorted(asked, key=lambda one: (one[0] or "", one[1])):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        settings = {"max_new_tokens": tokens, "do_sample": False}
-        if name is None:
-            with wrapped.disable_adapter():
-                output = wrapped.generate(input_ids=ids, **settings)
-        else:
-            wrapped.set_adapter(name, inference_mode=True)
-            output = wrapped.generate(input_ids=ids, **settings)
-        new = output[0, ids.shape[1] :]
-        found[name, prompt] = (tokenizer.decode(new, skip_special_tokens=True), len(new))
+    for name in {name: None for name, _ in asked}:
+        alone: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if name is not None:
+            alone = PeftModel.from_pretrained(alone, adapters / name)
+        alone.eval()
+        for prompt in [prompt for one, prompt in asked if one == name]:
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            with DoraCaching():
+                output = alone.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
+            new = output[0, ids.shape[1] :]
+            found[name, prompt] = (tokenizer.decode(new, skip_special_tokens=True), len(new))
     return found
+
+
+@contextmanager
+def _watching(url: str) -> Iterator[list[int]]:
+    """Note in a list what adapters have on the device, some times each second and at the end."""
+    found: list[int] = []
+    done = Event()
+
+    def watch() -> None:
+        while not done.wait(_LOOK):
+            found.append(_held(url))
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found.append(_held(url))
 
 
 def _held(url: str) -> int:
     """Return the bytes that adapters have on the device, as the server reports them."""
-    lines = httpx.get(f"{url}/metrics", follow_redirects=True, timeout=60).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     found = [line for line in lines if line.startswith("dora_cache_pool_used_bytes{")]
     return sum(int(float(line.split()[-1])) for line in found if 'tier="device"' in line)
 

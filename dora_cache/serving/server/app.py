@@ -1,30 +1,29 @@
 """The HTTP interface."""
 
 import asyncio
-import importlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager, suppress
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
-from prometheus_client import CollectorRegistry, make_asgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_cache.serving.server import protocol
 from dora_cache.serving.server.engine import Engine, Generation, Limits, Sampling
 from dora_cache.serving.server.errors import RequestError
+from dora_cache.serving.server.metrics import registry_of
 from dora_cache.serving.server.protocol import Answer, ChatRequest, CompletionRequest
 from dora_cache.serving.server.text import TextStream
 
-__all__ = ["body_limit", "create_app", "error_response"]
+__all__ = ["body_limit", "create_app", "error_response", "metrics_response"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -33,11 +32,15 @@ _BYTES_PER_TOKEN = 64  # of a body, with room for ids, escapes and roles
 _LEAST_BODY = 65536
 _USUAL_TOKENS = 128  # where a request does not say how many
 _CLIENT_GONE = 499  # nobody reads it; it is for logs
-_METRICS = "dora_cache.serving.metrics"
 
 
 def create_app(
-    engine: Engine, tokenizer: Any, *, model: str, refresh: float | None = 5.0
+    engine: Engine,
+    tokenizer: Any,
+    *,
+    model: str,
+    refresh: float | None = 5.0,
+    labels: Mapping[str, str] | None = None,
 ) -> FastAPI:
     """Make an app that serves an engine with OpenAI's interface.
 
@@ -48,6 +51,7 @@ def create_app(
         tokenizer: of Transformers'.
         model: the name of the base model.
         refresh: seconds between looks at the adapters' folder; None to look once, at the start.
+        labels: further ones of all metrics, which have ``model`` and ``pool``.
     """
     served = _Served(engine, tokenizer, model)
 
@@ -100,8 +104,19 @@ def create_app(
         }
         return JSONResponse(content, 200 if state == "ok" else 503)
 
-    app.mount("/metrics", make_asgi_app(_metrics(engine)))
+    registry = registry_of(engine, {"model": model, **(labels or {})})
+
+    @app.get("/metrics")
+    def metrics(request: Request) -> Response:
+        return metrics_response(request, registry)
+
     return app
+
+
+def metrics_response(request: Request, registry: CollectorRegistry) -> Response:
+    """Answer a scrape in the format that it accepts."""
+    encode, kind = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(registry), headers={"Content-Type": kind})
 
 
 def body_limit(limits: Limits) -> int:
@@ -356,44 +371,3 @@ class _BodyLimit:
     def _error(self) -> RequestError:
         msg = f"the body has more than {self._limit} bytes"
         return RequestError(413, msg, code="body_too_large")
-
-
-# Metrics
-
-
-class _Requests:
-    """What the engine has done, for Prometheus."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        engine = self._engine
-        yield GaugeMetricFamily(
-            "dora_cache_requests_running", "Requests that run.", value=engine.running
-        )
-        yield GaugeMetricFamily(
-            "dora_cache_requests_waiting", "Requests that wait.", value=engine.waiting
-        )
-        ended = CounterMetricFamily(
-            "dora_cache_requests", "Requests that were accepted, by outcome.", labels=["outcome"]
-        )
-        for outcome in ("finished", "cancelled", "refused", "failed"):
-            ended.add_metric([outcome], engine.counts[outcome])
-        yield ended
-        begun = CounterMetricFamily(
-            "dora_cache_request_adapters",
-            "Requests with an adapter that have begun, by where it was.",
-            labels=["adapter"],
-        )
-        for where in ("in_use", "brought"):
-            begun.add_metric([where], engine.counts[f"adapter_{where}"])
-        yield begun
-
-
-def _metrics(engine: Engine) -> CollectorRegistry:
-    registry = CollectorRegistry()
-    registry.register(_Requests(engine))
-    if find_spec(_METRICS) is not None:
-        registry.register(importlib.import_module(_METRICS).collector(engine.pool))
-    return registry

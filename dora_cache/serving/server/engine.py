@@ -45,7 +45,7 @@ class Limits:
         max_prompt: the most tokens of a prompt.
         max_tokens: the most tokens that a request may generate.
         batch: requests that run at once.
-        queue: requests that wait for that.
+        queue: requests that wait for that; beyond both, requests are refused.
         kv_tokens: tokens that the key-value cache is for, of all running requests together. Where
             they are too few, some requests are computed again later.
         batch_tokens: tokens of one forward; longer prompts are split.
@@ -98,7 +98,6 @@ class Generation:
         tokens: of the prompt.
         version: of its adapter; None for the base model.
         finish_reason: ``"stop"`` or ``"length"`` after the last token; None before.
-        found: whether its adapter was in use when it began; None before.
     """
 
     def __init__(
@@ -116,7 +115,6 @@ class Generation:
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.finish_reason: str | None = None
-        self.found: bool | None = None
         self.overtaken = 0
         self.prefetched = False
         self.began = 0.0
@@ -175,7 +173,8 @@ class Engine:
 
     Attributes:
         draining: whether no requests are accepted any more.
-        counts: requests by what has become of them, and how many found their adapter in use.
+        counts: requests by what has become of them; and those with an adapter, by the tier that had
+            it when they came.
 
     Raises:
         ConfigError: the model cannot hold requests of such lengths.
@@ -274,7 +273,7 @@ class Engine:
             msg = f"max_tokens is {max_tokens}; the most is {limits.max_tokens}"
             raise RequestError(400, msg, code="max_tokens_too_large", param="max_tokens")
         version = None if model is None else self.folder.find(model)
-        if len(self._waiting) >= max(limits.queue, limits.batch - len(self._running)):
+        if len(self._waiting) + len(self._running) >= limits.queue + limits.batch:
             self.counts["turned_away"] += 1
             msg = f"{len(self._waiting)} requests are waiting already: try again later"
             raise RequestError(429, msg, code="queue_full", retry_after=self._retry_after())
@@ -282,6 +281,7 @@ class Engine:
         one = Generation(self, number, tokens, version, sampling, max_tokens)
         if version is not None:
             self.folder.hold(version)
+            self.counts[self.pool.tier(version.key)] += 1
         self._waiting.append(one)
         self._idle.clear()
         self._admit()
@@ -346,7 +346,7 @@ class Engine:
                         break
                     first.overtaken += 1
                 self._waiting.remove(one)
-                self._run(one, found=True)
+                self._run(one)
             else:
                 if first is None and not beginning and not self._tight:
                     self._loading = key
@@ -379,7 +379,7 @@ class Engine:
         if error is None:
             if one in self._waiting:
                 self._waiting.remove(one)
-                self._run(one, found=False)
+                self._run(one)
             else:  # it was cancelled or refused meanwhile
                 self._unpin(key)
         elif isinstance(error, PinError | CapError) and (self._users or freed != self._freed):
@@ -400,14 +400,13 @@ class Engine:
         self._waiting.remove(one)
         self._leave(one, "failed", RequestError(503, msg, code="adapter_unreadable"))
 
-    def _run(self, one: Generation, *, found: bool) -> None:
+    def _run(self, one: Generation) -> None:
         """Hand a request to the batch; its adapter is on the device, pinned."""
         assert self._batcher is not None  # noqa: S101 - it was accepted
         self._running[one.number] = one
-        one.found, one.began = found, time.monotonic()
+        one.began = time.monotonic()
         if one.key is not None:
             self._users[one.key] += 1
-            self.counts["adapter_in_use" if found else "adapter_brought"] += 1
         how = one.sampling
         sampler = None
         if how.temperature > 0:
