@@ -252,7 +252,10 @@ def _times(speed: Speed) -> str:
 
 
 def _share(held: int, row: Covered) -> str:
-    return f"{held / row.base_bytes:.3g}" if row.base_bytes else "-"
+    if not row.base_bytes:
+        return "-"
+    share = held / row.base_bytes
+    return f"{share:.0%}" if share >= 0.095 else f"{100 * share:.2g}%"  # noqa: PLR2004
 
 
 def summary(rows: Sequence[Covered], least: float = 1.3) -> str:
@@ -299,7 +302,7 @@ def page(rows: Sequence[Covered], machine: dict[str, Any]) -> str:
 
 
 def as_markdown(rows: Sequence[Covered]) -> str:
-    """Return a row for each example and numerics."""
+    """Return a row for each example and numerics; the layers' sizes are below the table."""
     lengths = sorted({length for row in rows for length in row.uncached_us})
     heads = ["adapter", "layer", "stored", "numerics", "held", "of the weight"]
     heads += [f"{length} token{'s' if length > 1 else ''}" for length in lengths]
@@ -309,7 +312,7 @@ def as_markdown(rows: Sequence[Covered]) -> str:
             held = row.held[numerics]
             cells = [
                 row.example,
-                row.layer,
+                _kind_of(row.layer),
                 ", ".join(row.stores[numerics]),
                 numerics,
                 format_bytes(held),
@@ -317,7 +320,12 @@ def as_markdown(rows: Sequence[Covered]) -> str:
                 *(_times(speeds[length]) for length in lengths),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    layers = {_kind_of(row.layer): row.layer for row in rows}
+    return "\n".join([*lines, "", f"Sizes: {', '.join(layers.values())}.", ""])
+
+
+def _kind_of(layer: str) -> str:
+    return layer.rpartition("(")[0]
 
 
 def nothing_as_markdown() -> str:
