@@ -149,6 +149,33 @@ def headline() -> str:
     )
 
 
+MACHINES = {"GPU": "## Measured on a GPU", "CPU": "## Measured on a CPU"}
+"""Where ``benchmarks.md`` has the tables."""
+
+
+def headline_table() -> str:
+    """Return a table of time and memory on a GPU and on a CPU."""
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    heads = ["", *(label for label, _ in WAYS.values())]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for machine, heading in MACHINES.items():
+        rows = table(page, heading, "decode")
+        times = [rows["decode"][way].split()[0] for way in WAYS]
+        sizes = [rows["memory over LoRA's"][way] for way in WAYS]
+        lines.append(f"| {machine}: time | {' | '.join(times)} |")
+        lines.append(f"| {machine}: memory | {' | '.join(sizes)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Time of one token of greedy decoding, batch 1, relative to plain LoRA; memory in",
+            "addition to plain LoRA's. GPU: NVIDIA H100, Llama-3.1-8B shape, rank 16.",
+            "CPU: two threads of an AMD EPYC, SmolLM2-135M shape, rank 8.",
+            "",
+        ]
+    )
+
+
 def coverage() -> str:
     """How many times as fast a layer is with each kind of adapter, for one token."""
     found: dict[str, dict[str, float]] = {}
@@ -304,6 +331,7 @@ FIGURES = {
     "_static/coverage.svg": coverage,
     "_static/architecture.svg": architecture,
     "architecture-table.md": modules,
+    "headline-table.md": headline_table,
 }
 """By path below ``docs/``: what makes the file's text."""
 

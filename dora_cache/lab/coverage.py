@@ -315,7 +315,7 @@ def as_markdown(rows: Sequence[Covered]) -> str:
                 _kind_of(row.layer),
                 ", ".join(row.stores[numerics]),
                 numerics,
-                format_bytes(held),
+                format_bytes(held).replace(" ", "\N{NO-BREAK SPACE}"),
                 _share(held, row),
                 *(_times(speeds[length]) for length in lengths),
             ]
