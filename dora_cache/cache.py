@@ -1,4 +1,4 @@
-"""The cache that users hold."""
+"""The public handle of a cache, which ``attach()`` returns."""
 
 from __future__ import annotations
 

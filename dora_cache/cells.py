@@ -1,4 +1,4 @@
-"""Cells: all that is known of each value, held or not; and how to find them."""
+"""Cells: one for each owner, derivation and key, with its entry, facts and counters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deriving values: once for all threads, where memory runs out, and stored only if they hold."""
+"""Derive values: once for all waiting threads, with recovery from out-of-memory errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine of a cache: answers calls, stores what they derive, and forgets in time."""
+"""The engine of a cache: looks values up, has them derived and stored, and handles events."""
 
 from __future__ import annotations
 

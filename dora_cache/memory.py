@@ -1,4 +1,4 @@
-"""What a cache may hold, and where: caps, what compiled code takes of them, and pins."""
+"""The memory of a cache: backends, caps, the share of compiled code's buffers, and pins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache has done so far."""
+"""Counters of a cache."""
 
 from __future__ import annotations
 

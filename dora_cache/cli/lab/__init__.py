@@ -17,6 +17,16 @@ __all__ = ["lab"]
 
 lab = typer.Typer(no_args_is_help=True)
 for command in (
-    coverage, compiled, export, field, caps, traffic, serve_load, serve_faults, simulate, audit, pages,
+    coverage,
+    compiled,
+    export,
+    field,
+    caps,
+    traffic,
+    serve_load,
+    serve_faults,
+    simulate,
+    audit,
+    pages,
 ):
     lab.command()(command)
