@@ -113,7 +113,7 @@ class CacheConfig(BaseSettings):
     guard: Literal["version", "content"] = "version"
     """``content`` also compares what the values depend on, element by element, at each use."""
     audit: bool = True
-    """Compare, in turn, contents that values were derived from: a little at each 32nd use."""
+    """Compare contents that values were derived from, at some uses, such as every 32nd."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further settings, for third-party backends."""
 
