@@ -294,9 +294,11 @@ def architecture() -> str:
                 x += size + 6
             note = summary(source(row[0][0])).replace("`", "") if len(row) == 1 else ""
             note = next((PLACES[module] for module, _ in row if module in PLACES), note)
-            if 5.8 * len(note) > width - x - 24:
-                note = note.partition(":")[0]
-            if note:
+            # A note that is too long is cut at its colon or left out: the table has all of it.
+            fitting = (
+                one for one in (note, note.partition(":")[0]) if 5.8 * len(one) < width - x - 16
+            )
+            if note := next(fitting, ""):
                 parts.append(text(x + 4, y + 17.5 + number * step, note, "note"))
         y += height + 4
     turn = f"translate(20 {(top + y) / 2:g}) rotate(-90)"

@@ -1,4 +1,4 @@
-"""Cells: one for each owner, derivation and key, with its entry, facts and counters."""
+"""Cells: the entry, facts and counters of one owner, derivation and key."""
 
 from __future__ import annotations
 

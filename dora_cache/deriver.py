@@ -1,4 +1,4 @@
-"""Derive values: once for all waiting threads, with recovery from out-of-memory errors."""
+"""Derive values once for all waiting threads, and handle lack of memory."""
 
 from __future__ import annotations
 

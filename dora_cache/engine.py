@@ -1,4 +1,4 @@
-"""The engine of a cache: looks values up, has them derived and stored, and handles events."""
+"""Look values up, have them derived and stored, and handle events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a cache: backends, caps, the share of compiled code's buffers, and pins."""
+"""Backends, caps, pins, and the share of compiled code's buffers."""
 
 from __future__ import annotations
 

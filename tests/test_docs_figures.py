@@ -20,7 +20,7 @@ def test_the_figure_is_current(name):
 
 @pytest.mark.parametrize("name", [name for name in figures.FIGURES if name.endswith(".svg")])
 def test_the_figure_is_well_formed_and_within_its_bounds(name):
-    """It is XML, and no box leaves the drawing."""
+    """It is XML, and no box and no text leaves the drawing."""
     root = ET.fromstring(figures.FIGURES[name]())
     *_, width, height = map(float, root.get("viewBox").split())
     boxes = root.findall("{*}rect")
@@ -28,6 +28,9 @@ def test_the_figure_is_well_formed_and_within_its_bounds(name):
     for box in boxes:
         assert float(box.get("x")) + float(box.get("width")) <= width
         assert float(box.get("y")) + float(box.get("height")) <= height
+    for text in root.findall("{*}text"):
+        if text.get("text-anchor") is None:  # some 6 units a character
+            assert float(text.get("x")) + 6 * len(text.text) <= width + 20, text.text
 
 
 def test_a_changed_table_changes_the_headline(tmp_path, monkeypatch):
