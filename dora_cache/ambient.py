@@ -8,7 +8,8 @@ too much: then calls go past the cache, and no output is wrong.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext, suppress
+from collections import Counter
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +21,15 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 __all__ = [
+    "EntryGuard",
     "any_autocast",
     "current_device",
     "default_device",
+    "entry_guards_work",
     "environment",
     "forward",
     "function_modes",
@@ -43,6 +46,8 @@ __all__ = [
     "storage_of",
     "storage_uses",
     "tensor_guards",
+    "traced_constant",
+    "traced_region",
     "untraceable",
     "without_functions",
 ]
@@ -377,3 +382,144 @@ def _guards_work() -> bool:
         except Exception:  # noqa: BLE001 - they are missing, or something else
             return False
         return bool(held and all(noticed))
+
+
+def traced_region() -> Any:
+    """Return what stands for the code that torch.compile traces in this thread now, or None."""
+    return torch._guards.TracingContext.try_get()
+
+
+def traced_constant(kind: type) -> type:
+    """Have torch.compile take objects of a class for constants, which equal ones may stand for.
+
+    Compiled code calls the ``__eq__`` of the object that it finds with the one that was traced, at
+    each call, unless it is the very same one. A class decorator.
+    """
+    with suppress(Exception):
+        torch.utils._pytree.register_constant(kind)
+    return kind
+
+
+class EntryGuard:
+    """Has compiled code call a function each time that it is entered, before it runs.
+
+    Last of all guards, so only if the code is otherwise the right one. See
+    :func:`entry_guards_work`.
+
+    Args:
+        check: called without arguments; returns whether the code may run. If not, other code is
+            compiled. It must not raise.
+    """
+
+    def __init__(self, check: Callable[[], bool]) -> None:
+        from torch._dynamo.source import GlobalStateSource
+
+        def create(builder: Any, _: object) -> None:
+            root = builder.guard_manager.root
+            root.add_epilogue_lambda_guard(lambda _: check(), ["dora_cache"], None)
+
+        source: Any = GlobalStateSource()
+        self._guard = torch._guards.Guard(source, create)
+
+    def install(self) -> None:
+        """Guard the code that is traced now; once, however often it is called."""
+        context: Any = traced_region()
+        context.guards_context.dynamo_guards.add(self._guard)
+
+
+@functools.cache
+def entry_guards_work() -> bool:
+    """Try :class:`EntryGuard` and :func:`traced_constant` on compiled code, once.
+
+    It compiles a small function, within the tracing of another one if need be.
+    """
+    try:
+        with (
+            torch.compiler.set_stance("default"),
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            _uncounted(),
+        ):
+            return _holds_back() and _notices_entries()
+    except Exception:  # noqa: BLE001 - they are missing, or something else
+        return False
+
+
+def _holds_back() -> bool:
+    """Whether code is not run that a guard of the kind speaks against."""
+    from torch._C._dynamo.guards import RootGuardManager
+
+    root: Any = RootGuardManager()
+    answers = [True]
+    root.add_epilogue_lambda_guard(lambda _: answers[0], ["dora_cache"], None)
+    held = root.check({})
+    answers[0] = False
+    return bool(held) and not root.check({})
+
+
+@traced_constant
+class _Probe:
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    def __eq__(self, other: object) -> bool:
+        self.seen.append("constant")
+        return isinstance(other, _Probe)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Carrier:
+    def __init__(self, seen: list[str]) -> None:
+        self.probes = (_Probe(seen),)
+
+
+def _notices_entries() -> bool:
+    """Whether guards see both the code's own constant and others that stand for it."""
+    seen: list[str] = []
+    traced: list[object] = []
+
+    def enter() -> bool:
+        seen.append("entry")
+        return True
+
+    guard = EntryGuard(enter)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def look(probes: tuple[_Probe]) -> bool:
+        traced.append(probes)
+        guard.install()
+        guard.install()
+        return True
+
+    def run(carrier: _Carrier, x: Tensor) -> Tensor:
+        look(carrier.probes)
+        return x + 1
+
+    def backend(module: Any, _: object) -> Callable[..., Any]:
+        forward: Callable[..., Any] = module.forward
+        return forward
+
+    compiled: Any = torch.compile(run, backend=backend, fullgraph=True)
+    one, other, x = _Carrier(seen), _Carrier(seen), torch.zeros(1, device="cpu")
+    compiled(one, x)
+    noticed = []
+    for carrier in (one, other):
+        seen.clear()
+        compiled(carrier, x)
+        noticed.append(list(seen))
+    return traced == [one.probes] and noticed == [["entry"], ["constant", "entry"]]
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Leave the compiler's statistics as they were."""
+    from torch._dynamo.utils import counters
+
+    before = {name: Counter(counts) for name, counts in counters.items()}
+    try:
+        yield
+    finally:
+        counters.clear()
+        counters.update(before)

@@ -7,20 +7,20 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dora_cache.keys import ALL_ADAPTERS, concerns
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
     from dora_cache.keys import Adapters
     from dora_cache.shortcuts import Shortcut
 
-__all__ = ["Binding", "Buffer", "Warmers", "next_token", "with_children"]
+__all__ = ["Binding", "Buffer", "Holder", "Warmers", "next_token", "with_children"]
 
 _tokens = itertools.count(1)
 
@@ -36,31 +36,54 @@ function that derives its values exactly as the first forward would."""
 
 
 class Buffer(Protocol):
-    """Values of one owner and adapter that compiled code reads in place, past any lookup.
+    """A value that compiled code reads in place, past any lookup.
 
-    They are kept outside the backend, and count towards its cap.
+    It is kept outside the backend, and counts towards its cap.
     """
 
-    wanted: bool
+    adapters: tuple[str, ...]
     stale: bool
     nbytes: int
-    values: tuple[Tensor, ...] | None
-    parameters: tuple[Tensor | None, ...]
 
     def void(self) -> None:
         """Keep compiled code from reading it until it is filled; the lock is held."""
 
     def drop(self) -> None:
-        """Void it for good and free its memory; the lock is held."""
+        """Void it and free its memory; the lock is held."""
+
+    def publish(self, values: Tensor | tuple[Tensor, ...]) -> None:
+        """Let compiled code read it; the lock is held."""
 
     def derived_from(self, storages: set[int]) -> bool:
         """Whether one of these storages holds something that it was derived from."""
 
-    def prepare(self) -> None:
-        """Fill it, and have it filled after each event from now on; leave it empty if it cannot."""
 
-    def fill(self) -> bool:
-        """Derive it again if it no longer holds; return whether it was derived. Never raises."""
+class Holder(Protocol):
+    """What compiled code reads of one owner.
+
+    Attributes:
+        used: whether compiled code has ever asked for it.
+        form: a number; 0 while compiled code can read nothing.
+    """
+
+    used: bool
+    form: int
+
+    @property
+    def lease(self) -> Buffer:
+        """What stands for bytes that are no buffer's."""
+
+    def update(self) -> int:
+        """Derive again what no longer holds; return how many values. Never raises."""
+
+    def refresh(self) -> int:
+        """Do so for adapters that are not active as well."""
+
+    def gets(self, table: Mapping[str, Any], name: str, new: object) -> None:
+        """Take note that a container of the owner's gets a part; takes no lock."""
+
+    def close(self) -> None:
+        """Show compiled code nothing any more; the lock is held."""
 
 
 class Binding:
@@ -77,7 +100,8 @@ class Binding:
         bake: makes an adapter's values constants of a copy of the owner: called with the copy, the
             adapter's name, and what keeps a value and returns the names of its buffers. None: calls
             of decorated functions are enough.
-        buffers: what compiled code reads of it, by adapter.
+        buffers: the values that compiled code reads of it.
+        holder: what compiled code reads of it; None if that derives everything.
         children: bindings that this one's events are passed on to.
         reference: weak reference to the owner; None for a plain function, which has none.
         has_owner: whether there is one.
@@ -103,6 +127,7 @@ class Binding:
         "cache",
         "children",
         "has_owner",
+        "holder",
         "infers",
         "layer",
         "reasons",
@@ -116,12 +141,15 @@ class Binding:
         "warmers",
     )
 
+    reader: ClassVar[None] = None
+
     def __init__(self, cache: Any, owner: object | None, adapter: str | None) -> None:
         self.cache = cache
         self.token = next_token()
         self.adapter = adapter
         self.bake: Callable[[Any, str, Callable[[str, Any], list[str]]], object] | None = None
-        self.buffers: dict[str, Buffer] = {}
+        self.buffers: dict[Hashable, Buffer] = {}
+        self.holder: Holder | None = None
         self.children: list[weakref.ref[Binding]] = []
         self.infers: Callable[[Any, Binding], Reason | None] | None = None
         self.layer: str | None = None

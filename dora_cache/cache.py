@@ -112,7 +112,7 @@ class AdapterCache:
             DetachedError: the cache is detached.
         """
         self._check_open()
-        return sum(buffer.fill() for _, buffer in self._engine.buffers.all())
+        return sum(holder.refresh() for holder in self._engine.buffers.holders())
 
     @contextmanager
     def bypass(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ __all__ = [
     "Derivation",
     "cached",
     "derivation_of",
+    "derivations",
     "derivations_of",
     "misplaced_in",
     "owners_in",
@@ -43,10 +44,25 @@ MARK = "__dora_cache_derivation__"
 """Where a decorated function keeps its :class:`Derivation`."""
 
 
+class Reader(Protocol):
+    """Resolves calls in compiled code."""
+
+    def read(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value of a call; ``torch.compile`` traces this."""
+
+
 class Resolver(Protocol):
-    """Resolves the calls of one owner: a :class:`dora_cache.binding.Binding`."""
+    """Resolves the calls of one owner: a :class:`dora_cache.binding.Binding`.
+
+    Attributes:
+        cache: looks values up.
+    """
 
     cache: Any
+
+    @property
+    def reader(self) -> Reader | None:
+        """Resolves calls that ``torch.compile`` traces; None: they are derived."""
 
 
 class Holder(Protocol):
@@ -120,6 +136,7 @@ class Derivation:
         detach: bool,
     ) -> None:
         self.number = next(self._numbers)
+        derivations[self.number] = self
         self.name = name
         self.function = function
         self.adapter = adapter
@@ -158,11 +175,16 @@ class Derivation:
         """Take a number of its own: keys tell derivations apart by it."""
         vars(self).update(state)
         self.number = next(self._numbers)
+        derivations[self.number] = self
         self.binding = None
         self.caches = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"<derivation {self.name!r}: {_name_of(self.function)}>"
+
+
+derivations: weakref.WeakValueDictionary[int, Derivation] = weakref.WeakValueDictionary()
+"""All that there are, by number."""
 
 
 def cached(
@@ -228,7 +250,11 @@ def cached(
                 if binding is None:
                     return function(*args, **kwargs)
             if torch.compiler.is_dynamo_compiling():  # others' tracing the cache notices itself
-                return function(*args, **kwargs)
+                reader = binding.reader
+                if reader is None:
+                    return function(*args, **kwargs)
+                found: R = reader.read(derivation, args, kwargs)
+                return found
             result: R = binding.cache.lookup(derivation, binding, args, kwargs)
             return result
 

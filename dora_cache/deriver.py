@@ -346,9 +346,9 @@ def _log_derivation(fields: Attributes) -> None:
 
 def _refill(call: Call) -> None:
     """Fill what compiled code reads, which what made this a miss may concern."""
-    buffer = call.binding.buffers.get(call.adapter)  # type: ignore[arg-type]
-    if buffer is not None:
-        buffer.fill()
+    holder = call.binding.holder
+    if holder is not None and holder.used:
+        holder.update()
 
 
 def _entry_of(

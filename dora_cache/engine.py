@@ -526,8 +526,7 @@ class Engine(Uncopyable):
             for cell in self.cells.of_owner(member.token):
                 if cell.facts is not None and cell.facts.expired:
                     gone += self.holdings.discard(cell)
-            for buffer in member.buffers.values():
-                self.mutex.later(buffer.fill)
+        self.buffers.refill_later(with_children(binding))
         return gone
 
     @exclusive
@@ -573,7 +572,7 @@ class Engine(Uncopyable):
         tokens = {member.token for member in members}
         self._deriver.touch_adapter(tokens, adapter)
         for member in members:
-            self.buffers.drop(member.buffers.pop(adapter, None))
+            self.buffers.drop_adapter(member, adapter)
             self.cells.depart(member.token, adapter)
             member.forget(adapter)
         return gone

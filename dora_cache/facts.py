@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,19 @@ class UncheckableError(Exception):
 
     Args:
         text: what cannot be checked.
-        reason: the kind of it.
+        reason: the kind of it; by default that of the class.
     """
 
-    def __init__(self, text: str, reason: Reason = Reason.UNSIGNABLE) -> None:
-        super().__init__(text)
-        self.reason = reason
+    # No __init__, which torch.compile could not trace where a recipe's forward raises one.
+    usual: ClassVar[Reason] = Reason.UNSIGNABLE
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+    @property
+    def reason(self) -> Reason:
+        """The kind of what cannot be checked."""
+        return self.args[1] if len(self.args) > 1 else self.usual
 
 
 class Elsewhere(NamedTuple):

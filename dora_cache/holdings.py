@@ -17,7 +17,7 @@ from dora_cache.buffers import Buffers
 from dora_cache.cells import Cells
 from dora_cache.copying import Uncopyable
 from dora_cache.history import History
-from dora_cache.keys import ALL_ADAPTERS, concerns
+from dora_cache.keys import concerns
 from dora_cache.memory import Memory
 from dora_cache.mutex import Mutex
 from dora_cache.reasons import Reason
@@ -215,8 +215,8 @@ class Holdings(Uncopyable):
         for member in with_children(binding):
             member.void(adapter, self.now())
             member.resting.clear()
-            for name, buffer in member.buffers.items():
-                if adapter in (ALL_ADAPTERS, name):
+            for buffer in member.buffers.values():
+                if concerns(adapter, buffer.adapters):
                     buffer.void()
             for cell in self.cells.of_owner(member.token):
                 if cell.facts is not None and concerns(adapter, cell.adapter):

@@ -257,7 +257,7 @@ class Memory(Uncopyable):
     def resize(
         self,
         max_bytes: int | str,
-        buffers: Iterable[tuple[str, Buffer]],
+        buffers: Iterable[Buffer],
         drop: Callable[[Buffer], None],
         cells: Iterable[Cell],
     ) -> None:
@@ -265,7 +265,7 @@ class Memory(Uncopyable):
 
         Args:
             max_bytes: a size, or a share of each device's free memory.
-            buffers: every buffer with its adapter.
+            buffers: every buffer.
             drop: called with those that the cap has no room for.
             cells: of all values seen that hold.
         """
@@ -290,9 +290,9 @@ class Memory(Uncopyable):
                 raise PinError(_too_many(self.pins, needs[part], cap))
             wanted.append((part, cap))
         self._size = size
-        by_pin = sorted(buffers, key=lambda pair: pair[0] in self.pins)
+        by_pin = sorted(buffers, key=lambda buffer: not self.pins.isdisjoint(buffer.adapters))
         for part, cap in wanted:
-            for _, buffer in by_pin:
+            for buffer in by_pin:
                 if part.reserved + needs.get(part, 0) <= cap:
                     break
                 if self._buffers.get(buffer, (None, None))[0] is part:

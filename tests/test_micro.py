@@ -9,8 +9,10 @@ from zoo import quiet
 import dora_cache
 from dora_cache import cached
 from dora_cache.decorator import SLOT
+from dora_cache.recipes.entry import Entry
 
 WIDTH, RANK = 768, 8
+LAYERS = 224  # of a model of 8 billion parameters
 
 
 class Owner(nn.Module):
@@ -109,3 +111,37 @@ def test_always_missing(benchmark, way):
                 forward()
             assert torch.equal(benchmark(forward), forward())
             assert cache.stats().hits == 0
+
+
+@pytest.mark.benchmark(group=f"before a call of compiled code that reads {LAYERS} layers")
+@pytest.mark.parametrize("way", ["compiled as a whole", "block by block", "after a write"])
+def test_entry(benchmark, way):
+    """What it costs to see that nothing has been written to, or to make up for one write."""
+    base = nn.Sequential(*[Block(16) for _ in range(LAYERS)])
+    config = LoraConfig(r=RANK, target_modules=["layer"], use_dora=True, init_lora_weights=False)
+    with quiet():
+        model = get_peft_model(base, config).eval()
+    layers = [block.layer for block in base]
+    with dora_cache.attach(model) as cache, torch.no_grad():
+        torch.compile(layers[0], backend="eager", fullgraph=True)(torch.randn(1, 16))
+        holders = [layer.__dict__[SLOT].holder for layer in layers]
+        entry = Entry()
+        for holder in holders:
+            with cache._engine.mutex.lock:
+                entry.add(holder)
+        (traced,) = holders[0].key
+        weight = layers[-1].lora_magnitude_vector["default"].weight
+
+        def check():
+            if way == "block by block":
+                return all(holder.key[0] == traced for holder in holders)
+            if way == "after a write":
+                weight.add_(0)
+            return entry.check()
+
+        assert benchmark(check)
+        (buffer,) = layers[-1].__dict__[SLOT].buffers.values()
+        before = buffer.values.clone()
+        weight.add_(1)
+        assert check()
+        assert not torch.equal(buffer.values, before)

@@ -76,6 +76,7 @@ def _registers(parent: nn.Module, name: str, new: nn.Module | None) -> None:
         model = cache.arrivals
         if model is None or parent not in model:
             continue
+        cache.buffers.comes(parent, "_modules", name, new)
         old = parent._modules.get(name)
         if old is not None and old is not new:
             for part in old.modules():

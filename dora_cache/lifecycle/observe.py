@@ -42,6 +42,7 @@ class Observer:
     Attributes:
         loaded: called when ``load_state_dict`` has been through the module and its submodules.
         assigned: for attributes of the module by name, what to call once one has been set.
+        changed: called once any other attribute of the module has been set, ``training`` aside.
         calls: for methods of the module by name, what to call once they have returned or raised:
             ``handler(module, *args, **kwargs)`` with the method's own arguments.
     """
@@ -53,12 +54,14 @@ class Observer:
         moved: Callable[[Any], object] = lambda _: None,
         loaded: Callable[[Any], object] | None = None,
         assigned: Mapping[str, Callable[[Any], object]] | None = None,
+        changed: Callable[[Any], object] = lambda _: None,
         calls: Mapping[str, Callable[..., object]] | None = None,
     ) -> None:
         self.mode_switched = mode_switched
         self.moved = moved
         self.loaded = loaded
         self.assigned = dict(assigned or {})
+        self.changed = changed
         self.calls = dict(calls or {})
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -200,6 +203,8 @@ def _set_attribute(plain: Any) -> Callable[..., None]:
                 observer.mode_switched(self)
             elif name in observer.assigned:
                 observer.assigned[name](self)
+            elif name != "training":
+                observer.changed(self)
 
     return set_attribute
 

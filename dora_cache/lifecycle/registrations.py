@@ -31,11 +31,23 @@ def follow_registrations(cache: Engine) -> None:
 
 
 def _begin(undo: ExitStack) -> None:
-    undo.callback(register_module_parameter_registration_hook(_registers).remove)
-    undo.callback(register_module_buffer_registration_hook(_registers).remove)
+    undo.callback(register_module_parameter_registration_hook(_parameter).remove)
+    undo.callback(register_module_buffer_registration_hook(_buffer).remove)
 
 
 _followers = Followers(_begin)
+
+
+def _parameter(module: nn.Module, name: str, new: Tensor | None) -> None:
+    for cache in _followers:
+        cache.buffers.comes(module, "_parameters", name, new)
+    _registers(module, name, new)
+
+
+def _buffer(module: nn.Module, name: str, new: Tensor | None) -> None:
+    for cache in _followers:
+        cache.buffers.comes(module, "_buffers", name, new)
+    _registers(module, name, new)
 
 
 def _registers(module: nn.Module, name: str, new: Tensor | None) -> None:

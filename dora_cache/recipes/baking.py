@@ -335,6 +335,7 @@ class _Constants:
         dense: whether the base layer's weight is an ordinary parameter.
         cache: itself, for decorated functions.
         reader: likewise.
+        holder: None.
         recording: whether values are derived and kept.
         names: of the buffers, by call.
         kinds: names of the values.
@@ -346,6 +347,7 @@ class _Constants:
         self.dense = type(base._parameters.get("weight")) is nn.Parameter
         self.cache = self
         self.reader = self
+        self.holder = None  # compiled code reads the copy
         self.recording = True
         self.names: dict[Hashable, list[str]] = {}
         self.kinds: dict[str, None] = {}

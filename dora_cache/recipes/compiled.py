@@ -1,174 +1,231 @@
 """What compiled code reads: derived values at fixed addresses, filled ahead of its use.
 
 Compiled code cannot look anything up. It reads tensors, and its guards are checked before each
-call. So for each layer and adapter there is one :class:`Buffer`:
+call. Guards on names and numbers would have each adapter compiled anew. So recipes' forwards are
+traced with a :class:`View` in a layer's place, which has the layer's active adapters under names
+that are the same for all, and scalings as tensors. The view, and the values that were derived for
+its adapters, are attributes of a :class:`Holder`. Compiled code guards on their types, shapes and
+dtypes; events change what they are.
 
-- It is filled *while a layer is traced*: ``torch.compile`` runs :func:`prepare` as ordinary code
-  and takes its answer for a constant. So no graph has a cold branch to be compiled again later.
-  All layers' buffers are filled at once: blocks that are compiled one by one share their code, so
-  no guard may tell one layer from another.
-- Events that void stored values take the tensors out of ``values`` and fill them again at the same
-  addresses, without a recompilation.
-- Where that cannot be done at once, ``values`` stays None. Then a guard fails, the layer is traced
+- ``torch.compile`` runs :func:`_prepare` and :func:`_slot` as ordinary code while a layer is
+  traced, and takes what they return for constants. The first brings views up to date. The second
+  derives the value that a forward asks for, for all layers of the same form: blocks that are
+  compiled one by one share their code, so no guard may tell one layer from another.
+- Events that void stored values take the tensors out of the holder and fill them again at the same
+  addresses, without a recompilation. Another active adapter's values are at other addresses.
+- What raises no event is noticed where compiled code is entered: see
+  :mod:`dora_cache.recipes.entry`.
+- Where that cannot be done at once, the holder has None. Then a guard fails, the layer is traced
   again, and tracing fills it: at worst compiled code costs a recompilation, never a wrong number.
-- Compiled code reads a buffer only while the layer's parameters are the ones it was filled from,
-  the very objects. So it notices by itself if others are put in their place, for the duration of a
+- A value that cannot be kept (for lack of room, or since nothing tells when it changes) is derived
+  in the graph: by an operator of its own, which runs the very function at each call.
+- Compiled code uses a view only while the parameters in it are those that it was made of, the very
+  objects. So it notices by itself if others are put in their place, for the duration of a
   ``functional_call`` for example; also if that is part of what is traced.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dora_cache.ambient import environment, untraceable
+from dora_cache.ambient import entry_guards_work, environment, untraceable
 from dora_cache.backends.storage import storage_bytes
+from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
-from dora_cache.facts import Facts, UncheckableError, read
+from dora_cache.decorator import SLOT, derivations
+from dora_cache.dependencies import listed
+from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
+from dora_cache.recipes.entry import BEHIND, Key, enter, joined, watch, watch_places
+from dora_cache.recipes.views import canonical, form_of, layout_of, stand_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from dora_cache.binding import Binding
+    from dora_cache.decorator import Derivation
     from dora_cache.engine import Engine
+    from dora_cache.recipes.entry import Entry, Place, Watch
 
-__all__ = ["Buffer", "prepare"]
+__all__ = ["Buffer", "Holder", "opaque", "view_of", "viewed"]
 
-_caches: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
-_prepared: weakref.WeakKeyDictionary[Engine, dict[str, weakref.ref[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
 _ATTEMPTS = 3
+_NO_GUARDS = (
+    "this version of PyTorch has no guards that call a function. It derives the values itself. "
+    "With compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
+)
 _SURPRISES = 3  # below PyTorch's limit of recompilations
+_SCALINGS = ("scaling",)
+"""Attributes of layers with a number for each adapter that is not part of what is derived."""
 
 
 class _GoneError(Exception):
     """The layer has no such adapter any more, or only a part of it."""
 
 
-class Buffer(Uncopyable):
-    """The values of one layer and adapter that compiled code reads; empty until it is traced.
-
-    Args:
-        binding: the layer's.
-        adapter: the adapter's name.
-        depends_on: called with the layer; lists what the values depend on.
-        derive: called with the layer; returns the values.
-        parameters: called with the layer; returns those that the values depend on.
+class _Call(NamedTuple):
+    """A call of a decorated function, without its owner.
 
     Attributes:
-        cache: a string that stands for the cache; what is traced passes it to :func:`prepare`.
+        number: the derivation's.
+        args: the other positional arguments; adapters by the names that views have for them.
+        kwargs: keyword arguments, as pairs.
+    """
+
+    number: int
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+class _Known:
+    """What compiled code of this process knows by number: it cannot refer to anything else."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.caches: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
+        self.holders: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
+        self.calls: dict[_Call, int] = {}
+        self.forms: dict[object, int] = {}
+        self.places: dict[int, tuple[tuple[str, ...], ...]] = {0: ()}
+        self.outputs: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
+        self.handles = itertools.count(1)
+
+    def number(self, table: dict[Any, int], key: Any) -> int:
+        """Return the number of something; the same one for what is equal."""
+        with self.lock:
+            return table.setdefault(key, len(table) + 1)
+
+
+_known = _Known()
+_prepared: weakref.WeakKeyDictionary[Engine, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+class Tie:
+    """What a view has in place of a layer's binding; cached functions read values through it.
+
+    Attributes:
+        reader: the holder.
+    """
+
+    __slots__ = ("reader",)
+
+    def __init__(self, reader: Holder) -> None:
+        self.reader = reader
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Copy and pickle as None."""
+        return type(None), ()
+
+
+class Buffer(Uncopyable):
+    """A value of one layer and its adapters, at a fixed address; empty until it is filled.
+
+    Args:
+        holder: of the layer.
+        number: the call's.
+        derivation: derives it.
+        args: the arguments, without the layer; adapters by their own names.
+        kwargs: keyword arguments.
+
+    Attributes:
+        slot: the holder's attribute that shows it.
+        adapters: the names of the adapters that were active.
         values: what compiled code reads; None while that does not hold.
-        parameters: those of the layer when it was filled.
-        wanted: whether compiled code has ever asked for it.
+        facts: what the values were derived from; None if there are none.
+        watch: likewise, to be compared fast.
         stale: whether an event has voided it since it was last filled.
         nbytes: the bytes of its tensors, those out of use for the moment included.
     """
 
     def __init__(
         self,
-        binding: Binding,
-        adapter: str,
-        depends_on: Callable[[Any], list[object]],
-        derive: Callable[[Any], tuple[Tensor, ...]],
-        parameters: Callable[[Any], tuple[Tensor | None, ...]],
+        holder: Holder,
+        number: int,
+        derivation: Derivation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
-        self.cache = f"cache {binding.cache.token}"
-        self.values: tuple[Tensor, ...] | None = None
-        self.parameters: tuple[Tensor | None, ...] = ()
-        self.wanted = False
+        self.adapters = tuple(holder.names)
+        self.values: Tensor | tuple[Tensor, ...] | None = None
+        self.facts: Facts | None = None
+        self.watch: Watch | None = None
         self.stale = True
         self.nbytes = 0
-        self._binding = weakref.ref(binding)
-        self._adapter = adapter
-        self._depends_on = depends_on
-        self._derive = derive
-        self._parameters = parameters
+        self.number = number
+        self.slot = f"v{number}"
+        self.outputs: list[tuple[Any, ...]] | None = None
+        self._holder = holder
+        self._derivation = derivation
+        self._args = args
+        self._kwargs = kwargs
         self._tensors: tuple[Tensor, ...] = ()
-        self._facts: Facts | None = None
+        self._plain: object = None
         self._surroundings: object = None
-        self._surprises = 0
         self._filling = threading.RLock()
         self._busy = False
-        _caches[self.cache] = binding.cache
-        binding.cache.buffers.follow(binding, adapter, self)
-
-    @property
-    def owner(self) -> Any:
-        """The layer, or None if it is gone."""
-        binding = self._binding()
-        return None if binding is None else binding.owner
 
     def void(self) -> None:
         """Keep compiled code from reading it until it is filled; the cache's lock is held."""
         self.stale = True
         self.values = None
-        self.parameters = ()
+        self._holder.show(self)
 
     def drop(self) -> None:
-        """Void it for good and free its tensors; the cache's lock is held."""
+        """Void it and free its tensors; the cache's lock is held."""
         self.void()
-        self.wanted = False
         self.nbytes = 0
         self._tensors = ()
-        self._facts = None
+        self.facts = None
+
+    def publish(self, values: Tensor | tuple[Tensor, ...]) -> None:
+        """Let compiled code read it; the cache's lock is held."""
+        self.values = values
+        self._holder.show(self)
 
     def derived_from(self, storages: set[int]) -> bool:
         """Whether one of these storages holds something that the values were derived from."""
-        return self._facts is not None and not storages.isdisjoint(self._facts.storages)
+        return self.facts is not None and not storages.isdisjoint(self.facts.storages)
 
-    def prepare(self) -> None:
-        """Fill it, and keep it filled if that works.
-
-        If time and again a trace finds that it no longer holds, each time may have been a
-        recompilation (weights come and go with offloading, for example): then it is given up.
-        """
-        binding = self._binding()
-        if binding is None or self._surprises > _SURPRISES:
-            return
-        wanted, self.wanted = self.wanted, True
-        filled = self.fill()
-        if self.values is None:
-            self.wanted = wanted and self.wanted
-        elif filled and wanted:
-            self._surprises += 1
-            if self._surprises > _SURPRISES:
-                binding.cache.buffers.drop(self)
+    def holds(self, owner: Any) -> bool:
+        """Whether the values are what would be derived at present."""
+        if self.stale or self.facts is None:
+            return False
+        reading = read(self._dependencies(owner))
+        return self.facts.rows == reading.rows and self._plain == reading.plain
 
     def fill(self) -> bool:
         """Derive the values again if they no longer hold.
 
-        Not in training mode and not while adapters are merged: there nobody reads them, and the
-        event at the end of that state comes here again.
-
         Returns:
             Whether they were derived. If they do not hold and cannot be derived, they are void.
         """
-        binding, owner = self._binding(), self.owner
-        if not self.wanted or binding is None or owner is None:
+        holder = self._holder
+        owner, cache = holder.owner, holder.engine
+        if owner is None or cache is None:
             return False
-        if (binding.trains and owner.training) or getattr(owner, "merged_adapters", None):
-            return False
-        cache = binding.cache
         with self._filling:
             if self._busy or untraceable():  # deriving has caused an event
                 return False
             self._busy = True
             try:
                 for _ in range(_ATTEMPTS):
-                    filled = self._fill(binding, owner)
+                    filled = self._fill(cache, owner)
                     if filled is not None:
                         return filled
-            except _GoneError:
+            except (_GoneError, UncheckableError) as error:
+                if isinstance(error, UncheckableError):
+                    cache.passed_by(error.reason, holder.binding)
                 cache.buffers.drop(self)
                 return False
-            except UncheckableError:
-                pass
             except Exception as error:  # noqa: BLE001 - never an inference failure: it is void
                 cache.failed("filling a buffer for compiled code", error)
             finally:
@@ -176,30 +233,32 @@ class Buffer(Uncopyable):
             cache.buffers.void(self)
         return False
 
-    def _fill(self, binding: Binding, owner: Any) -> bool | None:
+    def _fill(self, cache: Engine, owner: Any) -> bool | None:
         """Fill it once, as :meth:`fill`; None if something has happened meanwhile."""
-        cache = binding.cache
-        self.stale, voided = False, self.stale  # an event from now on shows
-        with (
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-            torch.autocast(owner_device(owner), enabled=False),
-        ):
-            reading = read(self._dependencies(owner))
+        held, self.stale = not self.stale and self.values is not None, False
+        # An event from now on shows.
+        with _plainly(owner):
+            dependencies = self._dependencies(owner)
+            reading = read(dependencies)
             if reading.refilled:
                 msg = "compiled code cannot tell what a refilled storage holds"
                 raise UncheckableError(msg, Reason.REFILLED)
-            surroundings = environment(), reading.plain
+            self.watch = self._watched(owner, dependencies, reading)
+            surroundings = environment()
             if (
-                not voided
-                and self.values is not None
-                and self._facts is not None
-                and self._facts.rows == reading.rows
+                held
+                and self.facts is not None
+                and self.facts.rows == reading.rows
+                and self._plain == reading.plain
                 and self._surroundings == surroundings
             ):
                 return False
-            self._facts, self._surroundings = Facts(reading), surroundings
-            derived, parameters = self._derive(owner), self._parameters(owner)
+            self.facts, self._plain, self._surroundings = (
+                Facts(reading),
+                reading.plain,
+                surroundings,
+            )
+            derived, single = self.derive(owner)
             after = read(self._dependencies(owner))
             if after.rows != reading.rows or after.plain != reading.plain:
                 return None
@@ -209,48 +268,689 @@ class Buffer(Uncopyable):
             else:
                 # Storages of their own: what is counted is what is held.
                 tensors = tuple(value.detach().clone() for value in derived)
-                if not cache.buffers.reserve(self, storage_bytes(tensors), tensors[0].device):
+                nbytes = storage_bytes(tensors)
+                if not cache.buffers.reserve(self, nbytes, tensors[0].device):
+                    cache.passed_by(Reason.CAP, self._holder.binding)
                     return False
                 for tensor in tensors:  # CUDA graphs read them in place
                     torch._dynamo.mark_static_address(tensor)
                 self._tensors = tensors
-        return True if cache.buffers.publish(self, self._tensors, parameters) else None
+        values = self._tensors[0] if single else self._tensors
+        return True if cache.buffers.publish(self, values) else None
+
+    def derive(self, owner: Any) -> tuple[tuple[Tensor, ...], bool]:
+        """Derive the values; return them, and whether they are one tensor and no tuple."""
+        found = self._derivation.function(owner, *self._args, **self._kwargs)
+        single = isinstance(found, Tensor)
+        derived: tuple[Tensor, ...] = (found,) if single else found
+        self.outputs = [layout_of(value) for value in derived] + [(single,)]
+        return derived, single
+
+    def describe(self) -> list[tuple[Any, ...]] | None:
+        """Return what the values are like, deriving them if need be; None if they cannot be."""
+        owner = self._holder.owner
+        if self.outputs is None and owner is not None:
+            try:
+                with _plainly(owner):
+                    self.derive(owner)
+            except Exception:  # noqa: BLE001 - the library's own code says why
+                return None
+        return self.outputs
 
     def _dependencies(self, owner: Any) -> list[object]:
+        depends_on = self._derivation.depends_on
+        assert depends_on is not None  # noqa: S101 - recipes give one
         try:
-            return self._depends_on(owner)
+            return list(listed(depends_on(owner, *self._args, **self._kwargs)))
         except KeyError:
             raise _GoneError from None
 
+    def _watched(self, owner: Any, dependencies: list[object], reading: Reading) -> Watch:
+        guarded = set(map(id, self._holder.tensors))
+        found = watch(owner, self.adapters, dependencies, reading, guarded)
+        if not getattr(self._derivation.depends_on, "__module__", "").startswith("dora_cache."):
+            found = found._replace(complete=False)  # of others: scalars may be from anywhere
+        return found
+
+
+class Holder(Uncopyable):
+    """What compiled code reads of one layer: its view, and the values for its active adapters.
+
+    Compiled code reads attributes alone, and the values as attributes ``v1``, ``v2``, ...
+
+    Args:
+        binding: the layer's.
+        active: called with the layer; returns the names of its active adapters, in order. It raises
+            an UncheckableError if the library's own code has to run at present.
+        shallow: whether the layer's modules and parameters are no matter of the view's.
+
+    Attributes:
+        cache: a string that stands for the cache.
+        key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a
+            bare argument by its identity.
+        entries: the checks of the code that reads the view.
+        watch: what the view and the values were made from; None while there is no view.
+        names: the active adapters that the view has.
+        form: a number that stands for all of the view but contents, names and scalings.
+        view: stands for the layer; None while it cannot.
+        tensors: the parameters and buffers in the view that have a place.
+        device: the type of the layer's device.
+        handle: a number that stands for the holder, as a tensor: no guard is on its value.
+        used: whether compiled code has ever asked for it.
+        idle: whether the layer has none of the active adapters.
+        dependants: holders of layers to which it matters what this layer's active adapters are.
+        finish: called with the layer and a view of it that has just been made; completes the view.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        active: Callable[[Any], Sequence[str]],
+        *,
+        shallow: bool = False,
+    ) -> None:
+        self.cache = f"cache {binding.cache.token}"
+        self.key = (Key(self.cache, self, checks=binding.cache.config.compiled_check),)
+        self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+        self.watch: Watch | None = None
+        self.names: tuple[str, ...] = ()
+        self.form = 0
+        self.view: Any = None
+        self.tensors: tuple[Tensor, ...] = ()
+        self.used = False
+        self.idle = False
+        self.dependants: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self.finish: Callable[[Any, Any], None] | None = None
+        self.shallow = shallow
+        self.device = "cpu"
+        number = next(_known.handles)
+        self.handle = torch.tensor(number, device="cpu")
+        self._binding = weakref.ref(binding)
+        self._active = active
+        self._scalings: dict[str, Tensor] = {}
+        self._places: Watch = watch_places([])
+        self.lease = _Lease(self)
+        self._updating = threading.RLock()
+        self._busy = False
+        self._surprises = 0
+        self._coming: list[tuple[Mapping[str, Any], str, object]] = []
+        _known.holders[number] = self
+        _known.caches[self.cache] = binding.cache
+        binding.holder = self
+
+    @property
+    def binding(self) -> Any:
+        """The layer's binding, or None if it is gone."""
+        return self._binding()
+
+    @property
+    def engine(self) -> Engine | None:
+        """The cache, or None if it is gone."""
+        binding = self._binding()
+        return None if binding is None else binding.cache
+
+    @property
+    def owner(self) -> Any:
+        """The layer, or None if it is gone."""
+        binding = self._binding()
+        return None if binding is None else binding.owner
+
+    # In compiled code
+
+    def read(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value of a call whose owner is the view; ``torch.compile`` traces this."""
+        if torch.is_autocast_enabled(self.device) or (  # the library may derive another value
+            torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
+        ):
+            return derivation.function(*args, **kwargs)
+        slot, single = _slot(
+            self.cache, self.form, derivation.number, args[1:], tuple(kwargs.items())
+        )
+        if not slot:
+            raise UncheckableError("the value cannot be derived")
+        values = getattr(self, f"v{slot}")
+        if values is not None:
+            return values
+        found = torch.ops.dora_cache.derive(self.handle, self.form, slot)
+        return found[0] if single else tuple(found)
+
+    def wants_gradients(self) -> bool:
+        """Whether a tensor of the view requires a gradient."""
+        return any([tensor.requires_grad for tensor in self.tensors])  # noqa: C419 - it is traced
+
+    # Outside of it
+
+    def show(self, buffer: Buffer) -> None:
+        """Have compiled code read what a buffer of the active adapters has; the lock is held."""
+        if buffer.adapters == self.names:
+            self.__dict__[buffer.slot] = buffer.values
+
+    def changed(self) -> None:
+        """Follow something that has happened to the layer or a part of it."""
+        for holder in (self, *self.dependants):
+            if holder.used:
+                holder.update()
+
+    def gets(self, table: Mapping[str, Any], name: str, new: object) -> None:
+        """Take note that a container that the view has copied gets a part; takes no lock."""
+        self._coming.append((table, name, new))
+        if self.key[0].checks:
+            self._note(BEHIND)
+        else:
+            self.clear()
+
+    def clear(self) -> None:
+        """Have no view until it is made again; the lock is held."""
+        self.view, self.form, self.tensors = None, 0, ()
+        self._note(None)
+
+    def _note(self, watch: Watch | None) -> None:
+        """Watch something else from now on; the lock is held."""
+        self.watch = watch
+        for entry in list(self.entries):
+            entry.changed()
+
+    def check(self) -> bool:
+        """Bring it up to date; return whether what compiled code has read of it still holds.
+
+        It never raises.
+        """
+        watch = self.watch
+        if watch is None:
+            return True
+        # What was watched may not be there any more, or worse: updating shows it.
+        with suppress(Exception):
+            if watch.holds() and (watch.complete or self._holds()):
+                return True
+        before, values = self._shown()
+        with suppress(Exception):
+            self.update()
+        if self.watch is watch:  # it has not even been looked at
+            self._give_up()
+        after, others = self._shown()
+        return after == before and all(map(operator.is_, values, others))
+
+    def _holds(self) -> bool:
+        """Whether the values are what would be derived now. Raises if that cannot be told."""
+        binding, owner = self._binding(), self.owner
+        return binding is not None and all(buffer.holds(owner) for buffer in self._filled())
+
+    def _filled(self) -> list[Buffer]:
+        """Return the buffers that compiled code reads now."""
+        binding = self._binding()
+        found: list[Any] = [] if binding is None else list(binding.buffers.values())
+        return [one for one in found if one.adapters == self.names and one.values is not None]
+
+    def _shown(self) -> tuple[tuple[object, ...], list[object]]:
+        """Return what compiled code reads that an update may change, to be compared."""
+        values = [value for name, value in self.__dict__.items() if name[1:].isdigit()]
+        return (self.form, len(values), self.view is None), values + list(self._scalings.values())
+
+    def _give_up(self) -> None:
+        """Have no view: compiled code is compiled again before it reads one."""
+        cache = self.engine
+        if cache is not None:
+            with cache.mutex.held():
+                self.clear()
+
+    def close(self) -> None:
+        """Show nothing any more; the lock is held."""
+        self.clear()
+        self.used = False
+        self._scalings.clear()
+
+    def update(self, *, traced: bool = False) -> int:
+        """Bring the view up to date, and the values that compiled code reads of it.
+
+        If time and again a trace finds that it no longer holds, each time may have been a
+        recompilation (weights come and go with offloading, for example): then it is given up.
+
+        Args:
+            traced: whether a layer is being traced.
+
+        Returns:
+            How many values were derived.
+        """
+        binding = self._binding()
+        if binding is None or not self.used:
+            return 0
+        with self._updating:
+            if self._busy or untraceable():
+                return 0
+            self._busy = True
+            try:
+                return self._update(binding, traced=traced) + sum(
+                    member.holder.update()
+                    for member in with_children(binding)
+                    if member is not binding and member.holder is not None
+                )
+            finally:
+                self._busy = False
+
+    def _update(self, binding: Binding, *, traced: bool) -> int:
+        owner, cache = binding.owner, binding.cache
+        if owner is None or cache.closed:
+            return 0
+        try:
+            if binding.why_training(owner) is not None:
+                raise UncheckableError("it trains")
+            names = tuple(self._active(owner))
+            places: list[Place] = []
+            view = self._view(owner, names, places) if names else None
+            if view is not None and self.finish is not None:
+                self.finish(owner, view)
+            self.idle = not names
+        except Exception as error:  # noqa: BLE001 - never an inference failure
+            if not isinstance(error, (UncheckableError, KeyError, AttributeError)):
+                cache.failed("preparing a layer for compiled code", error)
+            names, view = (), None
+            self.idle = False
+        if view is None:
+            with cache.mutex.held():
+                self.clear()
+            return 0
+        parts, tensors, signs = form_of(view, shallow=self.shallow)
+        form = _known.number(_known.forms, signs)
+        others = (
+            self.view is not None
+            and names == self.names
+            and any(one is not two for one, two in zip(tensors, self.tensors, strict=False))
+        )
+        with cache.mutex.held():
+            if traced and others and self._is_surprised():
+                self.clear()
+                cache.buffers.drop(self.lease)
+                return 0
+            switched, known = names != self.names, form == self.form
+            self.names, self.tensors, self.form, self.view = names, tensors, form, view
+            self._places = watch_places(places)
+            self.device = tensors[0].device.type if tensors else "cpu"
+            _known.places.setdefault(form, parts)
+            wanted = cache.buffers.wanted.get(form, ())
+            if switched:
+                for slot in [name for name in self.__dict__ if name[1:].isdigit()]:
+                    self.__dict__[slot] = None
+            buffers: list[tuple[Any, Any]] = list(binding.buffers.items())
+            for key, buffer in buffers:
+                if buffer.adapters == names and buffer.number not in wanted:  # of another form
+                    cache.buffers.drop(binding.buffers.pop(key))
+        derived = sum(self.want(call) for call in list(wanted))
+        self.watched()
+        if traced and known and derived:
+            self._is_surprised()
+        return derived
+
+    def watched(self) -> None:
+        """Watch what the view and the values there are were made from."""
+        binding = self._binding()
+        if binding is None or self.view is None:
+            return
+        with binding.cache.mutex.held():
+            self._coming = [one for one in self._coming if one[0].get(one[1]) is not one[2]]
+            found = [BEHIND] if self._coming else [self._places]
+            found += [buffer.watch for buffer in self._filled() if buffer.watch is not None]
+            self._note(joined(found))
+
+    def _is_surprised(self) -> bool:
+        """Take note that what was traced no longer holds; return whether to give up.
+
+        Without its values, a layer derives them in the graph.
+        """
+        self._surprises += 1
+        binding = self._binding()
+        if self._surprises <= _SURPRISES or binding is None:
+            return False
+        for buffer in list(binding.buffers.values()):
+            binding.cache.buffers.drop(buffer)
+        return True
+
+    def refresh(self) -> int:
+        """Do as :meth:`update`, for adapters that are not active as well."""
+        found = self.update()
+        binding = self._binding()
+        if binding is not None and self.used:
+            buffers: list[Any] = list(binding.buffers.values())
+            found += sum(buffer.fill() for buffer in buffers)
+        return found
+
+    def want(self, number: int) -> bool:
+        """Have the value of a call there; return whether it was derived."""
+        self.__dict__.setdefault(f"v{number}", None)
+        buffer = self._buffer(number)
+        cache = self.engine
+        if (
+            buffer is None
+            or cache is None
+            or cache.compares_contents
+            or self._surprises > _SURPRISES
+        ):
+            return False
+        filled = buffer.fill()
+        with cache.mutex.held():
+            self.show(buffer)
+        return filled
+
+    def _buffer(self, number: int) -> Buffer | None:
+        """Return the buffer of a call for the active adapters; None if there is no such call."""
+        binding = self._binding()
+        if binding is None or self.view is None:
+            return None
+        key = number, self.names
+        buffer: Any = binding.buffers.get(key)
+        if buffer is None:
+            call = next((one for one, known in _known.calls.items() if known == number), None)
+            derivation = None if call is None else derivations.get(call.number)
+            if call is None or derivation is None:
+                return None
+            real = {known: name for name, known in canonical(self.names).items()}
+            buffer = Buffer(
+                self,
+                number,
+                derivation,
+                tuple(real.get(one, one) if type(one) is str else one for one in call.args),
+                {name: real.get(one, one) for name, one in call.kwargs},
+            )
+            binding.cache.buffers.follow(binding, key, buffer)
+        return buffer
+
+    def describe(self, number: int) -> list[tuple[Any, ...]] | None:
+        """Return what the values of a call are like; None if they cannot be derived."""
+        buffer = self._buffer(number)
+        return None if buffer is None else buffer.describe()
+
+    def derive(self, number: int) -> list[Tensor]:
+        """Derive the value of a call, in compiled code, whatever is stored."""
+        buffer, owner = self._buffer(number), self.owner
+        if buffer is None or owner is None:
+            msg = "compiled code runs a layer that is gone, or is not as it was when it was traced"
+            raise RuntimeError(msg)
+        with _plainly(owner):
+            derived, _ = buffer.derive(owner)
+            return [value.detach().clone() for value in derived]
+
+    def _view(self, owner: Any, names: tuple[str, ...], places: list[Place]) -> Any:
+        """Make a view of a layer; it shares its modules and parameters.
+
+        Args:
+            owner: the layer.
+            names: of the active adapters.
+            places: gets what the view has copied and no event reports.
+        """
+        known = canonical(names)
+        copied: list[nn.Module] = []
+        view = stand_in(owner, known, copied)
+        for container in copied:
+            binding = self._binding()
+            if binding is not None:
+                binding.cache.buffers.copied(container, self)
+        for name in _SCALINGS:
+            if type(owner.__dict__.get(name)) is dict:
+                scaling = dict(owner.__dict__[name])
+                view.__dict__[name] = self._scaled(owner, scaling, known)
+                places += [
+                    (owner.__dict__, name, one, scaling[one]) for one in names if one in scaling
+                ]
+        tuner = view._modules.get("base_model")
+        if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
+            view._modules["base_model"] = stand_in(tuner, known, copied)
+        view.__dict__[SLOT] = Tie(self)
+        return view
+
+    def _scaled(
+        self, owner: Any, scaling: Mapping[str, Any], names: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return scalings as tensors: a guard on a number would be a recompilation."""
+        found: dict[str, Any] = {}
+        for name, known in names.items():
+            if name not in scaling:
+                continue
+            value = scaling[name]
+            if isinstance(value, Tensor) or type(value) not in {int, float}:
+                found[known] = value
+                continue
+            like = _like(owner)
+            # Without dimensions it promotes nothing, as a number would not.
+            dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+            tensor = self._scalings.get(known)
+            if tensor is None or tensor.dtype is not dtype or tensor.device != like.device:
+                with torch.inference_mode(mode=False):
+                    tensor = torch.empty((), dtype=dtype, device=like.device)
+                others = [one for key, one in self._scalings.items() if key != known]
+                nbytes = storage_bytes((*others, tensor))
+                cache = self.engine
+                if cache is None or not cache.buffers.reserve(self.lease, nbytes, like.device):
+                    found[known] = value
+                    continue
+                torch._dynamo.mark_static_address(tensor)
+                self._scalings[known] = tensor
+            with torch.inference_mode(mode=False), torch.no_grad():
+                tensor.fill_(value)
+            found[known] = tensor
+        return found
+
+
+class _Lease(Uncopyable):
+    """Bytes set aside for scalings."""
+
+    adapters: tuple[str, ...] = ()
+    stale = False
+
+    def __init__(self, holder: Holder) -> None:
+        self.nbytes = 0
+        self._holder = holder
+
+    def drop(self) -> None:
+        """Give them back; the cache's lock is held."""
+        self.nbytes = 0
+        self._holder.clear()
+        self._holder._scalings.clear()
+
+    def void(self) -> None:
+        """Leave it as it is: updates set scalings anew."""
+
+    def publish(self, values: object) -> None:
+        """Leave it as it is."""
+
+    def derived_from(self, storages: set[int]) -> bool:  # noqa: ARG002
+        """Whether it holds derived values: it does not."""
+        return False
+
+
+def view_of(layer: Any) -> Any:
+    """Return what a recipe's forward is to be traced with in a layer's place, or None.
+
+    ``torch.compile`` traces this, and guards what is looked at, for each layer and at each call: so
+    it is little.
+    """
+    binding = layer.__dict__.get(SLOT)  # None in a copy
+    if binding is None or torch.compiler._is_exporting_flag:
+        return None
+    holder = binding.holder
+    if holder is None:
+        return None
+    _prepare(holder.key)
+    view = holder.view
+    if view is None:
+        return None
+    if layer._modules.get("base_layer") is not view._modules.get("base_layer"):
+        return None
+    index = 0
+    for place in _places(holder.form):
+        if _at(view, place) is not holder.tensors[index]:
+            return None
+        index += 1  # noqa: SIM113 - Dynamo guards what enumerate() makes
+    return view
+
+
+@functools.cache
+def viewed(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that is traced with a layer's view in its place.
+
+    Args:
+        plain: the forward of the layer's class.
+    """
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            view = view_of(self)
+            if view is not None:
+                with suppress(UncheckableError):
+                    return plain(view, *args, **kwargs)
+        return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def _at(view: Any, place: tuple[str, ...]) -> Any:
+    *path, kind, name = place
+    for part in path:
+        view = view._modules[part]
+    return (view._parameters if kind == "parameter" else view._buffers).get(name)
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def prepare(cache: str, adapter: str) -> bool:
-    """Fill a model's buffers of an adapter; runs while a layer is traced, not in compiled code.
+def _places(form: int) -> tuple[tuple[str, ...], ...]:
+    """Return where the tensors are in views of a form; runs while a layer is traced."""
+    return _known.places[form]
 
-    Those stay empty that cannot be checked, or that there is no room for. Their layers derive the
-    values in the graph. All do if the cache compares contents at each use.
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepare(keys: tuple[Key]) -> bool:
+    """Bring all of a model's views up to date; runs while a layer is traced.
+
+    Args:
+        keys: the layer's key.
     """
-    living = _caches.get(cache)
-    if living is None or living.compares_contents or untraceable():
+    (key,) = keys
+    holder = key.holder
+    living = None if holder is None else holder.engine
+    if living is None or holder is None or untraceable():
+        return False
+    if key.checks and not entry_guards_work():
+        living.decline("compiled code", "every layer", _NO_GUARDS)
+        with living.mutex.held():
+            for one in living.buffers.holders():
+                one.close()
         return False
     context = torch._guards.CompileContext.try_get()
-    done = _prepared.setdefault(living, {})
-    if context is None or done.get(adapter, lambda: None)() is not context:
-        for buffer in living.buffers.of(adapter):
-            buffer.prepare()
-        if context is not None:  # every layer comes here while one model is traced
-            for name in [name for name, traced in done.items() if traced() is None]:
-                del done[name]
-            done[adapter] = weakref.ref(context)
+    done = _prepared.get(living, lambda: None)()
+    if context is None or done is not context:
+        if context is not None:
+            _prepared[living] = weakref.ref(context)
+        for one in living.buffers.holders():
+            one.used = True
+            one.update(traced=True)
+    if key.checks:
+        enter(living, holder)
     return True
 
 
-def owner_device(owner: Any) -> str:
-    """Return the type of the device that a layer's weights are on."""
-    for parameter in owner.parameters():
-        kind: str = parameter.device.type
-        return kind
-    return "cpu"
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _slot(
+    cache: str, form: int, number: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> tuple[int, bool]:
+    """Fill the value of a call for all layers of a form; runs while a layer is traced.
+
+    Returns:
+        The call's number, 0 if the value cannot be derived; and whether it is one tensor.
+    """
+    living = _known.caches.get(cache)
+    if living is None:
+        return 0, False
+    call = _known.number(_known.calls, _Call(number, args, kwargs))
+    wanted = living.buffers.wanted.setdefault(form, {})
+    holders = [one for one in living.buffers.holders() if one.form == form]
+    if call not in wanted:
+        wanted[call] = None
+        for holder in holders:
+            holder.want(call)
+            holder.watched()
+    outputs = _known.outputs.get((form, call))
+    if outputs is None:
+        outputs = next((found for one in holders if (found := one.describe(call))), None)
+        if outputs is None:
+            return 0, False
+        _known.outputs[form, call] = outputs
+    return call, outputs[-1][0]
+
+
+# Derived in the graph
+
+_library = torch.library.Library("dora_cache", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("derive(Tensor handle, int form, int call) -> Tensor[]")  # type: ignore[no-untyped-call]
+
+
+def _derive(handle: Tensor, _: int, call: int) -> list[Tensor]:
+    holder = _known.holders.get(int(handle))
+    if holder is None:
+        msg = "compiled code runs a layer that is gone"
+        raise RuntimeError(msg)
+    return holder.derive(call)
+
+
+def _derive_fake(handle: Tensor, form: int, call: int) -> list[Tensor]:
+    del handle
+    return [
+        torch.empty_strided(size, stride, dtype=dtype, device=device)
+        for size, stride, dtype, device in _known.outputs[form, call][:-1]
+    ]
+
+
+_library.impl("derive", _derive, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("dora_cache::derive", _derive_fake, lib=_library)
+
+
+def opaque(
+    signature: str, function: Callable[..., Tensor], like: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Return a function whose operations compiled code calls, and does not look into.
+
+    Args:
+        signature: the operator's name, arguments and result, as
+            :meth:`torch.library.Library.define` takes them.
+        function: what it does, for inference; the result is contiguous.
+        like: called likewise; returns an empty tensor like the result.
+    """
+    name = signature.partition("(")[0]
+    _library.define(signature)  # type: ignore[no-untyped-call]
+    _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"dora_cache::{name}", like, lib=_library)
+    operator: Any = getattr(torch.ops.dora_cache, name)
+
+    def call(*args: Any) -> Tensor:
+        found: Tensor = (operator if torch.compiler.is_dynamo_compiling() else function)(*args)
+        return found
+
+    return call
+
+
+def _like(owner: Any) -> Tensor:
+    """Return a floating-point parameter of a layer."""
+    for tensor in itertools.chain(owner.parameters(), owner.buffers()):
+        if tensor.is_floating_point():
+            found: Tensor = tensor
+            return found
+    return torch.empty(0)
+
+
+class _plainly:  # noqa: N801 - a context manager
+    """Derive as eager inference does, whatever the surroundings of an event are."""
+
+    def __init__(self, owner: Any) -> None:
+        self._contexts = (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(_like(owner).device.type, enabled=False),
+        )
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*args)
 
 
 def _alike(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:

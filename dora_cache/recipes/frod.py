@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from dora_cache.decorator import cached
 from dora_cache.reasons import Reason
+from dora_cache.recipes.compiled import opaque
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import (
     LayerRecipe,
@@ -130,14 +131,25 @@ def _outputs(layer: Any, adapter: str, x: Tensor) -> Tensor:
     elif flat.dtype in _SIXTEEN_BITS:
         turned = flat @ _dense(layer, adapter, device, dtype).t()
     else:
-        entries = _entries(layer, adapter, device, dtype)
-        size = (v.shape[1], v.shape[1])
-        rotation = torch.sparse_coo_tensor(
-            *entries, size, is_coalesced=True, check_invariants=False
-        )
-        turned = torch.sparse.mm(rotation, flat.t()).t()
+        turned = _turn(flat, *_entries(layer, adapter, device, dtype)).t()
     result = linear(turned + flat * diagonal, u)
     return result.reshape(*x.shape[:-1], result.shape[-1])
+
+
+def _turned(flat: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Return S times the transpose of ``flat``, by operations that torch.compile cannot follow."""
+    size = (flat.shape[1], flat.shape[1])
+    rotation = torch.sparse_coo_tensor(
+        places, values, size, is_coalesced=True, check_invariants=False
+    )
+    return torch.sparse.mm(rotation, flat.t())
+
+
+_turn = opaque(
+    "turn(Tensor flat, Tensor places, Tensor values) -> Tensor",
+    _turned,
+    lambda flat, *_: flat.new_empty(flat.shape[::-1]),
+)
 
 
 def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import bring, plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.baking import DIRECT
+from dora_cache.recipes.compiled import view_of, viewed
 from dora_cache.recipes.fingerprints import changed
 from dora_cache.recipes.peft_layers import (
     base_layer,
@@ -66,8 +68,7 @@ __all__ = [
 class UnusualError(UncheckableError):
     """A layer is not as a recipe knows it; its library's own code runs, and nothing is stored."""
 
-    def __init__(self, text: str, reason: Reason = Reason.UNUSUAL_PART) -> None:
-        super().__init__(text, reason)
+    usual = Reason.UNUSUAL_PART
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,30 @@ def guard(
     """
     allowed = {keyword}
 
+    def traced(view: Any, x: Any, args: Any, kwargs: Any) -> Tensor | None:
+        if (
+            args
+            or (kwargs and kwargs.keys() != allowed)
+            or torch.is_autocast_enabled(x.device.type)
+            or wants_gradients(view)
+        ):
+            return None
+        try:
+            return forward(view, x, **kwargs)
+        except UnusualError:
+            return None
+
     def guarded(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            view = view_of(self)
+            if view is not None:
+                with suppress(UncheckableError):
+                    result = traced(view, x, args, kwargs)
+                    if result is not None:
+                        return result
+                    plain: Any = plain_class(type(self))
+                    return plain.forward(view, x, *args, **kwargs)
+        else:
             binding = self.__dict__.get(SLOT)
             if binding is not None and not (
                 (self._disable_adapters or self.merged_adapters)  # some have the class's
@@ -379,7 +402,9 @@ class LayerRecipe:
             return False
         if self.adapters is not None:
             self._check_adapters(layer, self.adapters)
-        binding = self.follow(cache, layer, self, {hook.method: hook.function for hook in hooks})
+        overrides = {hook.method: hook.function for hook in hooks}
+        overrides.setdefault("forward", viewed(plain.forward))  # type: ignore[attr-defined]
+        binding = self.follow(cache, layer, self, overrides)
         binding.warmers = partial(_warmers, self.adapters, hooks)
         return bool(_names(layer, self.adapters))
 

@@ -32,9 +32,12 @@ from dora_cache.recipes.hooks import UnusualError, active_in, own_parameter
 from dora_cache.recipes.peft_layers import follow_layer, is_hooked, why_uncached
 from dora_cache.recipes.substitutes import (
     Plan,
+    Substitute,
     check_cached,
     gate_for,
     is_plain,
+    stand_in,
+    substituted,
     substituting,
     warmers,
 )
@@ -73,6 +76,17 @@ def _merged(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     Raises:
         UnusualError: PEFT's forward would not leave the unmerged weights exactly as they are.
     """
+    base, _, projection = _parts(layer)
+    in_merged, out_merged, in_left, out_left = _sums(layer, adapter)
+    for left, weight in ((in_left, base.in_proj_weight), (out_left, projection.weight)):
+        if left.dtype is not weight.dtype or not torch.equal(left, weight):
+            msg = "PEFT's forward changes the weights"
+            raise UnusualError(msg, Reason.CHANGED)
+    return in_merged, out_merged
+
+
+def _sums(layer: Any, adapter: str) -> tuple[Tensor, ...]:
+    """Derive the merged weights, and what PEFT's forward leaves of the unmerged ones."""
     base, out, projection = _parts(layer)
     in_weight, out_weight = base.in_proj_weight, projection.weight
     dtype = out_weight.dtype
@@ -83,11 +97,7 @@ def _merged(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     out_merged += theirs  # in place: a sum in the wider dtype, rounded once
     in_left = in_merged - ours
     out_left = out_merged - theirs.to(dtype) - theirs.to(dtype)
-    for left, weight in ((in_left, in_weight), (out_left, out_weight)):
-        if left.dtype is not weight.dtype or not torch.equal(left, weight):
-            msg = "PEFT's forward changes the weights"
-            raise UnusualError(msg, Reason.CHANGED)
-    return in_merged, out_merged
+    return in_merged, out_merged, in_left, out_left
 
 
 def _delta(layer: Any, adapter: str, *, fan_in_fan_out: bool = False) -> Tensor:
@@ -99,6 +109,31 @@ def _delta(layer: Any, adapter: str, *, fan_in_fan_out: bool = False) -> Tensor:
         a, b = a.float(), b.float()
     delta = transpose(b @ a, fan_in_fan_out) * layer.scaling[adapter]
     return delta.to(dtype) if wider else delta
+
+
+@cached("LoRA attention, compiled", adapter="adapter", depends_on=_depends_on)
+def _next(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """Derive what PEFT's next forward would merge, whether or not that moves the weights.
+
+    Compiled code leaves them where they are.
+    """
+    inputs, outputs, *_ = _sums(layer, adapter)
+    return inputs, outputs
+
+
+def _finish(layer: Any, view: Any) -> None:
+    """Give a view what compiled code runs in the attention module's place."""
+    holder = layer.__dict__[SLOT].holder
+    base, out, projection = _parts(layer)
+    followed = out.__dict__.get(SLOT)
+    if followed is not None:  # PEFT switches it after the layer
+        followed.holder.dependants.add(holder)
+    if _adapter(layer) is None:
+        msg = "there is no adapter"
+        raise UnusualError(msg)
+    inner = substituted(projection, {"weight": Substitute(holder, _next, 1)})
+    around = substituted(out, {}, {"base_layer": inner})
+    stand_in(view, base, {"in_proj_weight": Substitute(holder, _next, 0)}, {"out_proj": around})
 
 
 def _adapter(layer: Any) -> str | None:
@@ -238,8 +273,10 @@ class _LoraAttention:
         binding.warmers = partial(warmers, _merged)
         base, _, projection = _parts(layer)
         gate = gate_for(cache, base)
-        gate.substitute(base, "in_proj_weight")
-        gate.substitute(projection, "weight")
+        holder: Any = binding.holder
+        holder.finish = _finish
+        gate.substitute(base, "in_proj_weight", lambda _: holder.changed())
+        gate.substitute(projection, "weight", lambda _: holder.changed())
         return True
 
 

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy, _LoraParamet
 from peft.utils import ALLOWED_COMPUTE_DTYPES
 from torch import Tensor, nn
 
-from dora_cache.decorator import cached, derivations_of
+from dora_cache.decorator import SLOT, cached, derivations_of
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
@@ -25,9 +25,11 @@ from dora_cache.recipes.hooks import UnusualError, active_in, own_parameter
 from dora_cache.recipes.peft_layers import base_layer, follow_layer, wants_gradients
 from dora_cache.recipes.substitutes import (
     Plan,
+    Substitute,
     check_cached,
     gate_for,
     is_plain,
+    stand_in,
     substituting,
     warmers,
 )
@@ -124,6 +126,17 @@ def _covered(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return layer.base_layer(x, *args, **kwargs)
 
 
+def _finish(outermost: Any, view: Any) -> None:
+    """Give a view what compiled code runs in the base module's place."""
+    base = base_layer(outermost)
+    substitutes = {}
+    layer = outermost
+    while layer is not base:
+        substitutes[layer.parameter_name] = Substitute(layer.__dict__[SLOT].holder, _weight)
+        layer = layer._modules["base_layer"]
+    stand_in(view, base, substitutes)
+
+
 _forward = substituting(_plan, _covered)
 
 
@@ -159,7 +172,9 @@ class _LoraParameters:
             return False
         binding = follow_layer(cache, layer, self, {"forward": _forward})
         binding.warmers = partial(warmers, _weight)
-        gate_for(cache, base).substitute(base, layer.parameter_name)
+        holder: Any = binding.holder
+        holder.finish = _finish
+        gate_for(cache, base).substitute(base, layer.parameter_name, lambda _: holder.changed())
         return True
 
 

@@ -171,6 +171,9 @@ def _forward(layer: Any, x: Any) -> Tensor:
     if state["bypass_mode"]:
         msg = "bypass_mode is set"
         raise UnusualError(msg, Reason.FACTORED)
+    if isinstance(layer, TLoraModule) and torch.compiler.is_dynamo_compiling():
+        msg = "no event tells that its mask has changed"
+        raise UnusualError(msg)
     if not isinstance(x, Tensor):
         msg = f"a {type(x).__name__} as input"
         raise UnusualError(msg, Reason.UNUSUAL_INPUT)

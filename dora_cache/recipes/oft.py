@@ -18,6 +18,7 @@ from dora_cache.decorator import SLOT, cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.blocks import rotate
+from dora_cache.recipes.compiled import viewed
 from dora_cache.recipes.examples import TARGETS, Example, conv2d, embedding
 from dora_cache.recipes.hooks import UnusualError, guard, own_parameter
 from dora_cache.recipes.peft_layers import derive_ahead, follow_layer, follow_part
@@ -169,7 +170,8 @@ class _OFT:
             cache.decline(self.name, where, "its rotations are not PEFT's OFTRotationModule")
         if not known:
             return False
-        binding = follow_layer(cache, layer, self)
+        forward = viewed(plain_class(type(layer)).forward)  # type: ignore[attr-defined]
+        binding = follow_layer(cache, layer, self, {"forward": forward})
         for adapter, rotation in known:
             follow_part(cache, binding, rotation, adapter, {"forward": _hook.function}, _warmers)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,8 +14,9 @@ from dora_cache.ambient import untraceable
 from dora_cache.decorator import SLOT, cached
 from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
-from dora_cache.lifecycle import Observer, observe, stays_in_place, weights_in_place
+from dora_cache.lifecycle import Observer, observe, plain_class, stays_in_place, weights_in_place
 from dora_cache.reasons import Reason
+from dora_cache.recipes.compiled import Holder, viewed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +35,7 @@ __all__ = [
     "follow_model",
     "follow_module",
     "follow_part",
+    "follow_whole",
     "is_hooked",
     "layers_in",
     "memoised",
@@ -240,6 +243,7 @@ def follow_layer(
     if bound is not None and bound.cache is cache:
         return bound
     binding = cache.bind(layer)
+    holder = Holder(binding, _active_in)
 
     def base_written(layer: BaseTunerLayer, *_: object, **__: object) -> None:
         # merge and unmerge write through .data, which version counters do not see.
@@ -268,6 +272,7 @@ def follow_layer(
         moved=changed,
         loaded=changed,
         assigned={"scaling": changed},
+        changed=lambda _: holder.changed(),
         calls={
             "set_scale": changed,
             "scale_layer": changed,
@@ -283,6 +288,19 @@ def follow_layer(
     return binding
 
 
+def _active_in(layer: Any) -> Sequence[str]:
+    """Return the active adapters of a layer, of those that it has; for compiled code.
+
+    Raises:
+        UncheckableError: its adapters are disabled, or merged.
+    """
+    if layer._disable_adapters or layer.merged_adapters:
+        msg = "adapters are disabled or merged"
+        raise UncheckableError(msg)
+    parts = [getattr(layer, name, ()) for name in layer.adapter_layer_names]
+    return [name for name in layer.active_adapters if any(name in part for part in parts)]
+
+
 def follow_part(
     cache: Engine,
     parent: Binding,
@@ -295,11 +313,19 @@ def follow_part(
     if part.__dict__.get(SLOT) is not None:
         return
     binding = cache.bind(part, adapter=adapter)
+
+    def active(_: object) -> Sequence[str]:
+        owner: Any = parent.owner
+        return (adapter,) if adapter in owner.active_adapters else ()
+
+    holder = Holder(binding, active)
     binding.warmers = warmers
     binding.infers = lambda *_: parent.why_training(parent.owner)
     parent.adopt(binding)
     # The layer's event is passed on; the part's own switches are followed as any module's.
-    observer = Observer(moved=lambda _: cache.revalidate(binding))
+    observer = Observer(
+        moved=lambda _: cache.revalidate(binding), changed=lambda _: holder.changed()
+    )
     binding.undo.callback(observe(part, observer, overrides))
 
 
@@ -324,6 +350,7 @@ def follow_module(
     if bound is not None and bound.cache is cache:
         return bound
     binding = cache.bind(layer)
+    holder = Holder(binding, lambda _: ("",))
 
     def switched(layer: nn.Module) -> None:
         binding.trains = layer.training
@@ -333,10 +360,48 @@ def follow_module(
         cache.revalidate(binding)
 
     observer = Observer(
-        **{"mode_switched": switched, "moved": changed, "loaded": changed, **events}
+        **{
+            "mode_switched": switched,
+            "moved": changed,
+            "loaded": changed,
+            "changed": lambda _: holder.changed(),
+            **events,
+        }
     )
     binding.undo.callback(observe(layer, observer, overrides))
     return binding
+
+
+def follow_whole(
+    cache: Engine,
+    model: nn.Module,
+    overrides: dict[str, Callable[..., Any]] | None = None,
+    calls: dict[str, Callable[..., object]] | None = None,
+) -> Binding:
+    """Bind a PeftModel, so that compiled code does not go by its adapters' names.
+
+    Args:
+        cache: the cache.
+        model: the model; one bound before is returned as it is.
+        overrides: methods that stand in for the model's own.
+        calls: what else to follow; see :class:`dora_cache.lifecycle.Observer`.
+    """
+    bound: Binding | None = model.__dict__.get(SLOT)
+    if bound is not None and bound.cache is cache:
+        return bound
+    binding = cache.bind(model)
+    binding.infers = lambda *_: None  # no value is the model's own
+    holder = Holder(binding, lambda model: (model.active_adapter,), shallow=True)
+    plain: Any = plain_class(type(model))
+    changed = partial(_changed, holder)
+    observer = Observer(mode_switched=changed, changed=changed, calls=calls)
+    overrides = {"forward": viewed(plain.forward)} | (overrides or {})
+    binding.undo.callback(observe(model, observer, overrides))
+    return binding
+
+
+def _changed(holder: Holder, _: object) -> None:
+    holder.changed()
 
 
 def layers_in(model: nn.Module) -> Iterable[nn.Module]:
@@ -354,6 +419,7 @@ def follow_model(
         model: the model.
         apply: applies every recipe that fits to one layer.
     """
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from dora_cache.recipes.hotswap import follow_hotswap
@@ -364,7 +430,9 @@ def follow_model(
     # Merging writes into base weights past their version counters, and layers may share them.
     other = _Other(apply)
     for part in list(model.modules()):
-        if isinstance(part, BaseTunerLayer):
+        if isinstance(part, PeftModel):
+            follow_whole(cache, part)
+        elif isinstance(part, BaseTunerLayer):
             follow_layer(cache, part, other)
 
 

@@ -81,6 +81,8 @@ def _task(layer: Any, adapter: str, task: str) -> tuple[Tensor, Tensor]:
 
 def _forward(layer: Any, x: Tensor, task_ids: Any = None) -> Tensor | None:
     adapters = active_in(layer, "poly_lora_A")
+    if torch.compiler.is_dynamo_compiling():
+        return _by_index(layer, adapters, x, task_ids)
     tasks = _tasks(layer, adapters, x, task_ids)
     if not tasks:
         return None
@@ -99,6 +101,8 @@ def _forward(layer: Any, x: Tensor, task_ids: Any = None) -> Tensor | None:
 
 def _forward_fast(layer: Any, x: Tensor, task_ids: Any = None) -> Tensor | None:
     adapters = active_in(layer, "poly_lora_A")
+    if torch.compiler.is_dynamo_compiling():
+        return _by_index(layer, adapters, x, task_ids)
     tasks = _tasks(layer, adapters, x, task_ids)
     if not tasks:
         return None
@@ -119,6 +123,26 @@ def _forward_fast(layer: Any, x: Tensor, task_ids: Any = None) -> Tensor | None:
     return result.to(dtype)
 
 
+@cached("Poly mixtures", adapter="adapter", depends_on=_depends_on)
+def _mixtures(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """Derive every task's factors, as a batch of one has them: (tasks, in, r), (tasks, r, out)."""
+    tasks = range(layer.poly_router[adapter].n_tasks)
+    found = [_mixture.__wrapped__(layer, adapter, str(task), "1") for task in tasks]
+    return torch.cat([left for left, _ in found]), torch.cat([right for _, right in found])
+
+
+def _by_index(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> Tensor | None:
+    """Return the output in compiled code, which cannot look at the tasks."""
+    _check(layer, adapters, x, task_ids)
+    dtype = x.dtype
+    result: Tensor = layer.base_layer(x)
+    for adapter in adapters:
+        left, right = _mixtures(layer, adapter)
+        x = x.to(left.dtype)
+        result += x.bmm(left[task_ids]).bmm(right[task_ids]) / layer.r[adapter]
+    return result.to(dtype)
+
+
 def _tasks(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> list[int]:
     """Return the tasks of a batch; none if there are no adapters.
 
@@ -127,6 +151,22 @@ def _tasks(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> list[int]:
     """
     if not adapters:
         return []
+    _check(layer, adapters, x, task_ids)
+    tasks: list[int] = task_ids.tolist()
+    for adapter in adapters:
+        router = layer._modules["poly_router"]._modules[adapter]
+        if not all(0 <= task < router.n_tasks for task in tasks):
+            msg = "a task that there is not"
+            raise UnusualError(msg, Reason.UNUSUAL_INPUT)
+    return tasks
+
+
+def _check(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> None:
+    """Check what does not depend on the tasks.
+
+    Raises:
+        UnusualError: PEFT may have something to say, or draws weights.
+    """
     if (
         type(task_ids) is not torch.Tensor
         or task_ids.dtype not in _INTEGERS
@@ -136,7 +176,6 @@ def _tasks(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> list[int]:
     ):
         msg = "task_ids that do not fit the input"
         raise UnusualError(msg, Reason.UNUSUAL_INPUT)
-    tasks: list[int] = task_ids.tolist()
     routers = layer._modules["poly_router"]._modules
     for adapter in adapters:
         router = routers[adapter]
@@ -144,10 +183,6 @@ def _tasks(layer: Any, adapters: Any, x: Tensor, task_ids: Any) -> list[int]:
         if router.training:
             msg = "a router is in training"
             raise UnusualError(msg, Reason.TRAINING)
-        if not all(0 <= task < router.n_tasks for task in tasks):
-            msg = "a task that there is not"
-            raise UnusualError(msg, Reason.UNUSUAL_INPUT)
-    return tasks
 
 
 def _warm(layer: Any, adapter: str) -> None:

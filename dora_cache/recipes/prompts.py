@@ -9,6 +9,7 @@ into it.
 from __future__ import annotations
 
 import threading
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,10 @@ from dora_cache.decorator import SLOT, cached
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.reasons import Reason
+from dora_cache.recipes.compiled import Holder, view_of
 from dora_cache.recipes.examples import Base, Example
 from dora_cache.recipes.hooks import UnusualError
-from dora_cache.recipes.peft_layers import is_hooked
+from dora_cache.recipes.peft_layers import follow_whole, is_hooked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,6 +105,45 @@ def _encoded(encoder: Any, tokens: Tensor, rows: int, columns: int) -> Tensor:
     return found[:1] if bool((found == found[:1]).all()) else found
 
 
+_tokens: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+
+
+@cached(
+    "prompt, compiled", depends_on=lambda encoder, *_: [*_depends_on(encoder), _tokens[encoder]]
+)
+def _rows(encoder: Any, rows: str, columns: str) -> Tensor:
+    """Derive the output for the first virtual tokens, as :func:`_encoded` does."""
+    found: Tensor = _encoded.__wrapped__(encoder, _tokens[encoder], int(rows), int(columns))
+    return found
+
+
+class _Stored(nn.Module):
+    """Stands for an encoder in the view of its model: there it gets nothing but virtual tokens."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.embedding = encoder.embedding
+        self.__dict__["encoder"] = encoder
+
+    def forward(self, indices: Tensor) -> Tensor:
+        encoder = self.__dict__["encoder"]
+        view = None if torch.is_grad_enabled() else view_of(encoder)
+        if view is None:
+            found: Tensor = encoder(indices)
+            return found
+        rows, columns = indices.shape
+        found = _rows(view, str(int(rows)), str(int(columns)))
+        return found if len(found) == rows else found.repeat(rows, 1, 1)
+
+
+def _finish(_: Any, view: Any) -> None:
+    """Have the encoders in a model's view read what is stored."""
+    encoders = view._modules["prompt_encoder"].__dict__["_modules"]
+    for name, encoder in encoders.items():
+        if SLOT in encoder.__dict__:
+            encoders[name] = _Stored(encoder)
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # the input has another name in each
     original = plain_class(type(self)).forward  # type: ignore[attr-defined]
     binding, tokens = self.__dict__.get(SLOT), _here.tokens
@@ -155,28 +196,30 @@ class _Prompts:
             where = f"{plain.__module__}.{plain.__qualname__}"
             cache.decline(self.name, where, "its get_prompt() is not that of PEFT's PeftModel")
             return False
-        binding = layer.__dict__.get(SLOT)
-        if binding is None:
-            binding = cache.bind(layer)
+        if layer.__dict__.get(SLOT) is None:
 
             def added(model: Any, *_: object, **__: object) -> None:
                 self.apply(cache, model)
 
             def deleted(_: Any, adapter_name: str) -> None:
-                cache.event(binding, adapter_name)
+                cache.event(layer.__dict__[SLOT], adapter_name)
 
-            observer = Observer(
-                calls={"add_adapter": added, "load_adapter": added, "delete_adapter": deleted}
-            )
-            binding.undo.callback(observe(layer, observer, {"get_prompt": _get_prompt}))
+            calls: dict[str, Any] = dict.fromkeys(("add_adapter", "load_adapter"), added)
+            calls["delete_adapter"] = deleted
+            holder: Any = follow_whole(cache, layer, {"get_prompt": _get_prompt}, calls).holder
+            holder.finish = _finish
+        binding = layer.__dict__[SLOT]
         for adapter, encoder in encoders:
             if encoder.__dict__.get(SLOT) is None:
                 part = cache.bind(encoder, adapter=adapter)
+                holder = Holder(part, partial(_named, adapter))
+                _tokens[encoder] = layer.prompt_tokens[adapter]
                 part.warmers = partial(_warmers, layer.prompt_tokens)
                 binding.adopt(part)
                 observer = Observer(
                     mode_switched=partial(_void, cache, part),
                     moved=partial(_revalidate, cache, part),
+                    changed=partial(_changed, holder),
                 )
                 part.undo.callback(observe(encoder, observer, {"forward": _forward}))
         return True
@@ -184,6 +227,14 @@ class _Prompts:
 
 def _void(cache: Engine, binding: Binding, _: object) -> None:
     cache.event(binding)
+
+
+def _named(adapter: str, _: object) -> tuple[str]:
+    return (adapter,)
+
+
+def _changed(holder: Holder, _: object) -> None:
+    holder.changed()
 
 
 def _revalidate(cache: Engine, binding: Binding, _: object) -> None:

@@ -13,17 +13,25 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dora_cache.copying import Uncopyable
 from dora_cache.decorator import SLOT
+from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import Observer, observe, only_moves, plain_class, stays_in_place
 from dora_cache.reasons import Reason
+from dora_cache.recipes.compiled import view_of
 from dora_cache.recipes.hooks import UnusualError, derives
-from dora_cache.recipes.peft_layers import base_layer, derive_ahead, why_uncached
+from dora_cache.recipes.peft_layers import (
+    base_layer,
+    derive_ahead,
+    wants_gradients,
+    why_uncached,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,8 +39,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dora_cache.engine import Engine
+    from dora_cache.recipes.compiled import Holder
 
-__all__ = ["Gate", "Plan", "check_cached", "gate_for", "is_plain", "substituting", "warmers"]
+__all__ = [
+    "Gate",
+    "Plan",
+    "Substitute",
+    "check_cached",
+    "gate_for",
+    "is_plain",
+    "stand_in",
+    "substituted",
+    "substituting",
+    "warmers",
+]
 
 
 class Plan:
@@ -76,8 +96,16 @@ class Gate(Uncopyable):
         self._closed = False
         self._swapped: dict[int, tuple[tuple[str, ...], Callable[[], None]]] = {}
 
-    def substitute(self, module: nn.Module, name: str) -> None:
-        """Make a parameter of a module one that may be substituted."""
+    def substitute(
+        self, module: nn.Module, name: str, changed: Callable[[Any], object] = lambda _: None
+    ) -> None:
+        """Make a parameter of a module one that may be substituted.
+
+        Args:
+            module: the module.
+            name: the parameter's.
+            changed: called once an attribute of the module has been set.
+        """
         names, restore = self._swapped.get(id(module), ((), None))
         if name in names:
             return
@@ -85,7 +113,8 @@ class Gate(Uncopyable):
             restore()
         names = (*names, name)
         overrides: Any = {name: _reader(name) for name in names}
-        self._swapped[id(module)] = names, observe(module, Observer(), overrides)
+        observer = Observer(changed=changed, mode_switched=changed)
+        self._swapped[id(module)] = names, observe(module, observer, overrides)
 
     def enter(self, *, alone: bool) -> bool:
         """Begin a forward; wait until that may be.
@@ -149,16 +178,95 @@ def gate_for(cache: Engine, base: nn.Module) -> Gate:
     return gate
 
 
+_SUBSTITUTES = "_dora_cache_substitutes"
+"""Where a stand-in for a base module has what is read in place of its weights, by name."""
+
+
+class Substitute(NamedTuple):
+    """What compiled code reads in a weight's place.
+
+    Attributes:
+        holder: of the tuner layer that changes the weight.
+        derive: a cached function of the layer and its active adapters.
+        which: of several tensors, the one that this returns; None if it returns one.
+    """
+
+    holder: Holder
+    derive: Callable[..., Any]
+    which: int | None = None
+
+
+_STAND_IN = "_dora_cache_stand_in"
+"""Where a tuner layer's view has what compiled code runs in the base module's place."""
+
+
+def stand_in(
+    view: Any,
+    base: Any,
+    substitutes: dict[str, Substitute],
+    parts: dict[str, Any] | None = None,
+) -> None:
+    """Have compiled code run :func:`substituted` in the place of a view's base module."""
+    view.__dict__[_STAND_IN] = substituted(base, substitutes, parts)
+
+
+def substituted(
+    base: Any, substitutes: dict[str, Substitute], parts: dict[str, Any] | None = None
+) -> Any:
+    """Return a module that reads substitutes; it shares all else with another one.
+
+    Args:
+        base: the module.
+        substitutes: by the names of parameters.
+        parts: submodules of the stand-in that are not the module's.
+    """
+    found = object.__new__(type(base))
+    found.__dict__.update(base.__dict__)
+    found.__dict__[_SUBSTITUTES] = substitutes
+    found.__dict__["_modules"] = {**base._modules, **(parts or {})}
+    return found
+
+
+def _in_place(layer: Any) -> Any:
+    """Return what compiled code runs in place of a layer's base module."""
+    while isinstance(layer, BaseTunerLayer):
+        view = layer.__dict__[SLOT].holder.view
+        if view is not None:
+            return view.__dict__[_STAND_IN]
+        layer = layer._modules["base_layer"]
+    return layer
+
+
+def views_hold(layer: Any) -> bool:
+    """Whether compiled code may use the views of a layer and of those that it wraps."""
+    while isinstance(layer, BaseTunerLayer):
+        view = view_of(layer)
+        if view is None:
+            binding = layer.__dict__.get(SLOT)
+            if binding is None or not binding.holder.idle:
+                return False
+        elif wants_gradients(view):
+            return False
+        layer = layer._modules["base_layer"]
+    return True
+
+
 @functools.cache
 def _reader(name: str) -> property:
     """Return a property for the class of a module; without a substitute it is as if not there."""
 
     def read(module: Any) -> Any:
+        state = module.__dict__
         if not torch.compiler.is_dynamo_compiling():
             weight = _here.weights.get((id(module), name))
             if weight is not None:
                 return weight
-        state = module.__dict__
+        elif name in state.get(_SUBSTITUTES, ()):
+            holder, derive, index = state[_SUBSTITUTES][name]
+            view = holder.view
+            if view is not None:
+                found = derive(view, *view.__dict__["_active_adapter"])
+                return found if index is None else found[index]
         if name in state:  # a plain tensor, set in a deleted parameter's place
             return state[name]
         if name in state["_parameters"]:
@@ -227,6 +335,9 @@ def substituting(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # PEFT's name for the input varies
         original = plain_class(type(self)).forward  # type: ignore[attr-defined]
         if torch.compiler.is_dynamo_compiling():
+            if "adapter_names" not in kwargs and views_hold(self):
+                with suppress(UncheckableError):
+                    return _in_place(self)(*args, **kwargs)
             return original(self, *args, **kwargs)
         gate = _gates.get(base_layer(self))
         if gate is None or SLOT not in self.__dict__:

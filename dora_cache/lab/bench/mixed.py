@@ -200,7 +200,7 @@ class _OneByOne(Running):
 def _requests(running: Running, ids: Tensor) -> list[tuple[str, Tensor]]:
     """Return the batches that a way runs, each with the adapter to select for it."""
     if isinstance(running, _OneByOne):
-        return list(zip(running.names, ids.split(1), strict=True))
+        return list(zip(running.names, torch.split(ids, 1), strict=True))
     return [("", ids)]
 
 

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 
 from dora_cache.lifecycle import plain_class
+from dora_cache.recipes.compiled import viewed
 from dora_cache.recipes.dora.linear import forward_for
 from dora_cache.recipes.dora.mixed import mixed_for
 from dora_cache.recipes.dora.values import (
@@ -95,6 +96,7 @@ class _Dora:
         overrides = mixed_for(plain_kind) | ({"forward": forward} if forward else {})
         if not (known or overrides):
             return False
+        overrides.setdefault("forward", viewed(plain_kind.forward))  # type: ignore[attr-defined]
         binding = follow_layer(cache, layer, self, overrides)
         if binding.warmers is None:
             binding.warmers = _warmers
@@ -104,7 +106,7 @@ class _Dora:
             if not isinstance(variant, CachedVariant):
                 plain: Any = type(variant)
                 stand_in = cached_variant(plain, cache.config.numerics)
-                layer.lora_variant[adapter] = stand_in(variant, binding, adapter)
+                layer.lora_variant[adapter] = stand_in(variant)
         return bool(known)
 
 

@@ -7,6 +7,7 @@ between.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,11 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dora_cache.decorator import SLOT
-from dora_cache.recipes.compiled import prepare
+from dora_cache.facts import UncheckableError
+from dora_cache.recipes.compiled import view_of
 from dora_cache.recipes.dora.bound import bind
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
-from dora_cache.recipes.dora.values import same
+from dora_cache.recipes.dora.values import fast_scale, stored_scale
 from dora_cache.recipes.dora.variants import CachedVariant, stands_aside
 from dora_cache.recipes.fingerprints import fingerprint
 
@@ -60,8 +61,13 @@ def _forward(plain: Any, *, ordinary: bool, fast: bool) -> Callable[..., Tensor]
             result = plain(self, x, *args, **kwargs)
             return result
         if torch.compiler.is_dynamo_compiling():
-            found = _traced(self, x, fast=fast) if ordinary else None
-            result = plain(self, x) if found is None else found
+            view = view_of(self)
+            if view is not None:
+                with suppress(UncheckableError):
+                    found = _traced(view, x, fast=fast) if ordinary else None
+                    result = plain(view, x) if found is None else found
+                    return result
+            result = plain(self, x)
             return result
         state = self.__dict__  # past nn.Module.__getattr__, which costs more than all the rest
         active = state["_active_adapter"]
@@ -81,35 +87,25 @@ def _forward(plain: Any, *, ordinary: bool, fast: bool) -> Callable[..., Tensor]
     return forward
 
 
-def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
-    """Compute the output from buffers. None if the layer is not in the common configuration.
+def _traced(view: Any, x: Tensor, *, fast: bool) -> Tensor | None:
+    """Compute the output of a layer's view. None if it is not in the common configuration.
 
     For torch.compile, which guards everything that is looked at here, for each layer and at each
     call: so it is little, and without PEFT's properties and methods, each of which is guarded in
     all base classes.
     """
-    state = layer.__dict__
+    state = view.__dict__
     active = state["_active_adapter"]
-    if (
-        state["_disable_adapters"]
-        or state["merged_adapters"]
-        or isinstance(active, str)
-        or len(active) != 1
-        or state.get(SLOT) is None  # a copy that shares the variants
-        or torch.compiler._is_exporting_flag
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled(x.device.type)
-    ):
+    if len(active) != 1 or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return None
     adapter = active[0]
-    variant = state["lora_variant"].get(adapter)
     # By this way alone: that two ways lead to one object, Dynamo guards in Python.
-    modules: Any = layer._modules
+    modules: Any = view._modules
     base = modules["base_layer"]
     if (
-        not isinstance(variant, CachedVariant)
+        not isinstance(state["lora_variant"].get(adapter), CachedVariant)
         or type(base) is not nn.Linear
-        or stands_aside(layer, adapter)
+        or stands_aside(view, adapter)
     ):
         return None
     lora_a = modules["lora_A"]._modules[adapter]
@@ -118,23 +114,18 @@ def _traced(layer: Any, x: Tensor, *, fast: bool) -> Tensor | None:
         return None
     a: Any = lora_a._parameters
     b: Any = lora_b._parameters
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if "weight" not in a or "weight" not in b:  # pruned, for example
+    if "weight" not in a or "weight" not in b or a["bias"] is not None:  # pruned, for example
         return None
-    buffer = variant.buffer
-    prepare(buffer.cache, adapter)
-    values = buffer.values
-    magnitude = modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]
-    parameters = (magnitude, a["weight"], b["weight"], b["bias"], weight, bias)
-    if values is None or a["bias"] is not None or not same(buffer.parameters, parameters):
-        return None
+    dtype = a["weight"].dtype
     result: Tensor = base(x)
-    if x.dtype is not a["weight"].dtype:
-        x = layer._cast_input_dtype(x, a["weight"].dtype)
+    if x.dtype is not dtype:
+        x = view._cast_input_dtype(x, dtype)
     delta = linear(linear(x, a["weight"]), b["weight"], b["bias"])
-    scale, *shift, scaling = values
+    scaling = state["scaling"][adapter]
     if fast:
+        scale, *shift = fast_scale(view, adapter)
         total = fast_sum(result, delta, scale, shift[0] if shift else None, scaling)
     else:
-        total = exact_sum(result, bias, delta, scale, scaling)
+        bias = base._parameters.get("bias")
+        total = exact_sum(result, bias, delta, stored_scale(view, adapter, x.dtype), scaling)
     return total.to(result.dtype)

@@ -154,7 +154,7 @@ def _fusible(result: Tensor, delta: Tensor, scaling: Any) -> bool:
     """Whether a kernel may do what follows the matrix products."""
     return (
         result.is_cuda
-        and not torch.is_grad_enabled()
+        and not _is_followed()
         and type(scaling) in {int, float}
         and kernels.usable(result, delta)
     )

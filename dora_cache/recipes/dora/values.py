@@ -31,8 +31,6 @@ __all__ = [
     "STORED",
     "Buffers",
     "bias_of",
-    "buffered",
-    "buffered_fast",
     "dense",
     "depends_on",
     "fast_depends_on",
@@ -41,8 +39,6 @@ __all__ = [
     "is_conv",
     "offloaded_fast_scale",
     "offloaded_scale",
-    "parameters_of",
-    "same",
     "scale_of",
     "stored_scale",
     "wants_gradient",
@@ -320,39 +316,3 @@ def _shape(layer: Any, adapter: str, weight: Tensor) -> tuple[int, ...]:
 def is_conv(layer: Any) -> bool:
     """Whether a LoRA layer is a convolution's."""
     return isinstance(layer, _ConvNd)
-
-
-def buffered(layer: Any, kind: str, adapter: str) -> Buffers:
-    """Derive ``s``, and ``g`` as a tensor: a guard on a number would be a recompilation."""
-    dtype = layer.lora_A[adapter].weight.dtype if kind == "linear" else None
-    scale = stored_scale.__wrapped__(layer, adapter, dtype)
-    return scale, _as_tensor(layer.scaling[adapter], scale)
-
-
-def buffered_fast(layer: Any, kind: str, adapter: str) -> Buffers:  # noqa: ARG001
-    """Derive what the fast arithmetic takes, and ``g`` as a tensor."""
-    scale, *shift = fast_scale.__wrapped__(layer, adapter)
-    return scale, *shift, _as_tensor(layer.scaling[adapter], scale)
-
-
-def parameters_of(layer: Any, adapter: str) -> tuple[Tensor | None, ...]:
-    """Return the parameters that the values depend on, in a way that torch.compile can follow."""
-    base = base_layer(layer)
-    if adapter in layer.lora_A:
-        lora_b = layer.lora_B[adapter]
-        factors = (layer.lora_A[adapter].weight, lora_b.weight, lora_b.bias)
-    else:
-        factors = (layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], None)
-    magnitude = layer.lora_magnitude_vector[adapter].weight
-    return (magnitude, *factors, *base._parameters.values(), *base._buffers.values())
-
-
-def same(ours: tuple[object, ...], theirs: tuple[object, ...]) -> bool:
-    """Whether two tuples hold the very same objects; torch.compile can follow it."""
-    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs))  # noqa: B905
-
-
-def _as_tensor(scaling: Any, like: Tensor) -> Tensor:
-    # Without dimensions it promotes nothing, as a number would not.
-    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return torch.as_tensor(scaling, dtype=dtype, device=like.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,17 +21,10 @@ from dora_cache.ambient import functorch_stack
 from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import only_moves, reduce_as_plain
 from dora_cache.reasons import Reason
-from dora_cache.recipes.compiled import Buffer, prepare
 from dora_cache.recipes.dora.outputs import FORWARDS, OFFLOADED
 from dora_cache.recipes.dora.values import (
-    buffered,
-    buffered_fast,
-    depends_on,
-    fast_depends_on,
     fast_scale,
     has_offloaded,
-    parameters_of,
-    same,
     wants_gradient,
 )
 from dora_cache.recipes.peft_layers import drops, why_training
@@ -40,7 +32,6 @@ from dora_cache.recipes.peft_layers import drops, why_training
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dora_cache.binding import Binding
     from dora_cache.recipes.dora.bound import Bound
 
 __all__ = [
@@ -84,7 +75,6 @@ class CachedVariant:
 
     Attributes:
         original: PEFT's.
-        buffer: what compiled code reads.
         bound: the layer as bound to its stored value, where it is a linear one; or None.
         kind: of the arithmetic.
         numerics: likewise.
@@ -93,17 +83,9 @@ class CachedVariant:
     kind: str
     numerics: str
 
-    def __init__(self, original: Any, binding: Binding, adapter: str) -> None:
+    def __init__(self, original: Any) -> None:
         self.original = original
         self.bound: Bound | None = None
-        fast = self.numerics == "fast"
-        self.buffer = Buffer(
-            binding,
-            adapter,
-            partial(fast_depends_on if fast else depends_on, adapter=adapter),
-            partial(buffered_fast if fast else buffered, kind=self.kind, adapter=adapter),
-            partial(parameters_of, adapter=adapter),
-        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce_as_plain(self.original.__reduce_ex__(protocol))
@@ -114,7 +96,6 @@ def cached_variant(plain: Any, numerics: str) -> Any:
     """Return a subclass of a variant's class whose forward uses what is stored."""
     kind = kind_of(plain)
     forward = FORWARDS[numerics, kind]
-    readable = _readable if numerics == "fast" else _as_derived
 
     def run(
         module: Any,
@@ -123,24 +104,18 @@ def cached_variant(plain: Any, numerics: str) -> Any:
         result: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            binding = module.__dict__.get(SLOT)
             if (
-                module.__dict__.get(SLOT) is None  # a copy that shares this variant
-                or torch.compiler._is_exporting_flag  # torch 2.11 takes is_exporting() for True
+                binding is None  # a copy that shares this variant
+                or torch.compiler._is_exporting_flag
+                or (module.training and binding.reader is None and binding.trains)
                 or stands_aside(module, active_adapter)
             ):
                 return plain.forward(
                     module, active_adapter=active_adapter, x=x, result=result, **kwargs
                 )
-            buffers = None
-            if readable(module, active_adapter, x):
-                buffer = module.lora_variant[active_adapter].buffer
-                prepare(buffer.cache, active_adapter)
-                if buffer.values is not None and same(
-                    buffer.parameters, parameters_of(module, active_adapter)
-                ):
-                    buffers = buffer.values
-            return forward(module, active_adapter, x, result, buffers)
+            return forward(module, active_adapter, x, result)
         binding = module.__dict__.get(SLOT)
         reason = None
         if binding is not None:
@@ -200,10 +175,9 @@ def bake_variant(layer: Any, adapter: str, keep: Callable[[str, Any], list[str]]
 def stands_aside(layer: Any, adapter: str) -> bool:
     """Whether compiled code has to run PEFT's own: see :func:`why_unusual`."""
     modules = layer._modules
-    if layer.training:
-        dropout = modules["lora_dropout"]._modules.get(adapter)
-        if layer.__dict__[SLOT].trains or (dropout is not None and drops(dropout)):
-            return True
+    dropout = modules["lora_dropout"]._modules.get(adapter)
+    if dropout is not None and drops(dropout):
+        return True
     for name in _PARTS:
         part = modules[name]._modules.get(adapter)
         if part is not None and (
@@ -251,15 +225,3 @@ def why_unusual(layer: Any, adapter: str) -> Reason | None:
             ):
                 return Reason.UNUSUAL_PART
     return None
-
-
-def _readable(layer: Any, adapter: str, x: Tensor) -> bool:  # noqa: ARG001
-    """Whether compiled code may read buffers here: with gradients it needs the magnitude."""
-    return not wants_gradient(layer, adapter)
-
-
-def _as_derived(layer: Any, adapter: str, x: Tensor) -> bool:
-    """Whether PEFT would derive here what is buffered: autocast and the input's dtype matter."""
-    if not _readable(layer, adapter, x) or torch.is_autocast_enabled(x.device.type):
-        return False
-    return adapter not in layer.lora_A or x.dtype == layer.lora_A[adapter].weight.dtype

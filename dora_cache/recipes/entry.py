@@ -1,0 +1,322 @@
+"""The check at entry of compiled code: what it reads is up to date before it runs.
+
+In-place writes, other data in a parameter and scalings set by hand raise no event, and compiled
+code looks nothing up. So TorchDynamo's guards, which are checked at each call and outside of CUDA
+graphs, come here: one pass compares what views and values were made from with what is there now.
+Layers for which that has changed are brought up to date, at the same addresses. A guard fails only
+if that cannot be done.
+
+Two guards share the work. One of the code as a whole checks the layers that were traced. Where
+other layers run the same code, as blocks do that are compiled one by one, the :class:`Key` of each
+is compared with that of the layer that was traced, and checks its own.
+
+Layouts of tensors that a view has are not compared here: the compiler's own guards see to them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from operator import attrgetter, getitem, is_
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dora_cache.ambient import EntryGuard, traced_constant, traced_region
+from dora_cache.copying import Uncopyable
+from dora_cache.facts import EXACT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+    from dora_cache.engine import Engine
+    from dora_cache.facts import Reading
+    from dora_cache.recipes.compiled import Holder
+
+__all__ = ["BEHIND", "Entry", "Key", "Place", "Watch", "enter", "joined", "watch", "watch_places"]
+
+_version: Callable[[Tensor], int] = attrgetter("_version")
+_address = Tensor.data_ptr
+Place = tuple["Mapping[Any, Any]", "Hashable", "Hashable", object]
+"""A mapping of mappings, a key in it, a key in what is found there, and what is there in turn."""
+
+
+class Watch(NamedTuple):
+    """What views and values were made from, as it was then, to be compared fast.
+
+    Attributes:
+        tensors: the tensors.
+        versions: their version counters.
+        addresses: of their data.
+        mappings: where scalars are, and parts of a layer: in a mapping of mappings.
+        names: keys in these.
+        keys: keys in what is found there.
+        items: what was found there in turn.
+        loose: those of the tensors whose layouts have to be compared.
+        layouts: their sizes, strides and dtypes.
+        complete: whether nothing else matters. Else all dependencies have to be listed and read.
+    """
+
+    tensors: list[Tensor]
+    versions: list[int]
+    addresses: list[int]
+    mappings: list[Mapping[Any, Any]]
+    names: list[Hashable]
+    keys: list[Hashable]
+    items: list[object]
+    loose: list[Tensor]
+    layouts: list[tuple[object, ...]]
+    complete: bool
+
+    def holds(self) -> bool:
+        """Whether all of it is as it was. Raises if something is not there any more."""
+        found = map(getitem, map(getitem, self.mappings, self.names), self.keys)
+        return (
+            list(map(_version, self.tensors)) == self.versions
+            and list(map(_address, self.tensors)) == self.addresses
+            and all(map(is_, found, self.items))
+            and (not self.loose or list(map(_layout, self.loose)) == self.layouts)
+        )
+
+
+def watch(
+    owner: nn.Module,
+    adapters: Sequence[str],
+    dependencies: Iterable[object],
+    reading: Reading,
+    guarded: set[int],
+) -> Watch:
+    """Note what a value of a recipe of this package depends on.
+
+    Scalars are looked for among the attributes of the layer and its parts, and under the adapters'
+    names in those that are dictionaries; recipes take them from nowhere else.
+
+    Args:
+        owner: the layer.
+        adapters: names of adapters.
+        dependencies: as they are listed.
+        reading: of the dependencies.
+        guarded: ids of the tensors that compiled code has guards on.
+    """
+    complete = not reading.elsewhere
+    places: list[Place] = []
+    sizes = {size for tensor in reading.tensors for size in tensor.size()}
+    for item in dependencies:
+        if isinstance(item, Tensor):
+            complete &= type(item) in EXACT  # one that wraps others may exchange them
+        elif item is not None:  # that is a parameter's place, which compiled code compares itself
+            found = _places(owner, adapters, item) if _is_plain(item) else []
+            complete &= bool(found) or (type(item) is int and item in sizes)
+            places += found
+    loose = [tensor for tensor in reading.tensors if id(tensor) not in guarded]
+    return _made(reading.tensors, places, loose, complete=complete)
+
+
+def watch_places(places: Sequence[Place]) -> Watch:
+    """Note what is found in some places."""
+    return _made([], places)
+
+
+def joined(watches: Sequence[Watch]) -> Watch:
+    """Return what several watch as one, each tensor once."""
+    facts = {
+        (id(tensor), version, address): tensor
+        for one in watches
+        for tensor, version, address in zip(one.tensors, one.versions, one.addresses, strict=True)
+    }
+    return Watch(
+        list(facts.values()),
+        [version for _, version, _ in facts],
+        [address for _, _, address in facts],
+        [mapping for one in watches for mapping in one.mappings],
+        [name for one in watches for name in one.names],
+        [key for one in watches for key in one.keys],
+        [item for one in watches for item in one.items],
+        [tensor for one in watches for tensor in one.loose],
+        [layout for one in watches for layout in one.layouts],
+        complete=all(one.complete for one in watches),
+    )
+
+
+def _made(
+    tensors: Sequence[Tensor],
+    places: Sequence[Place],
+    loose: Sequence[Tensor] = (),
+    *,
+    complete: bool = True,
+) -> Watch:
+    mappings, names, keys, items = (
+        [list(column) for column in zip(*places, strict=True)] if places else ([], [], [], [])
+    )
+    return Watch(
+        list(tensors),
+        list(map(_version, tensors)),
+        list(map(_address, tensors)),
+        mappings,
+        names,
+        keys,
+        items,
+        list(loose),
+        list(map(_layout, loose)),
+        complete,
+    )
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.size(), tensor.stride(), tensor.dtype
+
+
+_SCALARS = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
+
+
+def _is_plain(item: object) -> bool:
+    if isinstance(item, tuple):
+        return all(isinstance(one, _SCALARS) for one in item)
+    return isinstance(item, _SCALARS)
+
+
+def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Place]:
+    found: list[Place] = []
+    for module in owner.modules():
+        state = module.__dict__
+        for name, value in state.items():
+            if value is item:
+                found.append(({None: state}, None, name, item))
+            elif type(value) is dict:
+                found += [(state, name, key, item) for key in adapters if value.get(key) is item]
+    return found
+
+
+BEHIND = _made([], [({None: {None: object()}}, None, None, None)])
+"""What never holds."""
+
+
+@traced_constant
+class Key(Uncopyable):
+    """Stands for a layer where compiled code is traced; equal to those of the same cache.
+
+    Comparing it with one that was traced brings the layer up to date; see the module.
+
+    Args:
+        cache: a string that stands for the cache.
+        holder: the layer's; no strong reference is kept.
+        checks: whether the layer is to be checked.
+    """
+
+    __slots__ = ("__weakref__", "_holder", "cache", "checks")
+
+    def __init__(self, cache: str, holder: Holder, *, checks: bool) -> None:
+        self.cache = cache
+        self.checks = checks
+        self._holder = weakref.ref(holder)
+
+    @property
+    def holder(self) -> Holder | None:
+        """The layer's, or None if it is gone."""
+        return self._holder()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not Key or other.cache != self.cache:
+            return False
+        if not self.checks:
+            return True
+        holder = self._holder()
+        return holder is not None and holder.check()
+
+    def __hash__(self) -> int:
+        return hash(self.cache)
+
+    def __repr__(self) -> str:
+        return self.cache
+
+
+class Entry(Uncopyable):
+    """The check of all layers whose views one piece of compiled code reads."""
+
+    __slots__ = ("__weakref__", "_changes", "_holders", "_known")
+
+    def __init__(self) -> None:
+        self._holders: dict[weakref.ref[Holder], None] = {}
+        self._changes = 0
+        self._known: tuple[int, Watch, list[Holder]] | None = None
+
+    def add(self, holder: Holder) -> None:
+        """Check a layer as well; the cache's lock is held."""
+        holder.entries.add(self)
+        self._holders[weakref.ref(holder)] = None
+        self.changed()
+
+    def changed(self) -> None:
+        """Look anew at what the layers watch; the cache's lock is held."""
+        self._changes += 1
+        self._known = None  # and keep nothing of it alive
+
+    def check(self) -> bool:
+        """Bring the layers up to date; return whether the code may read what it has read before.
+
+        It never raises.
+        """
+        try:
+            known = self._known
+            if known is None or known[0] != self._changes:
+                known = self._look()
+            _, watch, others = known
+            held = watch.holds()
+            if held and not others:
+                return True
+            holders = others if held else self._living()
+        except Exception:  # noqa: BLE001 - what was watched is not there any more, or worse
+            holders = self._living()
+        # In any case all of them: what is behind is brought up to date before the next call.
+        found = [holder.check() for holder in holders]
+        return all(found)
+
+    def _living(self) -> list[Holder]:
+        return [holder for weak in list(self._holders) if (holder := weak()) is not None]
+
+    def _look(self) -> tuple[int, Watch, list[Holder]]:
+        """Note what all layers watch, and which of them have to be looked at one by one."""
+        changes = self._changes  # before anything is read: what comes meanwhile shows
+        fast: list[Watch] = []
+        others: list[Holder] = []
+        for holder in self._living():
+            watch = holder.watch
+            if watch is not None:
+                if watch.complete:
+                    fast.append(watch)
+                else:
+                    others.append(holder)
+        self._known = known = changes, joined(fast), others
+        return known
+
+
+def enter(cache: Engine, holder: Holder) -> None:
+    """Have the code that is traced now check a layer at each call."""
+    region = traced_region()
+    if region is None:
+        return
+    guards = _regions.setdefault(region, {})
+    guard, reference = guards.get(cache.token, (None, lambda: None))
+    entry = reference()
+    if guard is None or entry is None:
+        entry = Entry()
+        reference = weakref.ref(entry)
+        check = partial(_check, reference)
+        # The cache keeps it for as long as there is code that calls the check.
+        cache.buffers.entries[check] = entry
+        guard = EntryGuard(check)
+        guards[cache.token] = guard, reference
+    with cache.mutex.lock:
+        entry.add(holder)
+    guard.install()
+
+
+def _check(reference: weakref.ref[Entry]) -> bool:
+    entry = reference()
+    return entry is not None and entry.check()
+
+
+_regions: weakref.WeakKeyDictionary[
+    Any, dict[int, tuple[EntryGuard, Callable[[], Entry | None]]]
+] = weakref.WeakKeyDictionary()

@@ -1,0 +1,4 @@
+from compiled_machine import CompiledKindsMachine, FastCompiledKindsMachine
+
+TestPeft = CompiledKindsMachine.TestCase
+TestFast = FastCompiledKindsMachine.TestCase
