@@ -35,7 +35,7 @@ version = release = dora_cache.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # The tables are parts of pages.
-exclude_patterns = ["_build", "coverage-table.md", "freshness-table.md", "where-it-works-table.md"]
+exclude_patterns = ["_build", "*-table.md"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "description"
@@ -44,5 +44,7 @@ autodoc_member_order = "bysource"
 napoleon_use_ivar = True  # the attributes that a class lists are not documented a second time
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"dora-cache {release}"
 html_show_copyright = False

@@ -1,4 +1,4 @@
-"""What follows or changes operations at present: autocast, modes, tracing, gradients, devices.
+"""State that affects operations: autocast, modes, tracing, gradients, default dtype and device.
 
 The only module of the core that calls PyTorch's private functions. Each is tried at import on what
 it must notice. One that fails, or is missing, is replaced by a public way that is slower or notices

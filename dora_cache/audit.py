@@ -1,4 +1,4 @@
-"""The audit: contents that values were derived from are compared in turn, a little at each use.
+"""The audit: compare contents that values were derived from, a few at each use.
 
 Version counters do not show writes through ``p.data``, numpy or collectives. So the contents of a
 value's dependencies, and of the value itself, are hashed when it is derived, and hashed again at

@@ -1,4 +1,4 @@
-"""What an exported program has as constants."""
+"""Records of the constants in an exported program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ties an owner of derived values to a cache."""
+"""The connection between an owner of derived values and a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compiled code reads: derived values at fixed addresses, past any lookup.
+"""Buffers of derived values, which compiled code reads without a lookup.
 
 The core voids them at events, fills them afterwards, and counts their bytes towards the cap. What
 they hold, and how it is derived, is the recipes' business.

@@ -1,4 +1,4 @@
-"""The cache that users hold."""
+"""The public handle of a cache, which ``attach()`` returns."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ __all__ = ["AdapterCache"]
 
 
 class AdapterCache:
-    """Holds the derived values of one model, and knows when each may be used.
+    """The cache of one model: its derived values, checked before each use.
 
     Made by :func:`dora_cache.attach`. Every method may be called from any thread.
 
     A copy or pickle of it, or of an object that holds it, gives a detached cache with the same
-    ``config``: it holds nothing, its counters are zero, and what needs an attached cache raises
-    :class:`DetachedError`. The copied model is a plain one; attach to it for a cache of its own.
+    ``config``: it is empty, its counters are zero, and methods that need an attached cache raise
+    :class:`DetachedError`. The copied model is a plain one; attach another cache to it.
 
     Args:
-        engine: what holds the values.
+        engine: holds the values.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,7 +53,7 @@ class AdapterCache:
         return self._engine.config
 
     def stats(self) -> CacheStats:
-        """Return the counters as they are now."""
+        """Return a snapshot of the counters."""
         engine = self._engine
         with engine.mutex.held():
             backend = engine.memory.backend
@@ -79,14 +79,14 @@ class AdapterCache:
         )
 
     def invalidate(self, adapter: str | None = None, *, module: nn.Module | None = None) -> int:
-        """Drop entries, and void values that are being derived now.
+        """Drop entries. Values that are being derived now are not stored.
 
         Args:
             adapter: only this adapter's; by default every adapter's.
             module: only those of this module, its submodules, and objects that these hold.
 
         Returns:
-            How many entries went.
+            The number of entries dropped.
         """
         owners = None
         if module is not None:
@@ -116,7 +116,7 @@ class AdapterCache:
 
     @contextmanager
     def bypass(self) -> Iterator[None]:
-        """Go past the cache for a while, in this thread (or task) only; entries are kept."""
+        """Disable the cache within the block, for this thread or task only; entries are kept."""
         token = self._engine.token
         bypassed_here.set((*bypassed_here.get(), token))
         try:
@@ -128,19 +128,19 @@ class AdapterCache:
             bypassed_here.set(tuple(rest))
 
     def warm(self, adapters: Iterable[str] | None = None, *, progress: bool = False) -> int:
-        """Derive values ahead of their first use, in the present autocast state.
+        """Derive values before their first use, in the current autocast state.
 
-        Layer by layer, so that it takes no more memory than the largest one's derivation.
+        Layers are derived one after the other, so the extra memory is that of the largest one.
 
         Args:
             adapters: names of the adapters to derive for; by default all that the model has.
-            progress: show on stderr how many values are done.
+            progress: show a count of derived values on stderr.
 
         Returns:
-            How many values were derived; those that were there already do not count.
+            The number of values derived; values that existed already do not count.
 
-        Values that cannot be stored at present are not derived: the reason is in the report, and
-        is said once by a warning.
+        Values that cannot be stored at present are not derived: the reason is in the report and in
+        one warning.
 
         Raises:
             AdapterNotFoundError: no cached layer has such an adapter.
@@ -212,14 +212,14 @@ class AdapterCache:
             yield baked
 
     def resize(self, max_bytes: int | str) -> None:
-        """Change the cap; what does not fit any more is evicted at once.
+        """Change the cap; entries that no longer fit are evicted at once.
 
-        What compiled code reads counts towards the cap. It is dropped where even that does not
-        fit, and the code is then compiled again at its next use and derives the values itself.
+        The buffers of compiled code count towards the cap. If they do not fit, they are dropped;
+        the code is then compiled again at its next use and derives the values itself.
 
         Args:
             max_bytes: bytes like 268435456, or ``"256MiB"``, ``"1.5GB"``, ``"10%"`` (of the memory
-                that is free now). Each device of a model that spans several gets such a cap.
+                that is free now). A model on several devices gets such a cap on each.
 
         Raises:
             ConfigError: not a size, or the backend has no cap that can be changed.
@@ -233,17 +233,17 @@ class AdapterCache:
             engine.memory.resize(max_bytes, buffers.all(), buffers.drop, engine.seen())
 
     def pin(self, adapter: str) -> int:
-        """Keep an adapter's values: they are not evicted, and new ones find room.
+        """Keep an adapter's values: they are not evicted, and room is made for new ones.
 
-        Those held are pinned now, those derived later as they come. Events still drop what no
-        longer holds; the pin stays, for what is derived after that. A value that does not fit
-        beside what else is pinned is derived at every use, as any that does not fit.
+        Values that are held are pinned now, and others when they are derived. Values that become
+        invalid are dropped all the same; the pin then applies to the values derived next. A value
+        that does not fit together with the other pinned values is derived at every use.
 
         Args:
             adapter: its name.
 
         Returns:
-            How many entries are held and pinned; :meth:`warm` derives those that are missing.
+            The number of entries held and pinned; :meth:`warm` derives the missing ones.
 
         Raises:
             AdapterNotFoundError: no cached layer has such an adapter.
@@ -262,7 +262,7 @@ class AdapterCache:
             return engine.memory.pin(adapter, cells)
 
     def unpin(self, adapter: str) -> None:
-        """Let an adapter's entries be evicted again; one that is not pinned is fine.
+        """Allow an adapter's entries to be evicted again; no error if it is not pinned.
 
         Raises:
             DetachedError: the cache is detached.
@@ -277,7 +277,7 @@ class AdapterCache:
         return tuple(sorted(self._engine.memory.pins))
 
     def report(self) -> CacheReport:
-        """Say what is held, by kind and adapter, and what it has saved."""
+        """Return what is held and the time saved, by kind, adapter and layer."""
         engine = self._engine
         stats = self.stats()
         layers = engine.layers()
@@ -306,11 +306,11 @@ class AdapterCache:
 
     @property
     def declined(self) -> list[Declined]:
-        """What could have been cached and is not: kind, adapter or None, where, and why."""
+        """Layers that could be cached but are not: kind, adapter or None, where, and why."""
         return list(self._engine.declined)
 
     def detach(self) -> None:
-        """Free every entry and give the model back as it was; a second call does nothing."""
+        """Free all entries and restore the model; a second call does nothing."""
         self._engine.close()
 
     def __enter__(self) -> Self:

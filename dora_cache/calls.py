@@ -1,4 +1,4 @@
-"""One call of a decorated function: its key, and what it depends on."""
+"""A call of a decorated function: its key and its dependencies."""
 
 from __future__ import annotations
 

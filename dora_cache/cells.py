@@ -1,4 +1,4 @@
-"""Cells: all that is known of each value, held or not; and how to find them."""
+"""Cells: the entry, facts and counters of one owner, derivation and key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must not be duplicated: objects that stand for one storage, stream, lock or cache."""
+"""Base class of objects that must not be copied or pickled."""
 
 from __future__ import annotations
 

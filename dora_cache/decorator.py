@@ -1,4 +1,4 @@
-"""The decorator: mark a method or function as deriving a value worth keeping."""
+"""The decorator ``@cached``: marks a method or function whose result is to be cached."""
 
 from __future__ import annotations
 

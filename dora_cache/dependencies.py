@@ -1,4 +1,4 @@
-"""From what ``depends_on`` returns to a list of what can be signed."""
+"""Convert what ``depends_on`` returns into tensors and plain values that can be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deriving values: once for all threads, where memory runs out, and stored only if they hold."""
+"""Derive values once for all waiting threads, and handle lack of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine of a cache: answers calls, stores what they derive, and forgets in time."""
+"""Look values up, have them derived and stored, and handle events."""
 
 from __future__ import annotations
 

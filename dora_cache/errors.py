@@ -1,4 +1,4 @@
-"""Every exception and warning that dora-cache raises."""
+"""All exceptions and warnings of dora-cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a value is never stored, or never used: what changes while it is derived, or between."""
+"""Explanations for values that are never stored or never reused: what changed, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages that only an extra installs."""
+"""Packages that only an extra installs, and errors where they are missing."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""What a value was derived from, and whether that is still so."""
+"""Facts: what a value was derived from, and whether it is unchanged."""
 
 from __future__ import annotations
 

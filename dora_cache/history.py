@@ -1,4 +1,4 @@
-"""Counters over time: a bounded number of samples, spread over all of it."""
+"""Samples of counters over time, bounded in number."""
 
 from __future__ import annotations
 

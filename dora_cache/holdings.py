@@ -1,4 +1,4 @@
-"""What a cache holds: storing entries, and forgetting them in time."""
+"""The entries of a cache: store them, and drop them on events."""
 
 from __future__ import annotations
 

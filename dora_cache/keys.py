@@ -1,4 +1,4 @@
-"""From a call to a key: one key for one logical call, however its arguments are spelled."""
+"""Keys of calls: the same key however the arguments are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache may hold, and where: caps, what compiled code takes of them, and pins."""
+"""Backends, caps, pins, and the share of compiled code's buffers."""
 
 from __future__ import annotations
 

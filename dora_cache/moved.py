@@ -1,4 +1,4 @@
-"""What tensors contain whose data is exchanged by a library that moves or casts it.
+"""Track the contents of tensors whose data a library moves or casts and moves back.
 
 Offloading gives a parameter other memory at each move, while what it contains stays. Here such a
 content has a number. It goes with the parameter from one place to the next, as long as whoever

@@ -1,4 +1,4 @@
-"""The lock of a cache, what has to wait until it is released, and warnings given then."""
+"""The lock of a cache, and work and warnings that are deferred until it is released."""
 
 from __future__ import annotations
 

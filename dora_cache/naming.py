@@ -1,4 +1,4 @@
-"""Names of layers: which owner is which module, and many names in little room."""
+"""Names of layers: the module names of owners, and short forms for many names."""
 
 from __future__ import annotations
 

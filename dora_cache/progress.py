@@ -1,4 +1,4 @@
-"""A count on the terminal of how far something is."""
+"""A count of finished items on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a call goes past the cache, and why a derived value is not kept: one closed list."""
+"""Reasons for which a call bypasses the cache or a value is not kept: one closed list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storages that are freed and filled again, and what is known of their content.
+"""Track storages that are freed and filled again, and what is known of their contents.
 
 A refill leaves no trace in a tensor: the version counter stays, the storage stays, and the address
 may be another each time. So of such a storage a number stands for its content. Whoever fills it

@@ -1,4 +1,4 @@
-"""What may be stored of what a function returned."""
+"""Checks and copies of a function's result before it is stored."""
 
 from __future__ import annotations
 

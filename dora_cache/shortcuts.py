@@ -1,4 +1,4 @@
-"""A check of everything that one call's answer rests on, in one generated expression.
+"""Generate one expression that checks everything a hit depends on.
 
 It compares what :class:`dora_cache.facts.Facts` compare, for calls in the common state.
 """

@@ -1,4 +1,4 @@
-"""What a cache has done so far."""
+"""Counters of a cache."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ __all__ = ["CacheStats"]
 class CacheStats:
     """A snapshot of a cache's counters.
 
-    Two sums always hold: lookups are hits and misses, and
+    Two equations always hold: ``lookups == hits + misses``, and
     ``stores == entries + evictions + invalidations + replacements``. All but ``entries``, which is
-    the backend's own number, are counters, so the second holds for a backend that reports what it
-    evicts, and deletes what it is told to.
+    the backend's own number, are counters, so the second one requires a backend that reports its
+    evictions and deletes entries as told.
 
     Attributes:
         hits: lookups answered without deriving, waiting for another thread's result included.
         misses: lookups that derived the value.
         stores: values that the backend kept.
-        evictions: entries that the backend dropped to make room, or the cache did, as for what
-            compiled code reads and where memory ran out.
+        evictions: entries dropped to make room, by the backend, or by the cache for the buffers of
+            compiled code and where memory ran out.
         rejections: values that the backend did not keep, for instance larger than the cap.
-        invalidations: entries dropped because they no longer hold, or because a caller said so.
-        replacements: entries that a newer value under the same key took the place of, or would
-            have if it had been kept.
-        derive_seconds: spent deriving, by the host's clock (on a GPU, where deriving is launched
-            and not waited for, that is the time to launch it).
-        bypasses: calls that went past the cache (training, gradients through the value, tracing,
-            ``bypass()``, or whatever else cannot be checked).
+        invalidations: entries dropped because they were no longer valid, or by ``invalidate()``.
+        replacements: entries dropped for a newer value under the same key, whether or not the
+            backend kept that value.
+        derive_seconds: time spent deriving, by the host's clock (on a GPU, the time to launch the
+            work, not to run it).
+        bypasses: calls for which the cache was not used (training, gradients through the value,
+            tracing, ``bypass()``, and everything else that cannot be checked).
         entries: entries held now.
-        nbytes: bytes held now, each distinct storage once; what compiled code reads included.
+        nbytes: bytes held now, each distinct storage once; buffers of compiled code included.
         max_bytes: the most bytes that may be held; None if unbounded.
-        reasons: how often each reason applied, by its name: why calls went past the cache, and why
+        reasons: how often each reason applied, by its name: why calls bypassed the cache, and why
             derived values were not kept. See :class:`dora_cache.reasons.Reason`.
     """
 

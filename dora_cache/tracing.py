@@ -1,4 +1,4 @@
-"""OpenTelemetry spans, where the application records any."""
+"""OpenTelemetry spans, if the application records them."""
 
 from __future__ import annotations
 

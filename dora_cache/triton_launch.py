@@ -1,4 +1,4 @@
-"""Launching Triton kernels: what has been compiled, past the search for it."""
+"""Launch compiled Triton kernels without Triton's search for them."""
 
 from __future__ import annotations
 

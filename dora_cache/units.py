@@ -1,4 +1,4 @@
-"""Sizes and times for people."""
+"""Format sizes and times."""
 
 __all__ = ["format_bytes", "format_seconds"]
 

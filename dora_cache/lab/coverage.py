@@ -38,29 +38,38 @@ __all__ = [
 ]
 
 NOTHING_TO_CACHE = {
-    "LORA": ("LoRA without DoRA", "its two products all have the input in them"),
-    "ADALORA": ("AdaLoRA", "it multiplies one factor by a vector, which is as quick as a lookup"),
-    "ADAMSS": ("AdaMSS", "its products all have the input in them"),
+    "LORA": ("LoRA without DoRA", "both of its products involve the input"),
+    "ADALORA": (
+        "AdaLoRA",
+        "it multiplies one factor by a vector, which takes no longer than a lookup",
+    ),
+    "ADAMSS": ("AdaMSS", "all of its products involve the input"),
     "ADAPTION_PROMPT": (
         "Adaption prompt",
         "it projects a few prompt tokens; the rest is attention",
     ),
     "BEFT": ("BEFT", "it adds a bias"),
-    "CARTRIDGE": ("Cartridge", "it reads its keys and values as they are"),
-    "CPT": ("CPT", "it looks its prompt up"),
-    "DEFT": ("DEFT", "most of its forward has the input in it; the rest is as quick as a lookup"),
-    "GRALORA": ("GraLoRA", "its products all have the input in them"),
+    "CARTRIDGE": ("Cartridge", "it stores its keys and values directly"),
+    "CPT": ("CPT", "its prompt is an embedding lookup"),
+    "DEFT": (
+        "DEFT",
+        "most of its forward involves the input; the rest takes no longer than a lookup",
+    ),
+    "GRALORA": ("GraLoRA", "all of its products involve the input"),
     "IA3": ("IA³", "it multiplies by a vector"),
-    "LILY": ("Lily", "its router mixes factors by the input"),
-    "LN_TUNING": ("LN tuning", "its layer norms are ordinary ones"),
+    "LILY": ("Lily", "its router mixes factors depending on the input"),
+    "LN_TUNING": ("LN tuning", "it trains ordinary layer norms"),
     "MULTITASK_PROMPT_TUNING": ("Multitask prompt tuning", "it multiplies its prompt by a vector"),
-    "PROMPT_TUNING": ("Prompt tuning", "it looks its prompt up"),
-    "PVERA": ("PVeRA", "its products all have the input in them"),
-    "ROAD": ("RoAd", "its sines and cosines are vectors, as quick as a lookup"),
+    "PROMPT_TUNING": ("Prompt tuning", "its prompt is an embedding lookup"),
+    "PVERA": ("PVeRA", "all of its products involve the input"),
+    "ROAD": (
+        "RoAd",
+        "it computes sines and cosines of vectors, which takes no longer than a lookup",
+    ),
     "SHADOW": ("Shadow", "it works on hidden states"),
-    "TINYLORA": ("TinyLoRA", "it makes a tiny matrix, as quick as a lookup"),
-    "VERA": ("VeRA", "its products all have the input in them"),
-    "XLORA": ("X-LoRA", "its scalings come from a classifier of the input"),
+    "TINYLORA": ("TinyLoRA", "it computes a tiny matrix, which takes no longer than a lookup"),
+    "VERA": ("VeRA", "all of its products involve the input"),
+    "XLORA": ("X-LoRA", "its scalings depend on the input"),
 }
 """Kinds by PEFT's names for them: what they are called, and why they need no cache."""
 
@@ -252,7 +261,10 @@ def _times(speed: Speed) -> str:
 
 
 def _share(held: int, row: Covered) -> str:
-    return f"{held / row.base_bytes:.3g}" if row.base_bytes else "-"
+    if not row.base_bytes:
+        return "-"
+    share = held / row.base_bytes
+    return f"{share:.0%}" if share >= 0.095 else f"{100 * share:.2g}%"  # noqa: PLR2004
 
 
 def summary(rows: Sequence[Covered], least: float = 1.3) -> str:
@@ -299,7 +311,7 @@ def page(rows: Sequence[Covered], machine: dict[str, Any]) -> str:
 
 
 def as_markdown(rows: Sequence[Covered]) -> str:
-    """Return a row for each example and numerics."""
+    """Return a row for each example and numerics; the layers' sizes are below the table."""
     lengths = sorted({length for row in rows for length in row.uncached_us})
     heads = ["adapter", "layer", "stored", "numerics", "held", "of the weight"]
     heads += [f"{length} token{'s' if length > 1 else ''}" for length in lengths]
@@ -309,15 +321,20 @@ def as_markdown(rows: Sequence[Covered]) -> str:
             held = row.held[numerics]
             cells = [
                 row.example,
-                row.layer,
+                _kind_of(row.layer),
                 ", ".join(row.stores[numerics]),
                 numerics,
-                format_bytes(held),
+                format_bytes(held).replace(" ", "\N{NO-BREAK SPACE}"),
                 _share(held, row),
                 *(_times(speeds[length]) for length in lengths),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    layers = {_kind_of(row.layer): row.layer for row in rows}
+    return "\n".join([*lines, "", f"Sizes: {', '.join(layers.values())}.", ""])
+
+
+def _kind_of(layer: str) -> str:
+    return layer.rpartition("(")[0]
 
 
 def nothing_as_markdown() -> str:

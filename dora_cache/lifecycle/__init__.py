@@ -1,4 +1,4 @@
-"""Events that void stored values: mode switches, moves, adapter operations, steps, writers."""
+"""Events that invalidate stored values: mode switches, moves, adapter operations, writers."""
 
 from dora_cache.lifecycle.arrivals import follow_arrivals
 from dora_cache.lifecycle.followers import Followers, wrap

@@ -1,4 +1,4 @@
-"""What is worth storing, one small module for each family of adapters.
+"""What to store for each kind of adapter: one small module for each family.
 
 To add an adapter kind, write a module with a ``RECIPE`` (most are a ``hooks.LayerRecipe``;
 ``fourierft.py`` is the shortest example) and add its row to ``RECIPES``. From another package, use

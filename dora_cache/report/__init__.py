@@ -1,4 +1,4 @@
-"""What a cache holds and what that has saved: as data, as a table, as a curve, and as a page."""
+"""Reports of what a cache holds and the time saved: as data, tables, curves and HTML pages."""
 
 from dora_cache.report.data import (
     CacheReport,

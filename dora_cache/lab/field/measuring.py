@@ -8,6 +8,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -219,23 +220,35 @@ def as_table(rows: Sequence[Row]) -> Table:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Return the same table for the documentation, and the reasons' advice."""
-    heads = (*_TITLES, *(f"{way}, ms" for way in WAYS), "test")
-    lines = [_line(heads), _line("---" for _ in heads)]
-    lines += [markdown_line(row) for row in rows]
+    """Return a table for each library, and the reasons' advice, for the documentation."""
+    heads = ("set-up", *_TITLES[2:], *(f"{way}, ms" for way in WAYS))
+    lines: list[str] = []
+    for library, group in groupby(rows, key=_library):
+        members = list(group)
+        tests = ", ".join(f"`{test}`" for test in dict.fromkeys(row.test for row in members))
+        lines += [f"## {library}", "", f"Tested by {tests}.", ""]
+        lines += [_line(heads), _line("---" for _ in heads)]
+        lines += [*map(markdown_line, members), ""]
     reasons = dict.fromkeys(reason for row in rows for reason in row.reasons)
     if reasons:
-        lines += ["", "What to do where it is not cached:", ""]
+        lines += ["## Where it is not cached", ""]
         lines += [f"- {reason}: {Reason[_named(reason)].advice}" for reason in reasons]
-    return "\n".join(lines) + "\n"
+        lines.append("")
+    return "\n".join(lines)
 
 
 def markdown_line(row: Row) -> str:
-    """Return the row's line of that table; what is other than listed stands out."""
-    name, library, cached, *ratios = _cells(row)
+    """Return the row's line of its library's table; what is other than listed stands out."""
+    name, _, cached, *ratios = _cells(row)
     cached = cached if row.agrees else f"**{cached}**"
-    times = [str(row.ms.get(way) or row.absent.get(way, "-")) for way in WAYS]
-    return _line((name, library, cached, *ratios, *times, f"`{row.test}`"))
+    times = [
+        figure(row.ms[way].median) if way in row.ms else row.absent.get(way, "-") for way in WAYS
+    ]
+    return _line((name, cached, *ratios, *times))
+
+
+def _library(row: Row) -> str:
+    return f"{row.library} {row.version}".strip()
 
 
 def _named(value: str) -> str:
@@ -250,7 +263,7 @@ def _cells(row: Row) -> list[str]:
     """Name, library, whether it is cached, and the ratios."""
     cached = f"{row.cached} ({row.note})" if row.note else row.cached
     ratios = (row.ratios.get(" / ".join(pair), "-") for pair in _RATIOS)
-    return [row.name, f"{row.library} {row.version}".strip(), cached, *map(str, ratios)]
+    return [row.name, _library(row), cached, *map(str, ratios)]
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -267,7 +280,8 @@ def summary(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row], machine: Mapping[str, Any], width: int) -> str:
     """Return the table for the documentation, with what it was measured on."""
     return (
-        as_markdown(rows) + f"\nMeasured by `dora-cache lab field` with layers of width {width} on "
+        as_markdown(rows)
+        + f"\n## Machine\n\nMeasured by `dora-cache lab field` with layers of width {width} on "
         f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, peft "
         f"{machine['peft']}: medians of rounds in which all ways of a row took turns, and the "
         "quartiles.\n"
