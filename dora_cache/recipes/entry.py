@@ -217,6 +217,8 @@ class Key(Uncopyable):
         return self._holder()
 
     def __eq__(self, other: object) -> bool:
+        if other is self:  # the code's own check sees to it
+            return True
         if type(other) is not Key or other.cache != self.cache:
             return False
         if not self.checks:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dora_cache.facts import UncheckableError
-from dora_cache.recipes.compiled import view_of
+from dora_cache.decorator import SLOT
+from dora_cache.recipes.compiled import noted, view_of
 from dora_cache.recipes.dora.bound import bind
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
 from dora_cache.recipes.dora.values import fast_scale, stored_scale
@@ -87,6 +88,22 @@ def _forward(plain: Any, *, ordinary: bool, fast: bool) -> Callable[..., Tensor]
     return forward
 
 
+def is_common(view: Any) -> bool:
+    """Whether a layer's view is in the configuration that :func:`_traced` computes."""
+    state = view.__dict__
+    adapter = state["_active_adapter"]
+    if type(adapter) is not str:
+        return False
+    modules = view._modules
+    parts = [modules[name]._modules.get(adapter) for name in ("lora_A", "lora_B")]
+    return (
+        isinstance(state["lora_variant"].get(adapter), CachedVariant)
+        and type(modules["base_layer"]) is nn.Linear
+        and all(type(part) is nn.Linear and "weight" in part._parameters for part in parts)
+        and parts[0].bias is None
+    )
+
+
 def _traced(view: Any, x: Tensor, *, fast: bool) -> Tensor | None:
     """Compute the output of a layer's view. None if it is not in the common configuration.
 
@@ -94,28 +111,20 @@ def _traced(view: Any, x: Tensor, *, fast: bool) -> Tensor | None:
     call: so it is little, and without PEFT's properties and methods, each of which is guarded in
     all base classes.
     """
-    state = view.__dict__
-    active = state["_active_adapter"]
-    if len(active) != 1 or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return None
-    adapter = active[0]
-    # By this way alone: that two ways lead to one object, Dynamo guards in Python.
-    modules: Any = view._modules
-    base = modules["base_layer"]
     if (
-        not isinstance(state["lora_variant"].get(adapter), CachedVariant)
-        or type(base) is not nn.Linear
-        or stands_aside(view, adapter)
+        not noted(view.__dict__[SLOT].form)
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled(x.device.type)
     ):
         return None
-    lora_a = modules["lora_A"]._modules[adapter]
-    lora_b = modules["lora_B"]._modules[adapter]
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+    state = view.__dict__
+    adapter = state["_active_adapter"]
+    if stands_aside(view, adapter):
         return None
-    a: Any = lora_a._parameters
-    b: Any = lora_b._parameters
-    if "weight" not in a or "weight" not in b or a["bias"] is not None:  # pruned, for example
-        return None
+    modules: Any = view._modules
+    base = modules["base_layer"]
+    a: Any = modules["lora_A"]._modules[adapter]._parameters
+    b: Any = modules["lora_B"]._modules[adapter]._parameters
     dtype = a["weight"].dtype
     result: Tensor = base(x)
     if x.dtype is not dtype:
