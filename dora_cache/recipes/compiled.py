@@ -94,11 +94,10 @@ class _Known:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.caches: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
         self.holders: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
         self.calls: dict[_Call, int] = {}
         self.forms: dict[object, int] = {}
-        self.notes: dict[int, Hashable] = {0: None}
+        self.notes: dict[int, tuple[weakref.ref[Engine], str, Hashable]] = {}
         self.outputs: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
         self.handles = itertools.count(1)
 
@@ -149,19 +148,15 @@ class Reads(Face):
     several. ``v5`` is None while there are none.
 
     Attributes:
-        cache: a string that stands for the cache.
         form: as the gate's.
-        device: the type of the layer's device.
         handle: a number that stands for the holder, as a tensor: no guard is on its value.
         tensors: the parameters and buffers in the view that have a place.
     """
 
-    def __init__(self, cache: str, number: int) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__()
         self.training = False
-        self.cache = cache
         self.form = 0
-        self.device = "cpu"
         self.handle = torch.tensor(number, device="cpu")
         self.tensors: tuple[Tensor, ...] = ()
 
@@ -172,18 +167,17 @@ class Reads(Face):
 
     def read(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the value of a call whose owner is the view; ``torch.compile`` traces this."""
-        if torch.is_autocast_enabled(self.device) or (  # the library may derive another value
+        form = self.form
+        if torch.is_autocast_enabled(_device_of(form)) or (  # the library may derive another value
             torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
         ):
             return derivation.function(*args, **kwargs)
-        slot, count = _slot(
-            self.cache, self.form, derivation.number, args[1:], tuple(kwargs.items())
-        )
+        slot, count = _slot(form, derivation.number, args[1:], tuple(kwargs.items()))
         if not slot:
             raise UncheckableError("the value cannot be derived")
         values = getattr(self, f"v{slot}")
         if values is None:
-            found = torch.ops.dora_cache.derive(self.handle, self.form, slot)
+            found = torch.ops.dora_cache.derive(self.handle, form, slot)
             return tuple(found) if count else found[0]
         if not count:
             return values
@@ -398,7 +392,8 @@ class Holder(Uncopyable):
         idle: whether the layer has none of the active adapters.
         dependants: holders of layers to which it matters what this layer's active adapters are.
         finish: called with the layer and a view of it that has just been made; completes the view.
-        remark: called with a view; returns what else compiled code is made for; hashable.
+        remark: called with a view; returns what else compiled code is made for, hashable; and what
+            it is to find as attributes of :attr:`reads`.
     """
 
     def __init__(
@@ -411,7 +406,7 @@ class Holder(Uncopyable):
         cache = f"cache {binding.cache.token}"
         number = next(_known.handles)
         self.gate = Gate(Key(cache, self, checks=binding.cache.config.compiled_check))
-        self.reads = Reads(cache, number)
+        self.reads = Reads(number)
         self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
         self.watch: Watch | None = None
         self.names: tuple[str, ...] = ()
@@ -419,7 +414,7 @@ class Holder(Uncopyable):
         self.idle = False
         self.dependants: weakref.WeakSet[Holder] = weakref.WeakSet()
         self.finish: Callable[[Any, Any], None] | None = None
-        self.remark: Callable[[Any], Hashable] = _nothing
+        self.remark: Callable[[Any], tuple[Hashable, Mapping[str, object]]] = _nothing
         self.shallow = shallow
         self._slots: dict[int, int] = {}
         self._copies: set[int] = set()
@@ -433,7 +428,6 @@ class Holder(Uncopyable):
         self._surprises = 0
         self._coming: list[tuple[Mapping[str, Any], str, object]] = []
         _known.holders[number] = self
-        _known.caches[cache] = binding.cache
         binding.holder = self
         owner: Any = binding.owner
         owner.__dict__[GATE] = self.gate
@@ -497,14 +491,15 @@ class Holder(Uncopyable):
 
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""
-        self._face(None, 0, ())
+        self._face(None, 0, (), {})
         self._note(None)
 
-    def _face(self, view: Any, form: int, tensors: tuple[Tensor, ...]) -> None:
+    def _face(
+        self, view: Any, form: int, tensors: tuple[Tensor, ...], parts: Mapping[str, object]
+    ) -> None:
         """Have compiled code see another view; the lock is held."""
         self.gate.__dict__.update(view=view, form=form)
-        device = tensors[0].device.type if tensors else "cpu"
-        self.reads.__dict__.update(form=form, tensors=tensors, device=device)
+        self.reads.__dict__.update(parts, form=form, tensors=tensors)
 
     def _note(self, watch: Watch | None) -> None:
         """Watch something else from now on; the lock is held."""
@@ -615,8 +610,9 @@ class Holder(Uncopyable):
                 self.clear()
             return 0
         parts, tensors, signs = form_of(view, self._copies, shallow=self.shallow)
-        note = self.remark(view)
-        form = _known.number(_known.forms, (signs, note))
+        note, flat = self.remark(view)
+        device = tensors[0].device.type if tensors else "cpu"
+        form = _known.number(_known.forms, (cache.token, signs, note, device))
         others = (
             self.view is not None
             and names == self.names
@@ -629,11 +625,11 @@ class Holder(Uncopyable):
                 return 0
             switched, known = names != self.names, form == self.form
             self.names = names
-            self._face(view, form, tensors)
+            self._face(view, form, tensors, flat)
             for tensor in tensors:  # as the compiler does with a module's own: not to be copied
                 torch._dynamo.mark_static_address(tensor, guard=False)
             self._places = watch_places(places + parts)
-            _known.notes.setdefault(form, note)
+            _known.notes.setdefault(form, (weakref.ref(cache), device, note))
             wanted = cache.buffers.wanted.get(form, ())
             if switched:
                 for slot in self._slots:
@@ -764,7 +760,7 @@ class Holder(Uncopyable):
             view._modules["base_model"] = stand_in(tuner, known, copied)
         if "base_layer" in owner._modules:
             base = owner._modules["base_layer"]
-            places.append((owner.__dict__, "_modules", "base_layer", base))
+            places.append((owner._modules, None, "base_layer", base))
         self._copies = {id(clone) for _, clone in copied}
         view.__dict__[SLOT] = self.reads
         view.__dict__.pop(GATE, None)
@@ -830,8 +826,8 @@ class _Lease(Uncopyable):
         return False
 
 
-def _nothing(_: object) -> None:
-    return None
+def _nothing(_: object) -> tuple[None, dict[str, object]]:
+    return None, {}
 
 
 def view_of(layer: Any) -> Any:
@@ -877,7 +873,13 @@ def _is_form(form: int) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def noted(form: int) -> Any:
     """Return what :attr:`Holder.remark` said of views of a form; runs while a layer is traced."""
-    return _known.notes[form]
+    return _known.notes[form][-1]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _device_of(form: int) -> str:
+    """Return the type of the device of layers of a form; runs while a layer is traced."""
+    return _known.notes[form][1]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -913,7 +915,7 @@ def _prepare(keys: tuple[Key]) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _slot(
-    cache: str, form: int, number: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+    form: int, number: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
 ) -> tuple[int, int]:
     """Fill the value of a call for all layers of a form; runs while a layer is traced.
 
@@ -921,7 +923,7 @@ def _slot(
         The call's number, 0 if the value cannot be derived; and how many tensors the value has, 0 if
         it is a tensor and no tuple.
     """
-    living = _known.caches.get(cache)
+    living = _known.notes[form][0]()
     if living is None:
         return 0, 0
     call = _known.number(_known.calls, _Call(number, args, kwargs))

@@ -18,17 +18,22 @@ if TYPE_CHECKING:
 
     from dora_cache.recipes.entry import Place
 
-__all__ = ["canonical", "form_of", "layout_of", "stand_in"]
+__all__ = ["ACTIVE", "canonical", "form_of", "layout_of", "stand_in"]
+
+ACTIVE = "active 0"
+"""The name that views have for the first active adapter."""
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def canonical(names: Sequence[str]) -> dict[str, str]:
     """Return the names that views have for adapters, in order."""
-    return {name: f"active {number}" for number, name in enumerate(names)}
+    return {name: f"{ACTIVE[:-1]}{number}" for number, name in enumerate(names)}
 
 
-def stand_in(owner: Any, canonical: Mapping[str, str], copied: list[tuple[nn.Module, nn.Module]]) -> Any:
+def stand_in(
+    owner: Any, canonical: Mapping[str, str], copied: list[tuple[nn.Module, nn.Module]]
+) -> Any:
     """Return a copy that has the active adapters alone, by the names that views have for them.
 
     Args:
@@ -119,7 +124,7 @@ def form_of(
             for name, tensor in module.__dict__[kind].items():
                 if tensor is not None and type(tensor) in _EXACT:
                     if module is not view and id(module) not in copies:
-                        places.append((module.__dict__, kind, name, tensor))
+                        places.append((module.__dict__[kind], None, name, tensor))
                     tensors.append(tensor)
                     signs.append((path, kind, name, *layout_of(tensor)))
     for name, value in view.__dict__.items():

@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.compiled import viewed
-from dora_cache.recipes.dora.linear import forward_for, is_common
+from dora_cache.recipes.dora.linear import forward_for, remark
 from dora_cache.recipes.dora.mixed import mixed_for
 from dora_cache.recipes.dora.values import (
     fast_scale,
@@ -104,7 +104,7 @@ class _Dora:
             binding.undo.callback(_restore, weakref.ref(layer))
             if forward is not None:
                 holder: Any = binding.holder
-                holder.remark = is_common
+                holder.remark = remark
         for adapter, variant in known.items():
             if not isinstance(variant, CachedVariant):
                 plain: Any = type(variant)
