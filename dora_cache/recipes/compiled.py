@@ -37,7 +37,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import entry_guards_work, environment, untraceable
+from dora_cache.ambient import (
+    entry_guards_work,
+    environment,
+    traced_writes,
+    traced_writes_show,
+    untraceable,
+)
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
@@ -66,6 +72,7 @@ _NO_GUARDS = (
     "this version of PyTorch has no guards that call a function. It derives the values itself. "
     "With compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
 )
+_NO_EFFECTS = "this version of PyTorch does not tell what compiled code writes while it is traced"
 _SURPRISES = 3  # below PyTorch's limit of recompilations
 _SCALINGS = ("scaling",)
 """Attributes of layers with a number for each adapter that is not part of what is derived."""
@@ -532,6 +539,16 @@ class Holder(Uncopyable):
         binding, owner = self._binding(), self.owner
         return binding is not None and all(buffer.holds(owner) for buffer in self._filled())
 
+    def written(self) -> bool:
+        """Whether code that is traced has written to what the view and the values are made from."""
+        watch, owner = self.watch, self.owner
+        if watch is None:
+            return False
+        mappings, names, *_ = watch.named
+        nested = [mapping[name] for mapping, name in zip(mappings, names, strict=True)]
+        objects = [owner, *watch.tables, *mappings, *nested]
+        return traced_writes(objects, (*self.tensors, *watch.tensors))
+
     def _filled(self) -> list[Buffer]:
         """Return the buffers that compiled code reads now."""
         binding = self._binding()
@@ -599,6 +616,7 @@ class Holder(Uncopyable):
             view = self._view(owner, names, places) if names else None
             if view is not None and self.finish is not None:
                 self.finish(owner, view)
+            note, flat = (None, {}) if view is None else self.remark(view)
             self.idle = not names
         except Exception as error:  # noqa: BLE001 - never an inference failure
             if not isinstance(error, (UncheckableError, KeyError, AttributeError)):
@@ -610,7 +628,6 @@ class Holder(Uncopyable):
                 self.clear()
             return 0
         parts, tensors, signs = form_of(view, self._copies, shallow=self.shallow)
-        note, flat = self.remark(view)
         device = tensors[0].device.type if tensors else "cpu"
         form = _known.number(_known.forms, (cache.token, signs, note, device))
         others = (
@@ -894,8 +911,11 @@ def _prepare(keys: tuple[Key]) -> bool:
     living = None if holder is None else holder.engine
     if living is None or holder is None or untraceable():
         return False
+    why = None if traced_writes_show() else _NO_EFFECTS
     if key.checks and not entry_guards_work():
-        living.decline("compiled code", "every layer", _NO_GUARDS)
+        why = _NO_GUARDS
+    if why is not None:
+        living.decline("compiled code", "every layer", why)
         with living.mutex.held():
             for one in living.buffers.holders():
                 one.close()
@@ -908,6 +928,8 @@ def _prepare(keys: tuple[Key]) -> bool:
         for one in living.buffers.holders():
             one.used = True
             one.update(traced=True)
+    if holder.written():
+        return False
     if key.checks:
         enter(living, holder)
     return True
