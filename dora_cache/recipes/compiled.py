@@ -137,6 +137,8 @@ class Gate(Face):
         key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a
             bare argument by its identity.
         form: a number that stands for all of the view but contents, names and scalings.
+        own: without the check at entry, tables with parameters and buffers, names in them, and what
+            the view has been made of; else None.
         view: stands for the layer; None while it cannot.
     """
 
@@ -145,6 +147,7 @@ class Gate(Face):
         self.training = False
         self.key = (key,)
         self.form = 0
+        self.own: tuple[tuple[Mapping[Any, Any], Hashable, object], ...] | None = None
         self.__dict__["view"] = None  # no submodule
 
 
@@ -646,6 +649,9 @@ class Holder(Uncopyable):
             for tensor in tensors:  # as the compiler does with a module's own: not to be copied
                 torch._dynamo.mark_static_address(tensor, guard=False)
             self._places = watch_places(places + parts)
+            if not self.gate.key[0].checks:
+                own = [(table, key, item) for table, _, key, item in parts]
+                self.gate.__dict__["own"] = tuple(own)
             _known.notes.setdefault(form, (weakref.ref(cache), device, note))
             wanted = cache.buffers.wanted.get(form, ())
             if switched:
@@ -858,6 +864,10 @@ def view_of(layer: Any) -> Any:
         return None
     if not _prepare(gate.key) or not _is_form(gate.form):
         return None
+    if gate.own is not None:
+        for table, name, tensor in gate.own:
+            if table.get(name) is not tensor:
+                return None
     return gate.view
 
 
