@@ -368,6 +368,7 @@ class Holder(Uncopyable):
         self._binding = weakref.ref(binding)
         self._active = active
         self._scalings: dict[str, Tensor] = {}
+        self._numbers: dict[str, float] = {}
         self._places: Watch = watch_places([])
         self.lease = _Lease(self)
         self._updating = threading.RLock()
@@ -725,8 +726,11 @@ class Holder(Uncopyable):
                     continue
                 torch._dynamo.mark_static_address(tensor, guard=False)
                 self._scalings[known] = tensor
-            with torch.inference_mode(mode=False), torch.no_grad():
-                tensor.fill_(value)
+                self._numbers.pop(known, None)
+            if self._numbers.get(known) != value:  # a backward may have saved it as it is
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    tensor.fill_(value)
+                self._numbers[known] = value
             found[known] = tensor
         return found
 
