@@ -46,7 +46,7 @@ from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
 from dora_cache.recipes.entry import BEHIND, Key, enter, joined, watch, watch_places
-from dora_cache.recipes.views import canonical, form_of, layout_of, stand_in
+from dora_cache.recipes.views import canonical, form_of, layout_of, looks_of, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -485,7 +485,9 @@ class Holder(Uncopyable):
     def _shown(self) -> tuple[tuple[object, ...], list[object]]:
         """Return what compiled code reads that an update may change, to be compared."""
         values = [value for name, value in self.__dict__.items() if name[1:].isdigit()]
-        return (self.form, len(values), self.view is None), values + list(self._scalings.values())
+        scalings = list(self._scalings.values())
+        looks = None if self.view is None else looks_of(self.view, shallow=self.shallow)
+        return (self.form, len(values), len(scalings), looks), values + scalings
 
     def _give_up(self) -> None:
         """Have no view: compiled code is compiled again before it reads one."""
