@@ -442,30 +442,30 @@ def traced_writes_show() -> bool:
         return False
 
 
-def _nothing(_: nn.Module, __: dict[str, float], ___: Tensor) -> None:
+def _nothing(_: Any, __: dict[str, float], ___: Tensor) -> None:
     pass
 
 
-def _exchange(module: nn.Module, _: dict[str, float], x: Tensor) -> None:
-    module._parameters["weight"] = x  # type: ignore[assignment] - as functional_call does
+def _exchange(module: Any, _: dict[str, float], x: Tensor) -> None:
+    module._parameters["weight"] = x  # as functional_call does
 
 
-def _set_item(_: nn.Module, table: dict[str, float], __: Tensor) -> None:
+def _set_item(_: Any, table: dict[str, float], __: Tensor) -> None:
     table["one"] = 2.0
 
 
-def _in_place(module: nn.Module, _: dict[str, float], __: Tensor) -> None:
-    module.weight.mul_(2)  # type: ignore[operator]
+def _in_place(module: Any, _: dict[str, float], __: Tensor) -> None:
+    module.weight.mul_(2)
 
 
-def _set_data(module: nn.Module, _: dict[str, float], __: Tensor) -> None:
+def _set_data(module: Any, _: dict[str, float], __: Tensor) -> None:
     module.weight.data = module.weight * 2
 
 
 _WRITES = (_nothing, _exchange, _set_item, _in_place, _set_data)
 
 
-def _shows(act: Callable[[nn.Module, dict[str, float], Tensor], None]) -> bool:
+def _shows(act: Callable[[Any, dict[str, float], Tensor], None]) -> bool:
     with torch.device("cpu"):
         module, table, x = nn.Linear(1, 1, bias=False), {"one": 1.0}, torch.zeros(1, 1)
     module.requires_grad_(requires_grad=False)
@@ -481,7 +481,8 @@ def _shows(act: Callable[[nn.Module, dict[str, float], Tensor], None]) -> bool:
         table.get("one")
         act(module, table, x)
         look()
-        return module(x)  # type: ignore[no-any-return]
+        output: Tensor = module(x)
+        return output
 
     torch.compile(run, backend="eager", fullgraph=True)(x)
     return found[0]

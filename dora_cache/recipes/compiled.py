@@ -52,7 +52,7 @@ from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
 from dora_cache.recipes.entry import BEHIND, Key, enter, joined, watch, watch_places
-from dora_cache.recipes.views import canonical, form_of, layout_of, stand_in
+from dora_cache.recipes.views import canonical, form_of, layout_of, looks_of, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -431,6 +431,7 @@ class Holder(Uncopyable):
         self._binding = weakref.ref(binding)
         self._active = active
         self._scalings: dict[str, Tensor] = {}
+        self._numbers: dict[str, float] = {}
         self._places: Watch = watch_places([])
         self.lease = _Lease(self)
         self._updating = threading.RLock()
@@ -479,11 +480,11 @@ class Holder(Uncopyable):
         if buffer.adapters != self.names:
             return
         values, table, slot = buffer.values, self.reads.__dict__, f"v{buffer.number}"
+        table[slot] = values
         if isinstance(values, tuple):
             for number, value in enumerate(values):
                 table[f"{slot}_{number}"] = value
-            values, self._slots[buffer.number] = bool(values), len(values)
-        table[slot] = values
+            table[slot], self._slots[buffer.number] = True, len(values)
 
     def changed(self) -> None:
         """Follow something that has happened to the layer or a part of it."""
@@ -563,8 +564,10 @@ class Holder(Uncopyable):
         table = self.reads.__dict__
         names = [f"v{slot}" for slot in self._slots]
         names += [f"v{slot}_{one}" for slot, many in self._slots.items() for one in range(many)]
-        values = [table.get(name) for name in names]
-        return (self.form, len(values), self.view is None), values + list(self._scalings.values())
+        values = [*map(table.get, names), *self._scalings.values()]
+        looks = None if self.view is None else looks_of(self.view, shallow=self.shallow)
+        kinds = [(type(tensor), tensor.requires_grad) for tensor in self.tensors]
+        return (self.form, len(values), looks, kinds), values
 
     def _give_up(self) -> None:
         """Have no view: compiled code is compiled again before it reads one."""
@@ -816,8 +819,11 @@ class Holder(Uncopyable):
                     continue
                 torch._dynamo.mark_static_address(tensor, guard=False)
                 self._scalings[known] = tensor
-            with torch.inference_mode(mode=False), torch.no_grad():
-                tensor.fill_(value)
+                self._numbers.pop(known, None)
+            if self._numbers.get(known) != value:  # a backward may have saved it as it is
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    tensor.fill_(value)
+                self._numbers[known] = value
             found[known] = tensor
         return found
 
@@ -952,8 +958,8 @@ def _slot(
     """Fill the value of a call for all layers of a form; runs while a layer is traced.
 
     Returns:
-        The call's number, 0 if the value cannot be derived; and how many tensors the value has, 0 if
-        it is a tensor and no tuple.
+        The call's number, 0 if the value cannot be derived; and how many tensors the value has, 0
+        if it is a tensor and no tuple.
     """
     living = _known.notes[form][0]()
     if living is None:

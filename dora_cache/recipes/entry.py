@@ -39,8 +39,8 @@ __all__ = ["BEHIND", "Entry", "Key", "Place", "Watch", "enter", "joined", "watch
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _address = Tensor.data_ptr
 Place = tuple["Mapping[Any, Any]", "Hashable", "Hashable", object]
-"""A mapping, a key in it, and what is there. With a name in between, the mapping has under this name
-the mapping that has the key; else the name is None."""
+"""A mapping, a name or None, a key, and what is there: under the key, in the mapping; with a name,
+in the mapping that this one has under the name."""
 
 
 class Watch(NamedTuple):
@@ -149,15 +149,14 @@ def _made(
     *,
     complete: bool = True,
 ) -> Watch:
-    distinct = list(
-        {(id(mapping), *others[:2]): (mapping, *others) for mapping, *others in places}.values()
-    )
+    distinct = list({(id(place[0]), *place[1:3]): place for place in places}.values())
     plain = [place for place in distinct if place[1] is None]
     mappings, names, keys, items = _columns(
         [place for place in distinct if place[1] is not None], 4
     )
     tables, _, own, there = _columns(plain, 4)
     tensors, versions, addresses = _columns(facts, 3)
+    changing, layouts = _columns(loose, 2)
     return Watch(
         tensors,
         versions,
@@ -167,7 +166,8 @@ def _made(
         own,
         there,
         (mappings, names, keys, items),
-        *_columns(loose, 2),
+        changing,
+        layouts,
         complete,
     )
 

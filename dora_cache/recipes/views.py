@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dora_cache.recipes.entry import Place
 
-__all__ = ["ACTIVE", "canonical", "form_of", "layout_of", "stand_in"]
+__all__ = ["ACTIVE", "canonical", "form_of", "layout_of", "looks_of", "stand_in"]
 
 ACTIVE = "active 0"
 """The name that views have for the first active adapter."""
@@ -136,6 +136,37 @@ def form_of(
             # No text: it may name the layer.
             signs += [(name, k, v) for k, v in value.items() if type(v) in _PLAIN - {str}]
     return places, tuple(tensors), tuple(signs)
+
+
+def looks_of(view: Any, *, shallow: bool) -> list[object]:
+    """Return what compiled code may have guards on, besides a view's form; to be compared.
+
+    An update at the check of compiled code may come after those guards.
+
+    Args:
+        view: the view.
+        shallow: whether modules and parameters are left out.
+    """
+    found: list[object] = []
+    for value in view.__dict__.values():
+        if type(value) is dict:
+            found += [(name, _look(item)) for name, item in value.items()]
+    for path, module in () if shallow else _modules_in(view, (), set()):
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        found += [(path, name, _look(tensor)) for name, tensor in tensors]
+        if module is not view:
+            found += [(path, name, _look(item)) for name, item in module.__dict__.items()]
+    return found
+
+
+def _look(value: object) -> object:
+    if isinstance(value, Tensor):
+        return type(value), value.requires_grad, *layout_of(value)
+    scalars = value if type(value) is tuple else (value,)
+    if all(isinstance(one, (int, float, str, torch.dtype)) for one in scalars):
+        return type(value), value
+    # Else only whether it is there: hooks, forwards of a module's own.
+    return type(value), bool(value) if isinstance(value, (dict, set)) else None
 
 
 _EXACT = frozenset({Tensor, nn.Parameter, nn.Buffer})
