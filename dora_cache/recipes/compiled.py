@@ -442,6 +442,7 @@ class Holder(Uncopyable):
         binding.holder = self
         owner: Any = binding.owner
         owner.__dict__[GATE] = self.gate
+        binding.undo.callback(_remove_gate, weakref.ref(owner))
 
     @property
     def view(self) -> Any:
@@ -853,6 +854,12 @@ class _Lease(Uncopyable):
     def derived_from(self, storages: set[int]) -> bool:  # noqa: ARG002
         """Whether it holds derived values: it does not."""
         return False
+
+
+def _remove_gate(layer: weakref.ref[Any]) -> None:
+    owner = layer()
+    if owner is not None:
+        owner.__dict__.pop(GATE, None)
 
 
 def _nothing(_: object) -> tuple[None, dict[str, object]]:
