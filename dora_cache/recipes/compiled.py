@@ -47,7 +47,7 @@ from dora_cache.ambient import (
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import SLOT, derivations
+from dora_cache.decorator import GATE, SLOT, derivations
 from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
@@ -62,10 +62,7 @@ if TYPE_CHECKING:
     from dora_cache.engine import Engine
     from dora_cache.recipes.entry import Entry, Place, Watch
 
-__all__ = ["GATE", "Buffer", "Holder", "noted", "opaque", "view_of", "viewed"]
-
-GATE = "_dora_cache_gate"
-"""The attribute of a layer where compiled code begins to look."""
+__all__ = ["Buffer", "Holder", "noted", "opaque", "view_of", "viewed"]
 
 _ATTEMPTS = 3
 _NO_GUARDS = (
