@@ -519,15 +519,6 @@ def test_scalings_for_which_there_is_no_room(numerics):
         setup.check()
 
 
-def test_scalings_of_another_layout():
-    """A tensor in place of a number, of another shape or dtype, is noticed at once."""
-    setup = Compiled()
-    setup.check()
-    for value in (torch.tensor([0.75]), torch.tensor(0.5, dtype=torch.float64), 2.0, 3):
-        setup.layer.scaling["first"] = value
-        setup.check()
-
-
 def test_a_part_with_a_hook_is_noticed_at_once():
     """The graph was made for a part without one."""
     setup = Compiled(fullgraph=False)
@@ -572,7 +563,8 @@ def test_layers_that_are_compiled_between_forward_and_backward():
     run(stack.model, stack.x)
     for name, weight in stack.model.named_parameters():
         weight.requires_grad_("lora_" in name)
-    stack.model(stack.x).square().sum().backward()
+    with quiet():
+        stack.model(stack.x).square().sum().backward()
     assert all(block.layer.lora_A["first"].weight.grad is not None for block in stack.blocks)
 
 
