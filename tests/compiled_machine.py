@@ -200,7 +200,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
 
     @staticmethod
     def _chosen(model, index):
-        names = [name for name, _ in _tensors(model)]
+        names = sorted(name for name, _ in _tensors(model))  # PEFT may change their order
         return _place(model, names[index % len(names)])
 
     # Events
