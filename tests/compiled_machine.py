@@ -4,6 +4,8 @@ As in ``model_machine.py`` there are two models alike, and only one has a cache 
 kind is added by the name of its example.
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,7 +28,7 @@ from dora_cache.testing.recipes import _changed, _get, _place, _tensors
 
 BUFFERED = ("DoRA", "DoRA, Embedding", "DoRA, Conv2d")
 """Kinds whose values compiled code reads: changes of these alone compile nothing."""
-KINDS = (*BUFFERED, "LoHa", "OFT", "HiRA")
+KINDS = (*BUFFERED, "LoHa", "OFT", "HiRA", "LoRA on parameters")
 NAMES = ("ada", "bob")
 SETTINGS = ({}, {}, {"backend": "lru", "max_bytes": 120}, {"backend": "null"})
 _REPLACED = 2  # parameters by others, before a layer is given up
@@ -85,6 +87,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
         else:
             self.compiled = torch.compile(self.cached, backend=self.counter, dynamic=False)
         self.bounded = self.kind in BUFFERED and not which
+        self.addresses = WeakKeyDictionary()
         self.replaced = 0
         self.may_compile = True
 
@@ -131,6 +134,17 @@ class CompiledKindsMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             stats = balanced(self.cache)
             assert stats.max_bytes is None or stats.nbytes <= stats.max_bytes
+
+    @invariant()
+    def in_place(self):
+        """What CUDA graphs read stays where it is."""
+        if not hasattr(self, "cache") or not self.bounded:
+            return
+        for holder in self.cache._engine.buffers.holders():
+            for buffer in holder.binding.buffers.values():
+                found = [value.data_ptr() for value in buffer._tensors]
+                if found:
+                    assert self.addresses.setdefault(buffer, found) == found
 
     # What raises no event
 
@@ -186,7 +200,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
 
     @staticmethod
     def _chosen(model, index):
-        names = [name for name, _ in _tensors(model)]
+        names = sorted(name for name, _ in _tensors(model))  # PEFT may change their order
         return _place(model, names[index % len(names)])
 
     # Events

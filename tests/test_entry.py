@@ -513,6 +513,65 @@ def test_they_are_tried_under_any_stance(stance):
         assert ambient.entry_guards_work()
 
 
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_scalings_for_which_there_is_no_room(numerics):
+    """They are numbers in the graph, and one that is set by hand is noticed at once."""
+    setup = Compiled(numerics=numerics, backend="null")
+    setup.check()
+    for value in (2.0, 3.0, 4.0, 2.0):
+        setup.layer.scaling["first"] = value
+        setup.check()
+
+
+def test_a_part_with_a_hook_is_noticed_at_once():
+    """The graph was made for a part without one."""
+    setup = Compiled(fullgraph=False)
+    setup.check()
+    new = copy.deepcopy(setup.layer.lora_A["first"])
+    new.register_forward_hook(lambda module, args, output: 3 * output)
+    setup.layer.lora_A["first"] = new
+    setup.check()
+
+
+def test_a_part_that_requires_gradients_is_noticed_at_once():
+    """The graph was made for one that does not."""
+    setup = Compiled(fullgraph=False)
+    setup.model.requires_grad_(requires_grad=False)
+    x = setup.x.clone().requires_grad_()
+    setup.compiled(x)
+    for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        new = copy.deepcopy(getattr(setup.layer, part)["first"]).requires_grad_()
+        getattr(setup.layer, part)["first"] = new
+        setup.compiled(x).sum().backward()
+        assert all(weight.grad is not None for weight in new.parameters())
+
+
+def test_values_that_were_given_up_are_not_shown_again():
+    """Weights are replaced time and again, so the graph derives; refresh() does not change that."""
+    setup = Compiled("embedding")
+    for _ in range(compiled_module._SURPRISES + 1):
+        weight = setup.layer.base_layer.weight
+        setup.layer.base_layer.weight = nn.Parameter(1.25 * weight, requires_grad=False)
+        setup.check()
+    setup.cache.refresh()
+    for change in (parameter_by_item, parameter_by_name):
+        change(setup.layer)
+        setup.check()
+
+
+def test_layers_that_are_compiled_between_forward_and_backward():
+    """Compiling one leaves alone what the backward of another has saved."""
+    stack = Stack()
+    for block in stack.blocks:
+        block.layer.compile(backend=stack.counter)
+    run(stack.model, stack.x)
+    for name, weight in stack.model.named_parameters():
+        weight.requires_grad_("lora_" in name)
+    with quiet():
+        stack.model(stack.x).square().sum().backward()
+    assert all(block.layer.lora_A["first"].weight.grad is not None for block in stack.blocks)
+
+
 # Leaving no trace
 
 

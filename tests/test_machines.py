@@ -1,6 +1,7 @@
 """The state machines; `make test-deep` runs them at length and prints how long that was."""
 
 import pytest
+from compiled_machine import CompiledKindsMachine, FastCompiledKindsMachine
 from decorator_machine import DecoratorMachine
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -26,6 +27,8 @@ MACHINES = [
     (ContentModelMachine, 12, 250, 5),
     (AuditedModelMachine, 4, 100, 5),  # each step is 35 forwards
     (CompiledModelMachine, 2, 40, 5),  # it compiles again and again
+    (CompiledKindsMachine, 16, 400, 10),
+    (FastCompiledKindsMachine, 10, 200, 5),
     (KindsMachine, 12, 250, 5),
     (FastKindsMachine, 5, 100, 5),
     (PoolMachine, 20, 1000, 5),

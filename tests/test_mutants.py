@@ -6,13 +6,14 @@ Some bugs show themselves only after a long search, which `make test-deep` allow
 import sys
 
 import pytest
+from compiled_machine import CompiledKindsMachine, FastCompiledKindsMachine
+from compiled_mutants import MUTANTS
 from decorator_machine import DecoratorMachine, InferenceMachine
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from model_machine import AuditedModelMachine, ModelMachine
 from pool_machine import PoolMachine
-from pool_mutants import MUTANTS
 from zoo import quiet
 
 from dora_cache import DoraCacheError
@@ -79,6 +80,8 @@ def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
         (ModelMachine, 10),
         (AuditedModelMachine, 2),
         (PoolMachine, 15),
+        (CompiledKindsMachine, 6),
+        (FastCompiledKindsMachine, 3),
     ],
 )
 def test_without_a_bug_the_same_search_finds_none(machine, examples):

@@ -664,7 +664,7 @@ class Holder(Uncopyable):
                     cache.buffers.drop(binding.buffers.pop(key))
         derived = sum(self.want(call) for call in list(wanted))
         self.watched()
-        if traced and known and derived:
+        if traced and known and derived and not others:
             self._is_surprised()
         return derived
 
@@ -696,7 +696,7 @@ class Holder(Uncopyable):
         """Do as :meth:`update`, for adapters that are not active as well."""
         found = self.update()
         binding = self._binding()
-        if binding is not None and self.used:
+        if binding is not None and self.used and self._surprises <= _SURPRISES:
             buffers: list[Any] = list(binding.buffers.values())
             found += sum(buffer.fill() for buffer in buffers)
         return found
@@ -707,12 +707,10 @@ class Holder(Uncopyable):
         self.reads.__dict__.setdefault(f"v{number}", None)
         buffer = self._buffer(number)
         cache = self.engine
-        if (
-            buffer is None
-            or cache is None
-            or cache.compares_contents
-            or self._surprises > _SURPRISES
-        ):
+        if buffer is None or cache is None:
+            return False
+        if cache.compares_contents or self._surprises > _SURPRISES:
+            cache.buffers.drop(buffer)
             return False
         filled = buffer.fill()
         with cache.mutex.held():

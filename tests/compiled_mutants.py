@@ -1,0 +1,90 @@
+"""Bugs to seed in what compiled code reads: each is a way that it could get stale numbers."""
+
+from compiled_machine import CompiledKindsMachine
+from mutants import mutant
+from pool_mutants import MUTANTS
+
+from dora_cache.buffers import Buffers
+from dora_cache.recipes import compiled
+from dora_cache.recipes.compiled import Buffer, Holder
+from dora_cache.recipes.entry import Watch, _layout
+
+__all__ = ["MUTANTS"]
+
+
+def _checks_only(patch, *facts):
+    """Have the check at entry look at some of the facts alone."""
+    checks = {
+        "versions": lambda one: [tensor._version for tensor in one.tensors] == one.versions,
+        "addresses": lambda one: [tensor.data_ptr() for tensor in one.tensors] == one.addresses,
+        "scalars": lambda one: all(
+            mapping[name][key] is item
+            for mapping, name, key, item in zip(
+                one.mappings, one.names, one.keys, one.items, strict=True
+            )
+        ),
+        "layouts": lambda one: list(map(_layout, one.loose)) == one.layouts,
+    }
+    patch.setattr(Watch, "holds", lambda self: all(checks[fact](self) for fact in facts))
+
+
+@mutant("a buffer is not refilled after an event", CompiledKindsMachine)
+def _(patch):
+    patch.setattr(Buffer, "void", lambda self: None)
+    patch.setattr(Buffers, "refill_later", lambda self, bindings: None)
+
+
+@mutant("a buffer is refilled at another address", CompiledKindsMachine)
+def _(patch):
+    patch.setattr(compiled, "_alike", lambda ours, theirs: False)
+
+
+@mutant("the wrong slot is shown after a switch", CompiledKindsMachine)
+def _(patch):
+    def show(self, buffer):
+        self.__dict__[buffer.slot] = buffer.values
+
+    patch.setattr(Holder, "show", show)
+
+
+@mutant("the entry check ignores scalings", CompiledKindsMachine)
+def _(patch):
+    _checks_only(patch, "versions", "addresses", "layouts")
+
+
+@mutant("the entry check ignores addresses", CompiledKindsMachine)
+def _(patch):
+    _checks_only(patch, "versions", "scalars", "layouts")
+
+
+@mutant("the entry check ignores versions", CompiledKindsMachine)
+def _(patch):
+    _checks_only(patch, "addresses", "scalars", "layouts")
+
+
+@mutant("a replaced part is not noticed", CompiledKindsMachine)
+def _(patch):
+    patch.setattr(Buffers, "comes", lambda self, parent, table, name, new: None)
+
+
+@mutant("what changes behind the guards is ignored", CompiledKindsMachine)
+def _(patch):
+    patch.setattr(compiled, "looks_of", lambda view, *, shallow: None)
+
+
+@mutant("values that were given up are shown again", CompiledKindsMachine, rare=True)
+def _(patch):
+    plain = Holder.want
+
+    def want(self, number):
+        if self._surprises <= compiled._SURPRISES:
+            return plain(self, number)
+        self.__dict__.setdefault(f"v{number}", None)
+        return False
+
+    def refresh(self):
+        buffers = list(self.binding.buffers.values())
+        return self.update() + sum(buffer.fill() for buffer in buffers)
+
+    patch.setattr(Holder, "want", want)
+    patch.setattr(Holder, "refresh", refresh)

@@ -1,4 +1,0 @@
-from compiled_machine import CompiledKindsMachine, FastCompiledKindsMachine
-
-TestPeft = CompiledKindsMachine.TestCase
-TestFast = FastCompiledKindsMachine.TestCase
