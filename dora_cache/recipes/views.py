@@ -123,7 +123,7 @@ def form_of(
             continue
         if type(value) in _PLAIN:
             signs.append((name, value))
-        elif type(value) is dict:
+        elif type(value) is dict and not name.endswith("alpha"):  # which scalings are made of
             # No text: it may name the layer.
             signs += [(name, k, v) for k, v in value.items() if type(v) in _PLAIN - {str}]
     return tuple(places), tuple(tensors), tuple(signs)
