@@ -42,7 +42,11 @@ def _(patch):
 @mutant("the wrong slot is shown after a switch", CompiledKindsMachine)
 def _(patch):
     def show(self, buffer):
-        self.__dict__[buffer.slot] = buffer.values
+        found = [one for one in self.binding.buffers.values() if one.slot == buffer.slot]
+        if buffer.adapters == self.names:
+            self.__dict__[buffer.slot] = next(
+                (one.values for one in found if one.values is not None), None
+            )
 
     patch.setattr(Holder, "show", show)
 
