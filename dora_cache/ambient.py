@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 __all__ = [
@@ -48,6 +48,8 @@ __all__ = [
     "tensor_guards",
     "traced_constant",
     "traced_region",
+    "traced_writes",
+    "traced_writes_show",
     "untraceable",
     "without_functions",
 ]
@@ -387,6 +389,103 @@ def _guards_work() -> bool:
 def traced_region() -> Any:
     """Return what stands for the code that torch.compile traces in this thread now, or None."""
     return torch._guards.TracingContext.try_get()
+
+
+def traced_writes(objects: Iterable[object], tensors: Iterable[Tensor]) -> bool:
+    """Whether the code that torch.compile traces in this thread has written to something so far.
+
+    Such writes take place when the compiled code has run; until then only the compiler knows of
+    them. See :func:`traced_writes_show`.
+
+    Args:
+        objects: dictionaries and modules, as they were before tracing.
+        tensors: likewise.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    effects: Any = InstructionTranslator.current_tx().output.side_effects
+    known = effects.id_to_variable
+    if not known:
+        return False
+    for one in objects:
+        variable = known.get(id(one))
+        if variable is not None and effects.is_modified(variable):
+            return True
+    for tensor in tensors:
+        variable = known.get(id(tensor))
+        if variable is None:
+            continue
+        node = variable.as_proxy().node
+        if node.meta["example_value"]._version or any(map(_may_write, node.users)):
+            return True
+    return False
+
+
+def _may_write(node: Any) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return name == "_get_data_attr" or (name.endswith("_") and not name.endswith("__"))
+
+
+@functools.cache
+def traced_writes_show() -> bool:
+    """Try :func:`traced_writes` on what it must notice, once."""
+    try:
+        with (
+            torch.compiler.set_stance("default"),
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            _uncounted(),
+            torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024),
+        ):
+            return [_shows(act) for act in _WRITES] == [act is not _nothing for act in _WRITES]
+    except Exception:  # noqa: BLE001 - the compiler has no such names, or something else
+        return False
+
+
+def _nothing(_: Any, __: dict[str, float], ___: Tensor) -> None:
+    pass
+
+
+def _exchange(module: Any, _: dict[str, float], x: Tensor) -> None:
+    module._parameters["weight"] = x  # as functional_call does
+
+
+def _set_item(_: Any, table: dict[str, float], __: Tensor) -> None:
+    table["one"] = 2.0
+
+
+def _in_place(module: Any, _: dict[str, float], __: Tensor) -> None:
+    module.weight.mul_(2)
+
+
+def _set_data(module: Any, _: dict[str, float], __: Tensor) -> None:
+    module.weight.data = module.weight * 2
+
+
+_WRITES = (_nothing, _exchange, _set_item, _in_place, _set_data)
+
+
+def _shows(act: Callable[[Any, dict[str, float], Tensor], None]) -> bool:
+    with torch.device("cpu"):
+        module, table, x = nn.Linear(1, 1, bias=False), {"one": 1.0}, torch.zeros(1, 1)
+    module.requires_grad_(requires_grad=False)
+    parameters, weight = module._parameters, module.weight
+    found: list[bool] = []
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def look() -> bool:
+        found.append(traced_writes((parameters, table), (weight,)))
+        return True
+
+    def run(x: Tensor) -> Tensor:
+        table.get("one")
+        act(module, table, x)
+        look()
+        output: Tensor = module(x)
+        return output
+
+    torch.compile(run, backend="eager", fullgraph=True)(x)
+    return found[0]
 
 
 def traced_constant(kind: type) -> type:

@@ -63,11 +63,9 @@ class Holder(Protocol):
 
     Attributes:
         used: whether compiled code has ever asked for it.
-        form: a number; 0 while compiled code can read nothing.
     """
 
     used: bool
-    form: int
 
     @property
     def lease(self) -> Buffer:

@@ -98,11 +98,11 @@ class AdapterCache:
     def refresh(self) -> int:
         """Bring what compiled code reads up to date with the weights.
 
-        Call it between a change that nothing reports and the next use of a compiled model: a write
-        to a weight in place, a new tensor in a weight's place, a scaling set by hand. Of optimizer
-        steps, loading, scaling by PEFT's methods, hotswaps, merges and moves the cache knows by
-        itself, and code that is not compiled notices all of these. Writes that PyTorch does not
-        count (through ``p.data``) need :meth:`invalidate` instead, compiled or not.
+        With ``compiled_check=False``, call it between a change that raises no event and the next
+        use of a compiled model: a write to a weight in place, a new tensor in a weight's place, a
+        scaling set by hand. With the check, compiled code notices these where it is entered.
+        Writes that PyTorch does not count (through ``p.data``) need :meth:`invalidate` instead,
+        compiled or not.
 
         Returns:
             For how many layers and adapters the values were derived again, at the same addresses

@@ -40,6 +40,9 @@ R = TypeVar("R")
 SLOT = "_dora_cache_binding"
 """Where an attached owner keeps its :class:`Binding`, in its ``__dict__``."""
 
+GATE = "_dora_cache_gate"
+"""The attribute of a layer where compiled code begins to look."""
+
 MARK = "__dora_cache_derivation__"
 """Where a decorated function keeps its :class:`Derivation`."""
 

@@ -245,7 +245,8 @@ class DecoratorMachine(RuleBasedStateMachine):
 
     def buffer(self):
         """Return memory that the call has for itself until it is over."""
-        buffer = self.free.pop() if self.free else torch.zeros(2)
+        with torch.inference_mode(mode=False):  # other calls are to write to it as well
+            buffer = self.free.pop() if self.free else torch.zeros(2)
         self.taken.setdefault(threading.get_ident(), []).append(buffer)
         self.buffers.add(buffer.data_ptr())
         return buffer.data

@@ -200,7 +200,7 @@ def _(patch):
     follow = peft_layers.Observer
 
     def deaf(**arguments):
-        calls = arguments.get("calls", {})
+        calls = arguments.get("calls") or {}
         for name in ("merge", "unmerge"):
             calls.pop(name, None)
         return follow(**arguments)

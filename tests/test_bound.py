@@ -5,8 +5,10 @@ import copy
 import gc
 import inspect
 import pickle
+import sys
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -915,12 +917,18 @@ def test_layers_launch_kernels(numerics, bias, played, monkeypatch):
 
 
 class Compiler:
-    """Plays Triton: a kernel that is compiled at its first launch."""
+    """Plays Triton: a kernel that is compiled at its first launch, and what launches it then."""
 
-    def __init__(self):
+    launch_cooperative_grid = launch_pdl = False
+    profile_scratch_size = 0
+
+    def __init__(self, monkeypatch, version="3.5.1", scratch=0):
+        monkeypatch.setattr(triton_launch, "raw_stream", lambda _: 7)
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
         self.compiled = []  # arguments of public launches
         self.launched = []  # of those past them
-        self.packed_metadata = self.function = self
+        self.packed_metadata = self.function = self.run = self
+        self.global_scratch_size = scratch
         self.broken = False
 
     def __getitem__(self, grid):
@@ -930,26 +938,36 @@ class Compiler:
 
         return launch
 
-    def run(self, *args):
+    def __call__(self, *args):
         if self.broken:
             raise TypeError("function takes exactly 99 arguments")
         self.launched.append(args)
 
+    def launch(self, *args):
+        self(*args, "by the function in C")
 
-def test_launcher(monkeypatch):
+
+@pytest.mark.parametrize(
+    ("version", "scratch", "by"),
+    [("3.5.1", 0, "its launcher"), ("3.6.0", 0, "C"), ("3.6.0", 64, "its launcher")],
+)
+def test_launcher(monkeypatch, version, scratch, by):
     """The public way first, and for what is not aligned, and once the other one has failed."""
-    monkeypatch.setattr(triton_launch, "raw_stream", lambda _: 7)
-    triton = Compiler()
+    triton = Compiler(monkeypatch, version, scratch)
     launcher = Launcher(triton, 0, 3, (16,), (True,))
     tensor = torch.zeros(64)
     one, other = tensor[:16], tensor[32:]
     launcher.launch(2, (one, other), (0.5,))
     assert triton.compiled == [((2, 3, 1), (one, other, 16, 0.5, True))]
     launcher.launch(5, (one, other), (0.25,))
-    addresses = one.data_ptr(), other.data_ptr()
-    assert triton.launched == [
-        (5, 3, 1, 7, triton, triton, None, None, None, *addresses, 16, 0.25, True)
-    ]
+    given = one.data_ptr(), other.data_ptr(), 16, 0.25, True
+    (launched,) = triton.launched
+    if by == "C":
+        flags = False, False, None, None
+        usual = triton, None, None, None
+        assert launched == (5, 3, 1, 7, triton, *flags, *usual, *given, "by the function in C")
+    else:
+        assert launched == (5, 3, 1, 7, triton, triton, None, None, None, *given)
     launcher.launch(2, (one, tensor[1:]), (0.5,))
     assert len(triton.compiled) == 2
     triton.broken = True
@@ -962,8 +980,7 @@ def test_launcher(monkeypatch):
 
 def test_launcher_learns_from_aligned_tensors_alone(monkeypatch):
     """What was compiled for others is slower, or wrong where it is the other way round."""
-    monkeypatch.setattr(triton_launch, "raw_stream", lambda _: 7)
-    triton = Compiler()
+    triton = Compiler(monkeypatch)
     launcher = Launcher(triton, 0, 1, (), ())
     tensor = torch.zeros(64)
     for one in (tensor[1:], tensor, tensor):

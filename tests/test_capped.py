@@ -278,20 +278,18 @@ def test_resize_gives_a_cap_to_what_had_none():
 class Buffer:
     """What compiled code reads, as far as the cap is concerned."""
 
-    def __init__(self):
+    def __init__(self, adapter):
+        self.adapters = (adapter,)
         self.nbytes = 0
-        self.values = None
-        self.dropped = 0
 
     def drop(self):
-        self.dropped += 1
         self.nbytes = 0
 
     def void(self):
         """Nothing to void."""
 
-    def fill(self):
-        """Nothing to fill."""
+    def derived_from(self, storages):
+        return False
 
 
 def with_buffers(cache, owner, **sizes):
@@ -299,7 +297,7 @@ def with_buffers(cache, owner, **sizes):
     (binding,) = cache._engine.bindings.values()
     made = {}
     for adapter, size in sizes.items():
-        made[adapter] = Buffer()
+        made[adapter] = Buffer(adapter)
         cache._engine.buffers.follow(binding, adapter, made[adapter])
         assert cache._engine.buffers.reserve(made[adapter], size, torch.device("cpu"))
     return made
@@ -427,7 +425,7 @@ def test_pins_leave_room_to_compiled_code_and_take_it_from_none():
         cache.pin("a")
         with_buffers(cache, owner, b=2 * SIZE)
         (binding,) = cache._engine.bindings.values()
-        late = Buffer()
+        late = Buffer("c")
         cache._engine.buffers.follow(binding, "c", late)
         assert not cache._engine.buffers.reserve(late, SIZE, torch.device("cpu"))
         assert held(owner, cache, ("a", 0), ("a", 1)) == [True, True]
@@ -715,10 +713,10 @@ def test_pins_and_buffers_go_by_device(spanning):
         for owner in (spanning.first, spanning.second):
             owner.value("a")
         cache.pin("a")
-        buffer = Buffer()
+        buffer = Buffer("b")
         assert cache._engine.buffers.reserve(buffer, SIZE, torch.device("cpu"))
-        assert not cache._engine.buffers.reserve(Buffer(), SIZE, torch.device("cpu"))
-        assert cache._engine.buffers.reserve(Buffer(), SIZE, torch.device("meta"))
+        assert not cache._engine.buffers.reserve(Buffer("b"), SIZE, torch.device("cpu"))
+        assert cache._engine.buffers.reserve(Buffer("b"), SIZE, torch.device("meta"))
         for owner in (spanning.first, spanning.second):
             for place in range(3):
                 owner.value("b", place)

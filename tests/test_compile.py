@@ -409,16 +409,15 @@ def test_refresh_is_a_method_of_open_caches():
 
 
 def test_new_parameters_are_noticed():
-    """Other objects in the parameters' places fail a guard, even with nothing said."""
+    """So are other objects in the parameters' places, with nothing said and with refresh()."""
     setup = Compiled()
     setup.check()
     setup.layer.lora_A["first"].weight = nn.Parameter(torch.randn(4, 12), requires_grad=False)
     setup.check()
-    assert setup.compilations == 2
     setup.layer.lora_A["first"].weight = nn.Parameter(torch.randn(4, 12), requires_grad=False)
     setup.cache.refresh()
     setup.check()
-    assert setup.compilations == 2
+    assert setup.compilations == 1
 
 
 @pytest.mark.parametrize(
@@ -456,8 +455,17 @@ def test_functional_call(kind, part):
 
 
 def test_weights_that_come_and_go():
-    """If they are never the same objects, it is given up to buffer, before compiling is."""
+    """If they are never the same objects, each call derives, and nothing is compiled again."""
     setup = Compiled()
+    for _ in range(10):
+        setup.layer.base_layer.weight = nn.Parameter(torch.randn(8, 12), requires_grad=False)
+        setup.check()
+    assert setup.compilations == 1
+
+
+def test_weights_that_come_and_go_without_the_check():
+    """If they are never the same objects, it is given up to buffer, before compiling is."""
+    setup = Compiled(compiled_check=False)
     for _ in range(10):
         setup.layer.base_layer.weight = nn.Parameter(torch.randn(8, 12), requires_grad=False)
         setup.check()

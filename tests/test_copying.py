@@ -315,7 +315,8 @@ def test_what_stands_for_memory_cannot_be_copied():
             for shortcut in binding.shortcuts.values():
                 refuses(shortcut)
             refuses(Pending(cell, read([x]), None, 1))
-            refuses(layer.lora_variant["first"].buffer)
+            for one in (binding.holder, binding.holder.lease, *binding.holder.key):
+                refuses(one)
             refuses([{"entries": (entry,)}], copy.deepcopy, pickle.dumps)
             refuses(entry, dataclasses.asdict, dataclasses.astuple)
             for one in (binding, layer.__dict__["_dora_cache_observer"]):
@@ -325,6 +326,17 @@ def test_what_stands_for_memory_cannot_be_copied():
             gc.collect()
             assert torch.equal(service(x), expected)
             services.append(service)
+
+        service = Service().eval()
+        with torch.no_grad():
+            torch.compile(service.model, backend="eager", fullgraph=True)(x)
+        engine = service.cache._engine
+        (buffer,) = service.model.base_model.model.layer.__dict__[SLOT].buffers.values()
+        (check,) = engine.buffers.entries.values()
+        refuses(buffer)
+        refuses(check)
+        del buffer, check
+        services.append(service)
 
         refuses(Gate())
         refuses(backends.Ready(0, 0, object()))

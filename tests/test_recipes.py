@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from depth import first, thinned
 
 from dora_cache.recipes import RECIPES, load_recipes
 from dora_cache.recipes.examples import make_model
@@ -19,7 +20,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("example", "numerics", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("example", "numerics", "dtype"),
+    thinned(CASES, lambda example, _, dtype: first(example) or dtype is torch.float32),
+)
 def test_recipe(example, numerics, dtype):
     """Equal, fresh, exact after detach, with PEFT's gradients, and nothing leaked."""
     # Errors are compared on many outputs: on a few, either way of adding up may be the luckier.

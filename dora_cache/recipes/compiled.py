@@ -37,11 +37,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import entry_guards_work, environment, untraceable
+from dora_cache.ambient import (
+    entry_guards_work,
+    environment,
+    traced_writes,
+    traced_writes_show,
+    untraceable,
+)
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import SLOT, derivations
+from dora_cache.decorator import GATE, SLOT, derivations
 from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
@@ -49,20 +55,21 @@ from dora_cache.recipes.entry import BEHIND, Key, enter, joined, watch, watch_pl
 from dora_cache.recipes.views import canonical, form_of, layout_of, looks_of, stand_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from dora_cache.binding import Binding
     from dora_cache.decorator import Derivation
     from dora_cache.engine import Engine
     from dora_cache.recipes.entry import Entry, Place, Watch
 
-__all__ = ["Buffer", "Holder", "opaque", "view_of", "viewed"]
+__all__ = ["Buffer", "Holder", "noted", "opaque", "view_of", "viewed"]
 
 _ATTEMPTS = 3
 _NO_GUARDS = (
     "this version of PyTorch has no guards that call a function. It derives the values itself. "
     "With compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
 )
+_NO_EFFECTS = "this version of PyTorch does not tell what compiled code writes while it is traced"
 _SURPRISES = 3  # below PyTorch's limit of recompilations
 _SCALINGS = ("scaling",)
 """Attributes of layers with a number for each adapter that is not part of what is derived."""
@@ -91,11 +98,10 @@ class _Known:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.caches: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
         self.holders: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
         self.calls: dict[_Call, int] = {}
         self.forms: dict[object, int] = {}
-        self.places: dict[int, tuple[tuple[str, ...], ...]] = {0: ()}
+        self.notes: dict[int, tuple[weakref.ref[Engine], str, Hashable]] = {}
         self.outputs: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
         self.handles = itertools.count(1)
 
@@ -109,21 +115,84 @@ _known = _Known()
 _prepared: weakref.WeakKeyDictionary[Engine, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
-class Tie:
-    """What a view has in place of a layer's binding; cached functions read values through it.
+class Face(nn.Module):
+    """What compiled code looks at, beside the model's own modules.
 
-    Attributes:
-        reader: the holder.
+    A module whose attributes are tensors, modules and plain values: TorchDynamo skips the guards of
+    such a module, and of all in it, while no dictionary in it has changed. It copies and pickles as
+    None.
     """
 
-    __slots__ = ("reader",)
-
-    def __init__(self, reader: Holder) -> None:
-        self.reader = reader
-
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        """Copy and pickle as None."""
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[[], None], tuple[()]]:
         return type(None), ()
+
+
+class Gate(Face):
+    """Where compiled code begins to look.
+
+    Attributes:
+        key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a
+            bare argument by its identity.
+        form: a number that stands for all of the view but contents, names and scalings.
+        own: without the check at entry, tables with parameters and buffers, names in them, and what
+            the view has been made of; else None.
+        view: stands for the layer; None while it cannot.
+    """
+
+    def __init__(self, key: Key) -> None:
+        super().__init__()
+        self.training = False
+        self.key = (key,)
+        self.form = 0
+        self.own: tuple[tuple[Mapping[Any, Any], Hashable, object], ...] | None = None
+        self.__dict__["view"] = None  # no submodule
+
+
+class Reads(Face):
+    """What a view has in place of a layer's binding; cached functions read values through it.
+
+    The values are attributes: of call 5 it is ``v5``, or ``v5_0``, ``v5_1``, ... if there are
+    several. ``v5`` is None while there are none.
+
+    Attributes:
+        form: as the gate's.
+        handle: a number that stands for the holder, as a tensor: no guard is on its value.
+        tensors: the parameters and buffers in the view that have a place.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.training = False
+        self.form = 0
+        self.handle = torch.tensor(number, device="cpu")
+        self.tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def reader(self) -> Reads:
+        """Itself."""
+        return self
+
+    def read(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value of a call whose owner is the view; ``torch.compile`` traces this."""
+        form = self.form
+        if torch.is_autocast_enabled(_device_of(form)) or (  # the library may derive another value
+            torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
+        ):
+            return derivation.function(*args, **kwargs)
+        slot, count = _slot(form, derivation.number, args[1:], tuple(kwargs.items()))
+        if not slot:
+            raise UncheckableError("the value cannot be derived")
+        values = getattr(self, f"v{slot}")
+        if values is None:
+            found = torch.ops.dora_cache.derive(self.handle, form, slot)
+            return tuple(found) if count else found[0]
+        if not count:
+            return values
+        return tuple([getattr(self, f"v{slot}_{number}") for number in range(count)])
+
+    def wants_gradients(self) -> bool:
+        """Whether a tensor of the view requires a gradient."""
+        return any([tensor.requires_grad for tensor in self.tensors])  # noqa: C419 - it is traced
 
 
 class Buffer(Uncopyable):
@@ -137,7 +206,6 @@ class Buffer(Uncopyable):
         kwargs: keyword arguments.
 
     Attributes:
-        slot: the holder's attribute that shows it.
         adapters: the names of the adapters that were active.
         values: what compiled code reads; None while that does not hold.
         facts: what the values were derived from; None if there are none.
@@ -161,7 +229,6 @@ class Buffer(Uncopyable):
         self.stale = True
         self.nbytes = 0
         self.number = number
-        self.slot = f"v{number}"
         self.outputs: list[tuple[Any, ...]] | None = None
         self._holder = holder
         self._derivation = derivation
@@ -314,9 +381,7 @@ class Buffer(Uncopyable):
 
 
 class Holder(Uncopyable):
-    """What compiled code reads of one layer: its view, and the values for its active adapters.
-
-    Compiled code reads attributes alone, and the values as attributes ``v1``, ``v2``, ...
+    """Has what compiled code reads of one layer up to date.
 
     Args:
         binding: the layer's.
@@ -325,21 +390,17 @@ class Holder(Uncopyable):
         shallow: whether the layer's modules and parameters are no matter of the view's.
 
     Attributes:
-        cache: a string that stands for the cache.
-        key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a
-            bare argument by its identity.
+        gate: where compiled code begins to look.
+        reads: what it reads values from.
         entries: the checks of the code that reads the view.
         watch: what the view and the values were made from; None while there is no view.
         names: the active adapters that the view has.
-        form: a number that stands for all of the view but contents, names and scalings.
-        view: stands for the layer; None while it cannot.
-        tensors: the parameters and buffers in the view that have a place.
-        device: the type of the layer's device.
-        handle: a number that stands for the holder, as a tensor: no guard is on its value.
         used: whether compiled code has ever asked for it.
         idle: whether the layer has none of the active adapters.
         dependants: holders of layers to which it matters what this layer's active adapters are.
         finish: called with the layer and a view of it that has just been made; completes the view.
+        remark: called with a view; returns what else compiled code is made for, hashable; and what
+            it is to find as attributes of :attr:`reads`.
     """
 
     def __init__(
@@ -349,22 +410,21 @@ class Holder(Uncopyable):
         *,
         shallow: bool = False,
     ) -> None:
-        self.cache = f"cache {binding.cache.token}"
-        self.key = (Key(self.cache, self, checks=binding.cache.config.compiled_check),)
+        cache = f"cache {binding.cache.token}"
+        number = next(_known.handles)
+        self.gate = Gate(Key(cache, self, checks=binding.cache.config.compiled_check))
+        self.reads = Reads(number)
         self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
         self.watch: Watch | None = None
         self.names: tuple[str, ...] = ()
-        self.form = 0
-        self.view: Any = None
-        self.tensors: tuple[Tensor, ...] = ()
         self.used = False
         self.idle = False
         self.dependants: weakref.WeakSet[Holder] = weakref.WeakSet()
         self.finish: Callable[[Any, Any], None] | None = None
+        self.remark: Callable[[Any], tuple[Hashable, Mapping[str, object]]] = _nothing
         self.shallow = shallow
-        self.device = "cpu"
-        number = next(_known.handles)
-        self.handle = torch.tensor(number, device="cpu")
+        self._slots: dict[int, int] = {}
+        self._copies: set[int] = set()
         self._binding = weakref.ref(binding)
         self._active = active
         self._scalings: dict[str, Tensor] = {}
@@ -376,8 +436,25 @@ class Holder(Uncopyable):
         self._surprises = 0
         self._coming: list[tuple[Mapping[str, Any], str, object]] = []
         _known.holders[number] = self
-        _known.caches[self.cache] = binding.cache
         binding.holder = self
+        owner: Any = binding.owner
+        owner.__dict__[GATE] = self.gate
+        binding.undo.callback(_remove_gate, weakref.ref(owner))
+
+    @property
+    def view(self) -> Any:
+        """Stands for the layer; None while it cannot."""
+        return self.gate.__dict__["view"]
+
+    @property
+    def form(self) -> int:
+        """A number that stands for all of the view but contents, names and scalings."""
+        return self.gate.form
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parameters and buffers in the view that have a place."""
+        return self.reads.tensors
 
     @property
     def binding(self) -> Any:
@@ -396,35 +473,16 @@ class Holder(Uncopyable):
         binding = self._binding()
         return None if binding is None else binding.owner
 
-    # In compiled code
-
-    def read(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the value of a call whose owner is the view; ``torch.compile`` traces this."""
-        if torch.is_autocast_enabled(self.device) or (  # the library may derive another value
-            torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
-        ):
-            return derivation.function(*args, **kwargs)
-        slot, single = _slot(
-            self.cache, self.form, derivation.number, args[1:], tuple(kwargs.items())
-        )
-        if not slot:
-            raise UncheckableError("the value cannot be derived")
-        values = getattr(self, f"v{slot}")
-        if values is not None:
-            return values
-        found = torch.ops.dora_cache.derive(self.handle, self.form, slot)
-        return found[0] if single else tuple(found)
-
-    def wants_gradients(self) -> bool:
-        """Whether a tensor of the view requires a gradient."""
-        return any([tensor.requires_grad for tensor in self.tensors])  # noqa: C419 - it is traced
-
-    # Outside of it
-
     def show(self, buffer: Buffer) -> None:
         """Have compiled code read what a buffer of the active adapters has; the lock is held."""
-        if buffer.adapters == self.names:
-            self.__dict__[buffer.slot] = buffer.values
+        if buffer.adapters != self.names:
+            return
+        values, table, slot = buffer.values, self.reads.__dict__, f"v{buffer.number}"
+        table[slot] = values
+        if isinstance(values, tuple):
+            for number, value in enumerate(values):
+                table[f"{slot}_{number}"] = value
+            table[slot], self._slots[buffer.number] = True, len(values)
 
     def changed(self) -> None:
         """Follow something that has happened to the layer or a part of it."""
@@ -435,15 +493,22 @@ class Holder(Uncopyable):
     def gets(self, table: Mapping[str, Any], name: str, new: object) -> None:
         """Take note that a container that the view has copied gets a part; takes no lock."""
         self._coming.append((table, name, new))
-        if self.key[0].checks:
+        if self.gate.key[0].checks:
             self._note(BEHIND)
         else:
             self.clear()
 
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""
-        self.view, self.form, self.tensors = None, 0, ()
+        self._face(None, 0, (), {})
         self._note(None)
+
+    def _face(
+        self, view: Any, form: int, tensors: tuple[Tensor, ...], parts: Mapping[str, object]
+    ) -> None:
+        """Have compiled code see another view; the lock is held."""
+        self.gate.__dict__.update(view=view, form=form)
+        self.reads.__dict__.update(parts, form=form, tensors=tensors)
 
     def _note(self, watch: Watch | None) -> None:
         """Watch something else from now on; the lock is held."""
@@ -476,6 +541,16 @@ class Holder(Uncopyable):
         binding, owner = self._binding(), self.owner
         return binding is not None and all(buffer.holds(owner) for buffer in self._filled())
 
+    def written(self) -> bool:
+        """Whether code that is traced has written to what the view and the values are made from."""
+        watch, owner = self.watch, self.owner
+        if watch is None:
+            return False
+        mappings, names, *_ = watch.named
+        nested = [mapping[name] for mapping, name in zip(mappings, names, strict=True)]
+        objects = [owner, *watch.tables, *mappings, *nested]
+        return traced_writes(objects, (*self.tensors, *watch.tensors))
+
     def _filled(self) -> list[Buffer]:
         """Return the buffers that compiled code reads now."""
         binding = self._binding()
@@ -484,10 +559,13 @@ class Holder(Uncopyable):
 
     def _shown(self) -> tuple[tuple[object, ...], list[object]]:
         """Return what compiled code reads that an update may change, to be compared."""
-        values = [value for name, value in self.__dict__.items() if name[1:].isdigit()]
-        scalings = list(self._scalings.values())
+        table = self.reads.__dict__
+        names = [f"v{slot}" for slot in self._slots]
+        names += [f"v{slot}_{one}" for slot, many in self._slots.items() for one in range(many)]
+        values = [*map(table.get, names), *self._scalings.values()]
         looks = None if self.view is None else looks_of(self.view, shallow=self.shallow)
-        return (self.form, len(values), len(scalings), looks), values + scalings
+        kinds = [(type(tensor), tensor.requires_grad) for tensor in self.tensors]
+        return (self.form, len(values), looks, kinds), values
 
     def _give_up(self) -> None:
         """Have no view: compiled code is compiled again before it reads one."""
@@ -542,6 +620,7 @@ class Holder(Uncopyable):
             view = self._view(owner, names, places) if names else None
             if view is not None and self.finish is not None:
                 self.finish(owner, view)
+            note, flat = (None, {}) if view is None else self.remark(view)
             self.idle = not names
         except Exception as error:  # noqa: BLE001 - never an inference failure
             if not isinstance(error, (UncheckableError, KeyError, AttributeError)):
@@ -552,8 +631,9 @@ class Holder(Uncopyable):
             with cache.mutex.held():
                 self.clear()
             return 0
-        parts, tensors, signs = form_of(view, shallow=self.shallow)
-        form = _known.number(_known.forms, signs)
+        parts, tensors, signs = form_of(view, self._copies, shallow=self.shallow)
+        device = tensors[0].device.type if tensors else "cpu"
+        form = _known.number(_known.forms, (cache.token, signs, note, device))
         others = (
             self.view is not None
             and names == self.names
@@ -565,16 +645,19 @@ class Holder(Uncopyable):
                 cache.buffers.drop(self.lease)
                 return 0
             switched, known = names != self.names, form == self.form
-            self.names, self.tensors, self.form, self.view = names, tensors, form, view
+            self.names = names
+            self._face(view, form, tensors, flat)
             for tensor in tensors:  # as the compiler does with a module's own: not to be copied
                 torch._dynamo.mark_static_address(tensor, guard=False)
-            self._places = watch_places(places)
-            self.device = tensors[0].device.type if tensors else "cpu"
-            _known.places.setdefault(form, parts)
+            self._places = watch_places(places + parts)
+            if not self.gate.key[0].checks:
+                own = [(table, key, item) for table, _, key, item in parts]
+                self.gate.__dict__["own"] = tuple(own)
+            _known.notes.setdefault(form, (weakref.ref(cache), device, note))
             wanted = cache.buffers.wanted.get(form, ())
             if switched:
-                for slot in [name for name in self.__dict__ if name[1:].isdigit()]:
-                    self.__dict__[slot] = None
+                for slot in self._slots:
+                    self.reads.__dict__[f"v{slot}"] = None
             buffers: list[tuple[Any, Any]] = list(binding.buffers.items())
             for key, buffer in buffers:
                 if buffer.adapters == names and buffer.number not in wanted:  # of another form
@@ -620,7 +703,8 @@ class Holder(Uncopyable):
 
     def want(self, number: int) -> bool:
         """Have the value of a call there; return whether it was derived."""
-        self.__dict__.setdefault(f"v{number}", None)
+        self._slots.setdefault(number, 0)
+        self.reads.__dict__.setdefault(f"v{number}", None)
         buffer = self._buffer(number)
         cache = self.engine
         if buffer is None or cache is None:
@@ -680,9 +764,9 @@ class Holder(Uncopyable):
             places: gets what the view has copied and no event reports.
         """
         known = canonical(names)
-        copied: list[nn.Module] = []
+        copied: list[tuple[nn.Module, nn.Module]] = []
         view = stand_in(owner, known, copied)
-        for container in copied:
+        for container, _ in copied:
             binding = self._binding()
             if binding is not None:
                 binding.cache.buffers.copied(container, self)
@@ -696,7 +780,12 @@ class Holder(Uncopyable):
         tuner = view._modules.get("base_model")
         if "active_adapter" in view.__dict__ and tuner is not None:  # which has the configurations
             view._modules["base_model"] = stand_in(tuner, known, copied)
-        view.__dict__[SLOT] = Tie(self)
+        if "base_layer" in owner._modules:
+            base = owner._modules["base_layer"]
+            places.append((owner._modules, None, "base_layer", base))
+        self._copies = {id(clone) for _, clone in copied}
+        view.__dict__[SLOT] = self.reads
+        view.__dict__.pop(GATE, None)
         return view
 
     def _scaled(
@@ -762,30 +851,32 @@ class _Lease(Uncopyable):
         return False
 
 
+def _remove_gate(layer: weakref.ref[Any]) -> None:
+    owner = layer()
+    if owner is not None:
+        owner.__dict__.pop(GATE, None)
+
+
+def _nothing(_: object) -> tuple[None, dict[str, object]]:
+    return None, {}
+
+
 def view_of(layer: Any) -> Any:
     """Return what a recipe's forward is to be traced with in a layer's place, or None.
 
     ``torch.compile`` traces this, and guards what is looked at, for each layer and at each call: so
     it is little.
     """
-    binding = layer.__dict__.get(SLOT)  # None in a copy
-    if binding is None or torch.compiler._is_exporting_flag:
+    gate = layer.__dict__.get(GATE)  # None in a copy
+    if gate is None or torch.compiler._is_exporting_flag:
         return None
-    holder = binding.holder
-    if holder is None:
+    if not _prepare(gate.key) or not _is_form(gate.form):
         return None
-    _prepare(holder.key)
-    view = holder.view
-    if view is None:
-        return None
-    if layer._modules.get("base_layer") is not view._modules.get("base_layer"):
-        return None
-    index = 0
-    for place in _places(holder.form):
-        if _at(view, place) is not holder.tensors[index]:
-            return None
-        index += 1  # noqa: SIM113 - Dynamo guards what enumerate() makes
-    return view
+    if gate.own is not None:
+        for table, name, tensor in gate.own:
+            if table.get(name) is not tensor:
+                return None
+    return gate.view
 
 
 @functools.cache
@@ -808,17 +899,22 @@ def viewed(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _at(view: Any, place: tuple[str, ...]) -> Any:
-    *path, kind, name = place
-    for part in path:
-        view = view._modules[part]
-    return (view._parameters if kind == "parameter" else view._buffers).get(name)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_form(form: int) -> bool:
+    """Have compiled code be for this form alone; runs while a layer is traced."""
+    return form in _known.notes
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _places(form: int) -> tuple[tuple[str, ...], ...]:
-    """Return where the tensors are in views of a form; runs while a layer is traced."""
-    return _known.places[form]
+def noted(form: int) -> Any:
+    """Return what :attr:`Holder.remark` said of views of a form; runs while a layer is traced."""
+    return _known.notes[form][-1]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _device_of(form: int) -> str:
+    """Return the type of the device of layers of a form; runs while a layer is traced."""
+    return _known.notes[form][1]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -833,8 +929,11 @@ def _prepare(keys: tuple[Key]) -> bool:
     living = None if holder is None else holder.engine
     if living is None or holder is None or untraceable():
         return False
+    why = None if traced_writes_show() else _NO_EFFECTS
     if key.checks and not entry_guards_work():
-        living.decline("compiled code", "every layer", _NO_GUARDS)
+        why = _NO_GUARDS
+    if why is not None:
+        living.decline("compiled code", "every layer", why)
         with living.mutex.held():
             for one in living.buffers.holders():
                 one.close()
@@ -847,6 +946,8 @@ def _prepare(keys: tuple[Key]) -> bool:
         for one in living.buffers.holders():
             one.used = True
             one.update(traced=True)
+    if holder.written():
+        return False
     if key.checks:
         enter(living, holder)
     return True
@@ -854,16 +955,17 @@ def _prepare(keys: tuple[Key]) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _slot(
-    cache: str, form: int, number: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
-) -> tuple[int, bool]:
+    form: int, number: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> tuple[int, int]:
     """Fill the value of a call for all layers of a form; runs while a layer is traced.
 
     Returns:
-        The call's number, 0 if the value cannot be derived; and whether it is one tensor.
+        The call's number, 0 if the value cannot be derived; and how many tensors the value has, 0
+        if it is a tensor and no tuple.
     """
-    living = _known.caches.get(cache)
+    living = _known.notes[form][0]()
     if living is None:
-        return 0, False
+        return 0, 0
     call = _known.number(_known.calls, _Call(number, args, kwargs))
     wanted = living.buffers.wanted.setdefault(form, {})
     holders = [one for one in living.buffers.holders() if one.form == form]
@@ -876,9 +978,9 @@ def _slot(
     if outputs is None:
         outputs = next((found for one in holders if (found := one.describe(call))), None)
         if outputs is None:
-            return 0, False
+            return 0, 0
         _known.outputs[form, call] = outputs
-    return call, outputs[-1][0]
+    return call, 0 if outputs[-1][0] else len(outputs) - 1
 
 
 # Derived in the graph

@@ -39,7 +39,8 @@ __all__ = ["BEHIND", "Entry", "Key", "Place", "Watch", "enter", "joined", "watch
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _address = Tensor.data_ptr
 Place = tuple["Mapping[Any, Any]", "Hashable", "Hashable", object]
-"""A mapping of mappings, a key in it, a key in what is found there, and what is there in turn."""
+"""A mapping, a name or None, a key, and what is there: under the key, in the mapping; with a name,
+in the mapping that this one has under the name."""
 
 
 class Watch(NamedTuple):
@@ -49,10 +50,11 @@ class Watch(NamedTuple):
         tensors: the tensors.
         versions: their version counters.
         addresses: of their data.
-        mappings: where scalars are, and parts of a layer: in a mapping of mappings.
-        names: keys in these.
-        keys: keys in what is found there.
-        items: what was found there in turn.
+        places: where parts of layers and scalars are.
+        tables: the mappings of places without a name.
+        keys: their keys.
+        items: what was there.
+        named: mappings, names, keys and items of the places with a name.
         loose: those of the tensors whose layouts have to be compared.
         layouts: their sizes, strides and dtypes.
         complete: whether nothing else matters. Else all dependencies have to be listed and read.
@@ -61,21 +63,23 @@ class Watch(NamedTuple):
     tensors: list[Tensor]
     versions: list[int]
     addresses: list[int]
-    mappings: list[Mapping[Any, Any]]
-    names: list[Hashable]
+    places: list[Place]
+    tables: list[Mapping[Any, Any]]
     keys: list[Hashable]
     items: list[object]
+    named: tuple[list[Any], list[Any], list[Any], list[Any]]
     loose: list[Tensor]
     layouts: list[tuple[object, ...]]
     complete: bool
 
     def holds(self) -> bool:
         """Whether all of it is as it was. Raises if something is not there any more."""
-        found = map(getitem, map(getitem, self.mappings, self.names), self.keys)
+        mappings, names, keys, items = self.named
         return (
             list(map(_version, self.tensors)) == self.versions
             and list(map(_address, self.tensors)) == self.addresses
-            and all(map(is_, found, self.items))
+            and all(map(is_, map(getitem, self.tables, self.keys), self.items))
+            and all(map(is_, map(getitem, map(getitem, mappings, names), keys), items))
             and (not self.loose or list(map(_layout, self.loose)) == self.layouts)
         )
 
@@ -110,7 +114,8 @@ def watch(
             complete &= bool(found) or (type(item) is int and item in sizes)
             places += found
     loose = [tensor for tensor in reading.tensors if id(tensor) not in guarded]
-    return _made(reading.tensors, places, loose, complete=complete)
+    layouts = [(tensor, _layout(tensor)) for tensor in loose]
+    return _made(_facts(reading.tensors), places, layouts, complete=complete)
 
 
 def watch_places(places: Sequence[Place]) -> Watch:
@@ -125,42 +130,51 @@ def joined(watches: Sequence[Watch]) -> Watch:
         for one in watches
         for tensor, version, address in zip(one.tensors, one.versions, one.addresses, strict=True)
     }
-    return Watch(
-        list(facts.values()),
-        [version for _, version, _ in facts],
-        [address for _, _, address in facts],
-        [mapping for one in watches for mapping in one.mappings],
-        [name for one in watches for name in one.names],
-        [key for one in watches for key in one.keys],
-        [item for one in watches for item in one.items],
-        [tensor for one in watches for tensor in one.loose],
-        [layout for one in watches for layout in one.layouts],
+    return _made(
+        [(tensor, version, address) for (_, version, address), tensor in facts.items()],
+        [place for one in watches for place in one.places],
+        [pair for one in watches for pair in zip(one.loose, one.layouts, strict=True)],
         complete=all(one.complete for one in watches),
     )
 
 
+def _facts(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int, int]]:
+    return [(tensor, _version(tensor), _address(tensor)) for tensor in tensors]
+
+
 def _made(
-    tensors: Sequence[Tensor],
+    facts: Sequence[tuple[Tensor, int, int]],
     places: Sequence[Place],
-    loose: Sequence[Tensor] = (),
+    loose: Sequence[tuple[Tensor, tuple[object, ...]]] = (),
     *,
     complete: bool = True,
 ) -> Watch:
-    mappings, names, keys, items = (
-        [list(column) for column in zip(*places, strict=True)] if places else ([], [], [], [])
+    distinct = list({(id(place[0]), *place[1:3]): place for place in places}.values())
+    plain = [place for place in distinct if place[1] is None]
+    mappings, names, keys, items = _columns(
+        [place for place in distinct if place[1] is not None], 4
     )
+    tables, _, own, there = _columns(plain, 4)
+    tensors, versions, addresses = _columns(facts, 3)
+    changing, layouts = _columns(loose, 2)
     return Watch(
-        list(tensors),
-        list(map(_version, tensors)),
-        list(map(_address, tensors)),
-        mappings,
-        names,
-        keys,
-        items,
-        list(loose),
-        list(map(_layout, loose)),
+        tensors,
+        versions,
+        addresses,
+        distinct,
+        tables,
+        own,
+        there,
+        (mappings, names, keys, items),
+        changing,
+        layouts,
         complete,
     )
+
+
+def _columns(rows: Iterable[tuple[Any, ...]], count: int) -> list[list[Any]]:
+    found: list[list[Any]] = [list(column) for column in zip(*rows, strict=True)]
+    return found or [[] for _ in range(count)]
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -182,13 +196,13 @@ def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Pla
         state = module.__dict__
         for name, value in state.items():
             if value is item:
-                found.append(({None: state}, None, name, item))
+                found.append((state, None, name, item))
             elif type(value) is dict:
                 found += [(state, name, key, item) for key in adapters if value.get(key) is item]
     return found
 
 
-BEHIND = _made([], [({None: {None: object()}}, None, None, None)])
+BEHIND = _made([], [({None: object()}, None, None, None)])
 """What never holds."""
 
 
@@ -217,6 +231,8 @@ class Key(Uncopyable):
         return self._holder()
 
     def __eq__(self, other: object) -> bool:
+        if other is self:  # the code's own check sees to it
+            return True
         if type(other) is not Key or other.cache != self.cache:
             return False
         if not self.checks:

@@ -265,7 +265,8 @@ def _reader(name: str) -> property:
             holder, derive, index = state[_SUBSTITUTES][name]
             view = holder.view
             if view is not None:
-                found = derive(view, *view.__dict__["_active_adapter"])
+                active = view.__dict__["_active_adapter"]
+                found = derive(view, *((active,) if isinstance(active, str) else active))
                 return found if index is None else found[index]
         if name in state:  # a plain tensor, set in a deleted parameter's place
             return state[name]

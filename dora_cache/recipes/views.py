@@ -16,23 +16,30 @@ from dora_cache.decorator import SLOT
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
 
-__all__ = ["canonical", "form_of", "layout_of", "looks_of", "stand_in"]
+    from dora_cache.recipes.entry import Place
+
+__all__ = ["ACTIVE", "canonical", "form_of", "layout_of", "looks_of", "stand_in"]
+
+ACTIVE = "active 0"
+"""The name that views have for the first active adapter."""
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def canonical(names: Sequence[str]) -> dict[str, str]:
     """Return the names that views have for adapters, in order."""
-    return {name: f"active {number}" for number, name in enumerate(names)}
+    return {name: f"{ACTIVE[:-1]}{number}" for number, name in enumerate(names)}
 
 
-def stand_in(owner: Any, canonical: Mapping[str, str], copied: list[nn.Module]) -> Any:
+def stand_in(
+    owner: Any, canonical: Mapping[str, str], copied: list[tuple[nn.Module, nn.Module]]
+) -> Any:
     """Return a copy that has the active adapters alone, by the names that views have for them.
 
     Args:
         owner: what is copied.
         canonical: these names, by the adapters' own.
-        copied: gets the containers that the copy has others for.
+        copied: gets the containers that the copy has others for, and these.
     """
     state = dict(owner.__dict__)
     named = {*getattr(owner, "adapter_layer_names", ()), *getattr(owner, "other_param_names", ())}
@@ -44,11 +51,11 @@ def stand_in(owner: Any, canonical: Mapping[str, str], copied: list[nn.Module]) 
                 if renamed is not None:
                     table[name] = renamed
                     if isinstance(value, nn.Module):
-                        copied.append(value)
+                        copied.append((value, renamed))
     state.pop("_dora_cache_observer", None)
-    first, *_ = known = list(canonical.values())
-    if "_active_adapter" in state:
-        state["_active_adapter"] = known
+    first, *others = known = list(canonical.values())
+    if "_active_adapter" in state:  # text where possible: the compiler checks lists at each call
+        state["_active_adapter"] = known if others else first
     elif "active_adapter" in state:  # of a model
         state["active_adapter"] = first
     view = object.__new__(type(owner))
@@ -99,34 +106,36 @@ def _renamed(value: Any, canonical: Mapping[str, str], *, named: bool) -> Any:
 
 
 def form_of(
-    view: Any, *, shallow: bool
-) -> tuple[tuple[tuple[str, ...], ...], tuple[Tensor, ...], Hashable]:
+    view: Any, copies: set[int], *, shallow: bool
+) -> tuple[list[Place], tuple[Tensor, ...], Hashable]:
     """Return where a view's tensors are, these, and what else compiled code is made for.
 
     Args:
         view: the view.
+        copies: ids of the containers that are the view's own.
         shallow: whether modules and parameters are left out.
     """
-    places: list[tuple[str, ...]] = []
+    places: list[Place] = []
     tensors: list[Tensor] = []
     signs: list[object] = [type(view)]
     for path, module in () if shallow else _modules_in(view, (), set()):
         signs.append((path, type(module)))
-        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
-            for name, tensor in table.items():
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in module.__dict__[kind].items():
                 if tensor is not None and type(tensor) in _EXACT:
-                    places.append((*path, kind, name))
+                    if module is not view and id(module) not in copies:
+                        places.append((module.__dict__[kind], None, name, tensor))
                     tensors.append(tensor)
-                    signs.append((places[-1], *layout_of(tensor)))
+                    signs.append((path, kind, name, *layout_of(tensor)))
     for name, value in view.__dict__.items():
         if name in _OF_COMPILERS:
             continue
         if type(value) in _PLAIN:
             signs.append((name, value))
-        elif type(value) is dict and not name.endswith("alpha"):  # which scalings are made of
+        elif type(value) is dict and not name.endswith("alpha"):  # a part of scalings
             # No text: it may name the layer.
             signs += [(name, k, v) for k, v in value.items() if type(v) in _PLAIN - {str}]
-    return tuple(places), tuple(tensors), tuple(signs)
+    return places, tuple(tensors), tuple(signs)
 
 
 def looks_of(view: Any, *, shallow: bool) -> list[object]:

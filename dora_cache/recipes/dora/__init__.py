@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.compiled import viewed
-from dora_cache.recipes.dora.linear import forward_for
+from dora_cache.recipes.dora.linear import forward_for, remark
 from dora_cache.recipes.dora.mixed import mixed_for
 from dora_cache.recipes.dora.values import (
     fast_scale,
@@ -102,6 +102,9 @@ class _Dora:
             binding.warmers = _warmers
             binding.bake = bake_variant
             binding.undo.callback(_restore, weakref.ref(layer))
+            if forward is not None:
+                holder: Any = binding.holder
+                holder.remark = remark
         for adapter, variant in known.items():
             if not isinstance(variant, CachedVariant):
                 plain: Any = type(variant)

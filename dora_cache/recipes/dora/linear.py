@@ -15,13 +15,15 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from dora_cache.decorator import SLOT
 from dora_cache.facts import UncheckableError
-from dora_cache.recipes.compiled import view_of
+from dora_cache.recipes.compiled import noted, view_of
 from dora_cache.recipes.dora.bound import bind
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
 from dora_cache.recipes.dora.values import fast_scale, stored_scale
 from dora_cache.recipes.dora.variants import CachedVariant, stands_aside
 from dora_cache.recipes.fingerprints import fingerprint
+from dora_cache.recipes.views import ACTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +89,26 @@ def _forward(plain: Any, *, ordinary: bool, fast: bool) -> Callable[..., Tensor]
     return forward
 
 
+def remark(view: Any) -> tuple[bool, dict[str, object]]:
+    """Return whether :func:`_traced` computes a layer's view, and what it reads of it."""
+    state, modules = view.__dict__, view._modules
+    adapter = state["_active_adapter"]
+    if type(adapter) is not str or not isinstance(
+        state["lora_variant"].get(adapter), CachedVariant
+    ):
+        return False, {}
+    a, b = (modules[name]._modules[adapter] for name in ("lora_A", "lora_B"))
+    if (
+        type(modules["base_layer"]) is not nn.Linear
+        or not all(type(part) is nn.Linear and "weight" in part._parameters for part in (a, b))
+        or a.bias is not None
+        or stands_aside(view, adapter)
+    ):
+        return False, {}
+    scaling = state["scaling"][adapter]
+    return True, {"a": a.weight, "b": b.weight, "bias": b.bias, "scaling": scaling}
+
+
 def _traced(view: Any, x: Tensor, *, fast: bool) -> Tensor | None:
     """Compute the output of a layer's view. None if it is not in the common configuration.
 
@@ -94,38 +116,19 @@ def _traced(view: Any, x: Tensor, *, fast: bool) -> Tensor | None:
     call: so it is little, and without PEFT's properties and methods, each of which is guarded in
     all base classes.
     """
-    state = view.__dict__
-    active = state["_active_adapter"]
-    if len(active) != 1 or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    reads = view.__dict__[SLOT]
+    if not noted(reads.form) or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return None
-    adapter = active[0]
-    # By this way alone: that two ways lead to one object, Dynamo guards in Python.
-    modules: Any = view._modules
-    base = modules["base_layer"]
-    if (
-        not isinstance(state["lora_variant"].get(adapter), CachedVariant)
-        or type(base) is not nn.Linear
-        or stands_aside(view, adapter)
-    ):
-        return None
-    lora_a = modules["lora_A"]._modules[adapter]
-    lora_b = modules["lora_B"]._modules[adapter]
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return None
-    a: Any = lora_a._parameters
-    b: Any = lora_b._parameters
-    if "weight" not in a or "weight" not in b or a["bias"] is not None:  # pruned, for example
-        return None
-    dtype = a["weight"].dtype
+    base = view._modules["base_layer"]
+    a, scaling = reads.a, reads.scaling
     result: Tensor = base(x)
-    if x.dtype is not dtype:
-        x = view._cast_input_dtype(x, dtype)
-    delta = linear(linear(x, a["weight"]), b["weight"], b["bias"])
-    scaling = state["scaling"][adapter]
+    if x.dtype is not a.dtype:
+        x = view._cast_input_dtype(x, a.dtype)
+    delta = linear(linear(x, a), reads.b, reads.bias)
     if fast:
-        scale, *shift = fast_scale(view, adapter)
+        scale, *shift = fast_scale(view, ACTIVE)
         total = fast_sum(result, delta, scale, shift[0] if shift else None, scaling)
     else:
-        bias = base._parameters.get("bias")
-        total = exact_sum(result, bias, delta, stored_scale(view, adapter, x.dtype), scaling)
+        scale = stored_scale(view, ACTIVE, x.dtype)
+        total = exact_sum(result, base._parameters.get("bias"), delta, scale, scaling)
     return total.to(result.dtype)
