@@ -41,12 +41,18 @@ def _(patch):
 
 @mutant("the wrong slot is shown after a switch", CompiledKindsMachine)
 def _(patch):
+    plain = Holder.show
+
     def show(self, buffer):
-        found = [one for one in self.binding.buffers.values() if one.slot == buffer.slot]
-        if buffer.adapters == self.names:
-            self.__dict__[buffer.slot] = next(
-                (one.values for one in found if one.values is not None), None
-            )
+        if buffer.adapters != self.names:
+            return
+        alike = [one for one in self.binding.buffers.values() if one.number == buffer.number]
+        first = next((one for one in alike if one.values is not None), buffer)
+        adapters, first.adapters = first.adapters, self.names
+        try:
+            plain(self, first)
+        finally:
+            first.adapters = adapters
 
     patch.setattr(Holder, "show", show)
 
