@@ -77,7 +77,7 @@ def _(patch):
     patch.setattr(Buffers, "comes", lambda self, parent, table, name, new: None)
 
 
-@mutant("what changes behind the guards is ignored", CompiledKindsMachine)
+@mutant("what changes behind the guards is ignored", CompiledKindsMachine, rare=True)
 def _(patch):
     patch.setattr(compiled, "looks_of", lambda view, *, shallow: None)
 
