@@ -41,8 +41,18 @@ def _(patch):
 
 @mutant("the wrong slot is shown after a switch", CompiledKindsMachine)
 def _(patch):
+    plain = Holder.show
+
     def show(self, buffer):
-        self.__dict__[buffer.slot] = buffer.values
+        if buffer.adapters != self.names:
+            return
+        alike = [one for one in self.binding.buffers.values() if one.number == buffer.number]
+        first = next((one for one in alike if one.values is not None), buffer)
+        adapters, first.adapters = first.adapters, self.names
+        try:
+            plain(self, first)
+        finally:
+            first.adapters = adapters
 
     patch.setattr(Holder, "show", show)
 
@@ -67,7 +77,7 @@ def _(patch):
     patch.setattr(Buffers, "comes", lambda self, parent, table, name, new: None)
 
 
-@mutant("what changes behind the guards is ignored", CompiledKindsMachine)
+@mutant("what changes behind the guards is ignored", CompiledKindsMachine, rare=True)
 def _(patch):
     patch.setattr(compiled, "looks_of", lambda view, *, shallow: None)
 

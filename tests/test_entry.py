@@ -10,10 +10,11 @@ import pytest
 import torch
 from depth import first, thinned
 from peft import get_peft_model
+from peft.utils import hotswap
 from test_compile import NUMERICS, Compiled, _fresh  # noqa: F401 - a fixture
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from zoo import dora_config, dora_model, quiet, run, shake
+from zoo import dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
 from dora_cache import ambient
@@ -297,22 +298,49 @@ def test_under_autocast_inference_mode_and_another_default_device():
     assert setup.compilations == compilations
 
 
-def test_ten_adapters_in_turn():
-    """A change of any of them is noticed when it is next used, or before."""
-    names = [f"adapter{number}" for number in range(4)]
-    model = dora_model(adapters=names)
-    dora_cache.attach(model)
-    counter = CompileCounter()
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_ten_adapters_in_turn(kind, numerics):
+    """Switches, scalings, hotswaps and in-place writes: one compilation, without refresh()."""
+    names = [f"adapter{number}" for number in range(10)]
+    model, x = dora_model(kind, adapters=names[:1]), sample(kind)
+    for index, name in enumerate(names[1:]):
+        model.add_adapter(name, dora_config(kind, alpha=9 + index))
+    shake(model.eval().requires_grad_(requires_grad=False))
+    dora_cache.attach(model, numerics=numerics)
+    layer, counter = model.base_model.model.layer, CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    x = torch.randn(2, 12)
-    for turn in range(3):
+    last = None
+
+    def check():
+        nonlocal last
+        found, expected = run(compiled, x), run(copy.deepcopy(model), x)
+        if numerics == "peft":
+            assert torch.equal(found, expected)
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert last is None or not torch.equal(found, last)
+        last = found
+
+    for turn in range(2):
         for index, name in enumerate(names):
             model.base_model.set_adapter(name, inference_mode=True)
-            other = model.base_model.model.layer.lora_magnitude_vector[names[index - turn]].weight
-            with torch.no_grad():
-                other.mul_(1.25)
-            assert torch.equal(run(compiled, x), run(copy.deepcopy(model), x))
-    assert counter.frame_count <= len(names)
+            check()
+            layer.scaling[name] *= 1.25  # by hand
+            check()
+            layer.set_scale(name, 0.5 + turn)
+            check()
+            state = {
+                key: value * 1.1 for key, value in model.state_dict().items() if f".{name}." in key
+            }
+            hotswap.hotswap_adapter_from_state_dict(model, state, name, model.peft_config[name])
+            check()
+            for one in (name, names[index - 1 - turn]):  # the active one, and another
+                with torch.no_grad():
+                    layer.lora_magnitude_vector[one].weight.mul_(1.5)
+                    layer.lora_A[one].weight.data = layer.lora_A[one].weight * 0.9
+            check()
+    assert counter.frame_count == 1
 
 
 def test_a_change_by_another_layer_within_a_forward():
