@@ -1,5 +1,7 @@
 """Micro costs: `make bench-micro` times them, every other run only goes through them once."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,6 +15,7 @@ from dora_cache.recipes.entry import Entry
 
 WIDTH, RANK = 768, 8
 LAYERS = 224  # of a model of 8 billion parameters
+SOME = 32
 
 
 class Owner(nn.Module):
@@ -145,3 +148,32 @@ def test_entry(benchmark, way):
         weight.add_(1)
         assert check()
         assert not torch.equal(buffer.values, before)
+
+
+@pytest.mark.benchmark(group=f"a call of compiled code of {SOME} layers that computes nothing")
+@pytest.mark.parametrize("way", ["LoRA", "peft", "fast"])
+def test_compiled_call(benchmark, way):
+    """The guards, the check at entry and the collection of inputs, for DoRA in both numerics."""
+    base = nn.Sequential(*[Block(16) for _ in range(SOME)])
+    config = LoraConfig(
+        r=RANK, target_modules=["layer"], use_dora=way != "LoRA", init_lora_weights=False
+    )
+    with quiet():
+        model = get_peft_model(base, config).eval().requires_grad_(requires_grad=False)
+    x = torch.randn(1, 16)
+
+    def nothing(_, __):
+        return lambda *_: (x,)
+
+    with ExitStack() as stack, torch.no_grad():
+        if way != "LoRA":
+            cache = stack.enter_context(dora_cache.attach(model, numerics=way))
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=nothing, fullgraph=True)
+        compiled(x)
+        assert benchmark(compiled, x) is x
+        if way != "LoRA":
+            holders = [block.layer.__dict__[SLOT].holder for block in base]
+            assert all(holder.view is not None and holder.watch.holds() for holder in holders)
+            assert cache.stats().nbytes
+    torch._dynamo.reset()
