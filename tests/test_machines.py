@@ -27,8 +27,8 @@ MACHINES = [
     (ContentModelMachine, 12, 250, 5),
     (AuditedModelMachine, 4, 100, 5),  # each step is 35 forwards
     (CompiledModelMachine, 2, 40, 5),  # it compiles again and again
-    (CompiledKindsMachine, 16, 400, 10),
-    (FastCompiledKindsMachine, 10, 200, 5),
+    (CompiledKindsMachine, 12, 400, 10),
+    (FastCompiledKindsMachine, 8, 200, 5),
     (KindsMachine, 12, 250, 5),
     (FastKindsMachine, 5, 100, 5),
     (PoolMachine, 20, 1000, 5),

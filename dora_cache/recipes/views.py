@@ -51,6 +51,8 @@ def stand_in(
                 if renamed is not None:
                     table[name] = renamed
                     if isinstance(value, nn.Module):
+                        # The layer is switched to another mode before its parts are.
+                        renamed.__dict__["training"] = state["training"]
                         copied.append((value, renamed))
     state.pop("_dora_cache_observer", None)
     first, *others = known = list(canonical.values())
