@@ -1011,11 +1011,19 @@ def test_it_goes_on_until_interrupted(pool, registry, url):
         pool.close()
         until(ours, "has no metrics of a cache or pool that is open")
         process.send_signal(signal.SIGINT)
+        threading.Thread(target=drain, args=(ours,), daemon=True).start()
         assert process.wait(30) == 0
     finally:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def drain(terminal):
+    """Read a terminal until it is closed: who writes to a full one waits."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 1 << 16):
+            pass
 
 
 def until(terminal, pattern, seconds=60):

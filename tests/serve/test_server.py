@@ -714,8 +714,8 @@ def test_nobody_waits_for_ever(own):
 
         one.run(everything())
         assert len(order) == 31
-        # Two were before it and three were let past.
-        assert order.index(("lora-3", 0)) == 5
+        # Two were before it, and no more than three are let past.
+        assert order.index(("lora-3", 0)) <= 5
 
 
 # Failures
