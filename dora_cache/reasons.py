@@ -48,6 +48,10 @@ class Reason(Advised):
         "operations traced or transformed",
         "nothing: whoever traces, transforms or captures operations must see them",
     )
+    WRITTEN = (
+        "compiled code writes to the weights first",
+        "write to weights and scalings outside of the function that is compiled",
+    )
     HOOKED = (
         "hooks on a part",
         "remove global hooks, and hooks and forwards set on the adapter's own modules",

@@ -529,8 +529,12 @@ class Holder(Uncopyable):
             if watch.holds() and (watch.complete or self._holds()):
                 return True
         before, values = self._shown()
-        with suppress(Exception):
+        try:
             self.update()
+        except Exception as error:  # noqa: BLE001 - never an inference failure: it is given up
+            cache = self.engine
+            if cache is not None:
+                cache.failed("the check of compiled code", error)
         if self.watch is watch:  # it has not even been looked at
             self._give_up()
         after, others = self._shown()
@@ -612,9 +616,10 @@ class Holder(Uncopyable):
         owner, cache = binding.owner, binding.cache
         if owner is None or cache.closed:
             return 0
+        reason = binding.why_training(owner)
         try:
-            if binding.why_training(owner) is not None:
-                raise UncheckableError("it trains")
+            if reason is not None:
+                raise UncheckableError("it trains", reason)
             names = tuple(self._active(owner))
             places: list[Place] = []
             view = self._view(owner, names, places) if names else None
@@ -630,6 +635,8 @@ class Holder(Uncopyable):
         if view is None:
             with cache.mutex.held():
                 self.clear()
+            if traced and reason is not None:
+                cache.passed_by(reason, binding)
             return 0
         parts, tensors, signs = form_of(view, self._copies, shallow=self.shallow)
         device = tensors[0].device.type if tensors else "cpu"
@@ -947,6 +954,7 @@ def _prepare(keys: tuple[Key]) -> bool:
             one.used = True
             one.update(traced=True)
     if holder.written():
+        living.passed_by(Reason.WRITTEN, holder.binding)
         return False
     if key.checks:
         enter(living, holder)

@@ -94,23 +94,18 @@ def _is_followed() -> bool:
     return torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled()
 
 
-def _exact(
-    layer: Any, adapter: str, x: Tensor, result: Tensor, buffers: Buffers | None = None
-) -> Tensor:
+def _exact(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     """Return the output of a linear layer or a convolution, bit for bit PEFT's."""
     conv = is_conv(layer)
-    if buffers is None:
-        scale = scale_of(layer, adapter, None if conv else x.dtype)
-        scaling = layer.scaling[adapter]
-    else:
-        scale, scaling = buffers
+    scale = scale_of(layer, adapter, None if conv else x.dtype)
+    scaling = layer.scaling[adapter]
     delta = _projected(layer, adapter, x)
     bias = bias_of(base_layer(layer))
     if conv and bias is not None:
         bias = bias.view(1, -1, *[1] * (result.dim() - 2))
     last = layer._modules["lora_B"]._modules[adapter]
     owned = type(last) in _MAKES_NEW and not _is_followed()
-    if buffers is None and not conv:
+    if not conv:
         return add_exact(result, delta, scale, bias, scaling, owned=owned)
     return exact_sum(result, bias, delta, scale, scaling, owned=owned)
 

@@ -151,7 +151,7 @@ class _BakedVariant:
     """
 
     def __init__(self, kind: str, names: list[str]) -> None:
-        self._forward = FORWARDS["fast", kind]
+        self._forward: Callable[..., Tensor] = FORWARDS["fast", kind]
         self._names = names
 
     def forward(
