@@ -381,7 +381,7 @@ class Buffer(Uncopyable):
 
 
 class Holder(Uncopyable):
-    """Has what compiled code reads of one layer up to date.
+    """Keeps what compiled code reads of one layer up to date.
 
     Args:
         binding: the layer's.

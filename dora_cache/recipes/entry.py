@@ -203,7 +203,7 @@ def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Pla
 
 
 BEHIND = _made([], [({None: object()}, None, None, None)])
-"""What never holds."""
+"""A watch that never holds: the layer is brought up to date at the next check."""
 
 
 @traced_constant
