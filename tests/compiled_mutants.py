@@ -18,10 +18,8 @@ def _checks_only(patch, *facts):
         "versions": lambda one: [tensor._version for tensor in one.tensors] == one.versions,
         "addresses": lambda one: [tensor.data_ptr() for tensor in one.tensors] == one.addresses,
         "scalars": lambda one: all(
-            mapping[name][key] is item
-            for mapping, name, key, item in zip(
-                one.mappings, one.names, one.keys, one.items, strict=True
-            )
+            (table if name is None else table[name])[key] is item
+            for table, name, key, item in one.places
         ),
         "layouts": lambda one: list(map(_layout, one.loose)) == one.layouts,
     }
