@@ -911,6 +911,57 @@ def test_a_cap_that_some_buffers_fit():
     setup.check()
 
 
+@pytest.mark.parametrize("cap", [0, 4, 7, 8, 40])
+def test_a_cap_that_some_scalings_fit(cap):
+    """All of a layer's are tensors, or none; writes that raise no event are noticed either way."""
+    setup = Compiled(backend="lru", max_bytes=cap)
+    setup.activate("first", "second")
+    setup.check()
+    view = setup.layer.__dict__[SLOT].holder.view
+    assert {type(one) for one in view.scaling.values()} == {float if cap < 8 else torch.Tensor}
+    for _ in range(2):
+        with torch.no_grad():
+            for weight in setup.parameters():
+                weight.mul_(1.5)
+        setup.check()
+        assert setup.compilations == 1
+    setup.layer.scaling["second"] = 5.0
+    setup.check()
+    assert setup.cache.stats().nbytes <= cap
+
+
+def test_parts_that_are_announced_and_never_come():
+    """A part may be overwritten, or deleted, before compiled code looks at the layer again."""
+    setup = Compiled()
+    setup.check()
+    layer = setup.layer
+    for _ in range(2):
+        layer.lora_A["first"] = copy.deepcopy(layer.lora_A["first"])
+    layer.lora_A["other"] = copy.deepcopy(layer.lora_A["first"])
+    del layer.lora_A["other"]
+    for part in list(layer.lora_magnitude_vector.values()):
+        layer.lora_magnitude_vector["first"] = part
+        torch.nn.Module.register_parameter(part, "weight", part.weight)
+    kept = copy.deepcopy(layer.lora_B["first"])
+    layer.lora_B["first"] = kept
+    layer.lora_B["first"] = copy.deepcopy(kept)
+    setup.check()
+    holder = setup.buffer()._holder
+    assert holder.watch.holds()
+    layer.lora_B._modules["first"] = kept  # by hand: it had been announced
+    kept.weight.data = kept.weight * 2
+    assert not holder.watch.holds()
+    setup.check()
+    del kept
+    layer.lora_B["first"] = copy.deepcopy(layer.lora_B["first"])
+    setup.check()
+    gc.collect()
+    setup.parameters()[0].data = setup.parameters()[0] * 2
+    setup.check()
+    assert holder.watch.holds()
+    assert not holder._coming
+
+
 def test_detaching_gives_pefts_code_back():
     """Compiled code then runs PEFT's, and no tensor is left."""
     setup = Compiled(fullgraph=False)

@@ -51,7 +51,15 @@ from dora_cache.decorator import GATE, SLOT, derivations
 from dora_cache.dependencies import listed
 from dora_cache.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
-from dora_cache.recipes.entry import BEHIND, Key, enter, joined, watch, watch_places
+from dora_cache.recipes.entry import (
+    BEHIND,
+    Key,
+    enter,
+    joined,
+    watch,
+    watch_later,
+    watch_places,
+)
 from dora_cache.recipes.views import canonical, form_of, layout_of, looks_of, stand_in
 
 if TYPE_CHECKING:
@@ -434,7 +442,8 @@ class Holder(Uncopyable):
         self._updating = threading.RLock()
         self._busy = False
         self._surprises = 0
-        self._coming: list[tuple[Mapping[str, Any], str, object]] = []
+        self._arrivals = itertools.count()
+        self._coming: dict[int, tuple[Mapping[str, Any], str, weakref.ref[Any] | None]] = {}
         _known.holders[number] = self
         binding.holder = self
         owner: Any = binding.owner
@@ -492,7 +501,8 @@ class Holder(Uncopyable):
 
     def gets(self, table: Mapping[str, Any], name: str, new: object) -> None:
         """Take note that a container that the view has copied gets a part; takes no lock."""
-        self._coming.append((table, name, new))
+        weak = None if new is None else weakref.ref(new)
+        self._coming[next(self._arrivals)] = table, name, weak
         if self.gate.key[0].checks:
             self._note(BEHIND)
         else:
@@ -681,10 +691,15 @@ class Holder(Uncopyable):
         if binding is None or self.view is None:
             return
         with binding.cache.mutex.held():
-            self._coming = [one for one in self._coming if one[0].get(one[1]) is not one[2]]
-            found = [BEHIND] if self._coming else [self._places]
-            found += [buffer.watch for buffer in self._filled() if buffer.watch is not None]
-            self._note(joined(found))
+            coming: list[int] | None = None
+            while coming != list(self._coming):  # others may be announced meanwhile, by any thread
+                for number, one in list(self._coming.items()):
+                    if not _is_pending(*one):
+                        del self._coming[number]
+                coming = list(self._coming)
+                pending = watch_later([one[:2] for one in self._coming.values()])
+                found = [buffer.watch for buffer in self._filled() if buffer.watch is not None]
+                self._note(joined([self._places, pending, *found]))
 
     def _is_surprised(self) -> bool:
         """Take note that what was traced no longer holds; return whether to give up.
@@ -798,31 +813,35 @@ class Holder(Uncopyable):
     def _scaled(
         self, owner: Any, scaling: Mapping[str, Any], names: Mapping[str, str]
     ) -> dict[str, Any]:
-        """Return scalings as tensors: a guard on a number would be a recompilation."""
-        found: dict[str, Any] = {}
-        for name, known in names.items():
-            if name not in scaling:
-                continue
-            value = scaling[name]
-            if isinstance(value, Tensor) or type(value) not in {int, float}:
-                found[known] = value
-                continue
-            like = _like(owner)
-            # Without dimensions it promotes nothing, as a number would not.
-            dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-            tensor = self._scalings.get(known)
-            if tensor is None or tensor.dtype is not dtype or tensor.device != like.device:
-                with torch.inference_mode(mode=False):
-                    tensor = torch.empty((), dtype=dtype, device=like.device)
-                others = [one for key, one in self._scalings.items() if key != known]
-                nbytes = storage_bytes((*others, tensor))
-                cache = self.engine
-                if cache is None or not cache.buffers.reserve(self.lease, nbytes, like.device):
-                    found[known] = value
-                    continue
+        """Return scalings as tensors: a guard on a number would be a recompilation.
+
+        If the cap has no room for all of them, they are the numbers.
+        """
+        found = {known: scaling[name] for name, known in names.items() if name in scaling}
+        numbers = {known: one for known, one in found.items() if type(one) in {int, float}}
+        like = _like(owner)
+        # Without dimensions it promotes nothing, as a number would not.
+        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+        missing = [
+            known
+            for known in numbers
+            if (there := self._scalings.get(known)) is None
+            or there.dtype is not dtype
+            or there.device != like.device
+        ]
+        if missing:
+            with torch.inference_mode(mode=False):
+                new = {known: torch.empty((), dtype=dtype, device=like.device) for known in missing}
+            tensors = {**self._scalings, **new}
+            cache, nbytes = self.engine, storage_bytes(tuple(tensors.values()))
+            if cache is None or not cache.buffers.reserve(self.lease, nbytes, like.device):
+                return found
+            for known, tensor in new.items():
                 torch._dynamo.mark_static_address(tensor, guard=False)
-                self._scalings[known] = tensor
                 self._numbers.pop(known, None)
+            self._scalings = tensors
+        for known, value in numbers.items():
+            tensor = self._scalings[known]
             if self._numbers.get(known) != value:  # a backward may have saved it as it is
                 with torch.inference_mode(mode=False), torch.no_grad():
                     tensor.fill_(value)
@@ -856,6 +875,13 @@ class _Lease(Uncopyable):
     def derived_from(self, storages: set[int]) -> bool:  # noqa: ARG002
         """Whether it holds derived values: it does not."""
         return False
+
+
+def _is_pending(table: Mapping[str, Any], name: str, new: weakref.ref[Any] | None) -> bool:
+    """Whether a part that was announced may still come."""
+    part = None if new is None else new()
+    gone = new is not None and part is None
+    return not gone and table.get(name) is not part
 
 
 def _remove_gate(layer: weakref.ref[Any]) -> None:

@@ -34,7 +34,18 @@ if TYPE_CHECKING:
     from dora_cache.facts import Reading
     from dora_cache.recipes.compiled import Holder
 
-__all__ = ["BEHIND", "Entry", "Key", "Place", "Watch", "enter", "joined", "watch", "watch_places"]
+__all__ = [
+    "BEHIND",
+    "Entry",
+    "Key",
+    "Place",
+    "Watch",
+    "enter",
+    "joined",
+    "watch",
+    "watch_later",
+    "watch_places",
+]
 
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _address = Tensor.data_ptr
@@ -121,6 +132,25 @@ def watch(
 def watch_places(places: Sequence[Place]) -> Watch:
     """Note what is found in some places."""
     return _made([], places)
+
+
+class _Optional:
+    """A mapping's items, and None where it has none."""
+
+    def __init__(self, table: Mapping[Any, Any]) -> None:
+        self._table = table
+
+    def __getitem__(self, key: Hashable) -> object:
+        return self._table.get(key)
+
+
+def watch_later(coming: Iterable[tuple[Mapping[Any, Any], Hashable]]) -> Watch:
+    """Note what is, or is not, in some places under a key where something else may come."""
+    found: list[Place] = []
+    for table, key in coming:
+        lenient: Any = _Optional(table)
+        found.append((lenient, None, key, lenient[key]))
+    return watch_places(found)
 
 
 def joined(watches: Sequence[Watch]) -> Watch:
