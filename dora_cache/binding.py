@@ -68,8 +68,8 @@ class Holder(Protocol):
     used: bool
 
     @property
-    def lease(self) -> Buffer:
-        """What stands for bytes that are no buffer's."""
+    def scalings(self) -> Buffer:
+        """What takes bytes besides the owner's buffers."""
 
     def update(self) -> int:
         """Derive again what no longer holds; return how many values. Never raises."""

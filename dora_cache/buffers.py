@@ -81,8 +81,8 @@ class Buffers(Uncopyable):
 
     def all(self) -> list[Buffer]:
         """Return every buffer, and what else takes bytes."""
-        leases = [one.lease for one in self.holders()]
-        return leases + [
+        scalings = [one.scalings for one in self.holders()]
+        return scalings + [
             buffer for one in list(self._bindings()) for buffer in list(one.buffers.values())
         ]
 
@@ -124,7 +124,7 @@ class Buffers(Uncopyable):
     def drop_all(self, binding: Binding) -> None:
         """Free the memory of all buffers of a binding; the lock is held."""
         if binding.holder is not None:
-            self._drop(binding.holder.lease)
+            self._drop(binding.holder.scalings)
             binding.holder.close()
         while binding.buffers:
             self._drop(binding.buffers.popitem()[1])

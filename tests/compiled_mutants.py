@@ -5,9 +5,11 @@ from mutants import mutant
 from pool_mutants import MUTANTS
 
 from dora_cache.buffers import Buffers
-from dora_cache.recipes import compiled
-from dora_cache.recipes.compiled import Buffer, Holder
+from dora_cache.recipes import buffer as buffer_module
+from dora_cache.recipes import holder as holder_module
+from dora_cache.recipes.buffer import Buffer
 from dora_cache.recipes.entry import Watch, _layout
+from dora_cache.recipes.holder import Holder
 
 __all__ = ["MUTANTS"]
 
@@ -34,7 +36,7 @@ def _(patch):
 
 @mutant("a buffer is refilled at another address", CompiledKindsMachine)
 def _(patch):
-    patch.setattr(compiled, "_alike", lambda ours, theirs: False)
+    patch.setattr(buffer_module, "_alike", lambda ours, theirs: False)
 
 
 @mutant("the wrong slot is shown after a switch", CompiledKindsMachine)
@@ -77,7 +79,7 @@ def _(patch):
 
 @mutant("what changes behind the guards is ignored", CompiledKindsMachine, rare=True)
 def _(patch):
-    patch.setattr(compiled, "looks_of", lambda view, *, shallow: None)
+    patch.setattr(holder_module, "looks_of", lambda view, *, shallow: None)
 
 
 @mutant("values that were given up are shown again", CompiledKindsMachine, rare=True)
@@ -85,7 +87,7 @@ def _(patch):
     plain = Holder.want
 
     def want(self, number):
-        if self._surprises <= compiled._SURPRISES:
+        if self._surprises <= holder_module._SURPRISES:
             return plain(self, number)
         self.__dict__.setdefault(f"v{number}", None)
         return False

@@ -22,8 +22,8 @@ import dora_cache
 from dora_cache import backends
 from dora_cache.backends.lru import LRUBackend
 from dora_cache.decorator import SLOT
-from dora_cache.recipes import compiled
-from dora_cache.recipes.compiled import Buffer
+from dora_cache.recipes import buffer as buffer_module
+from dora_cache.recipes.buffer import Buffer
 
 KINDS = ["linear", "embedding", "conv2d"]
 EVERY_KIND = [*KINDS, "conv1d_transformers", "conv1d", "conv3d"]
@@ -1020,7 +1020,7 @@ def test_a_buffer_that_cannot_be_filled_costs_no_output(monkeypatch):
         msg = "no memory"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(compiled, "_alike", fail)
+    monkeypatch.setattr(buffer_module, "_alike", fail)
     with pytest.warns(dora_cache.CacheWarning, match="no memory"):
         setup.check()
     assert not setup.values()

@@ -21,6 +21,7 @@ from dora_cache import ambient
 from dora_cache.facts import UncheckableError, read
 from dora_cache.recipes import RECIPES, entry, load_recipes
 from dora_cache.recipes import compiled as compiled_module
+from dora_cache.recipes import holder as holder_module
 from dora_cache.recipes.examples import make_model
 
 EXAMPLES = [
@@ -577,7 +578,7 @@ def test_a_part_that_requires_gradients_is_noticed_at_once():
 def test_values_that_were_given_up_are_not_shown_again():
     """Weights are replaced time and again, so the graph derives; refresh() does not change that."""
     setup = Compiled("embedding")
-    for _ in range(compiled_module._SURPRISES + 1):
+    for _ in range(holder_module._SURPRISES + 1):
         weight = setup.layer.base_layer.weight
         setup.layer.base_layer.weight = nn.Parameter(1.25 * weight, requires_grad=False)
         setup.check()

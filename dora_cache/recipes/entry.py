@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from functools import partial
 from operator import attrgetter, getitem, is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from dora_cache.engine import Engine
     from dora_cache.facts import Reading
-    from dora_cache.recipes.compiled import Holder
 
 __all__ = [
     "BEHIND",
@@ -232,6 +231,27 @@ def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Pla
     return found
 
 
+class Checked(Protocol):
+    """What is brought up to date: a :class:`dora_cache.recipes.holder.Holder`."""
+
+    watch: Watch | None
+    entries: weakref.WeakSet[Entry]
+
+    @property
+    def engine(self) -> Engine | None:
+        """The cache, or None if it is gone."""
+
+    @property
+    def binding(self) -> Any:
+        """The layer's binding, or None if it is gone."""
+
+    def written(self) -> bool:
+        """Whether code that is traced has written to what is watched."""
+
+    def check(self) -> bool:
+        """Bring it up to date; return whether what compiled code has read of it still holds."""
+
+
 BEHIND = _made([], [({None: object()}, None, None, None)])
 """A watch that never holds: the layer is brought up to date at the next check."""
 
@@ -250,13 +270,13 @@ class Key(Uncopyable):
 
     __slots__ = ("__weakref__", "_holder", "cache", "checks")
 
-    def __init__(self, cache: str, holder: Holder, *, checks: bool) -> None:
+    def __init__(self, cache: str, holder: Checked, *, checks: bool) -> None:
         self.cache = cache
         self.checks = checks
         self._holder = weakref.ref(holder)
 
     @property
-    def holder(self) -> Holder | None:
+    def holder(self) -> Checked | None:
         """The layer's, or None if it is gone."""
         return self._holder()
 
@@ -283,11 +303,11 @@ class Entry(Uncopyable):
     __slots__ = ("__weakref__", "_changes", "_holders", "_known")
 
     def __init__(self) -> None:
-        self._holders: dict[weakref.ref[Holder], None] = {}
+        self._holders: dict[weakref.ref[Checked], None] = {}
         self._changes = 0
-        self._known: tuple[int, Watch, list[Holder]] | None = None
+        self._known: tuple[int, Watch, list[Checked]] | None = None
 
-    def add(self, holder: Holder) -> None:
+    def add(self, holder: Checked) -> None:
         """Check a layer as well; the cache's lock is held."""
         holder.entries.add(self)
         self._holders[weakref.ref(holder)] = None
@@ -318,14 +338,14 @@ class Entry(Uncopyable):
         found = [holder.check() for holder in holders]
         return all(found)
 
-    def _living(self) -> list[Holder]:
+    def _living(self) -> list[Checked]:
         return [holder for weak in list(self._holders) if (holder := weak()) is not None]
 
-    def _look(self) -> tuple[int, Watch, list[Holder]]:
+    def _look(self) -> tuple[int, Watch, list[Checked]]:
         """Note what all layers watch, and which of them have to be looked at one by one."""
         changes = self._changes  # before anything is read: what comes meanwhile shows
         fast: list[Watch] = []
-        others: list[Holder] = []
+        others: list[Checked] = []
         for holder in self._living():
             watch = holder.watch
             if watch is not None:
@@ -337,7 +357,7 @@ class Entry(Uncopyable):
         return known
 
 
-def enter(cache: Engine, holder: Holder) -> None:
+def enter(cache: Engine, holder: Checked) -> None:
     """Have the code that is traced now check a layer at each call."""
     region = traced_region()
     if region is None:

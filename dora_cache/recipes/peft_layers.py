@@ -16,7 +16,8 @@ from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class, stays_in_place, weights_in_place
 from dora_cache.reasons import Reason
-from dora_cache.recipes.compiled import Holder, viewed
+from dora_cache.recipes.compiled import viewed
+from dora_cache.recipes.holder import Holder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -23,8 +23,9 @@ from dora_cache.decorator import SLOT, cached
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.reasons import Reason
-from dora_cache.recipes.compiled import Holder, view_of
+from dora_cache.recipes.compiled import view_of
 from dora_cache.recipes.examples import Base, Example
+from dora_cache.recipes.holder import Holder
 from dora_cache.recipes.hooks import UnusualError
 from dora_cache.recipes.peft_layers import follow_whole, is_hooked
 

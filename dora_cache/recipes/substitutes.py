@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dora_cache.engine import Engine
-    from dora_cache.recipes.compiled import Holder
+    from dora_cache.recipes.holder import Holder
 
 __all__ = [
     "Gate",
