@@ -37,6 +37,7 @@ __all__ = [
     "global_forward_hooks",
     "grad_enabled",
     "is_capturing",
+    "is_freezing",
     "is_quiet",
     "parametrizations_cached",
     "place",
@@ -389,6 +390,15 @@ def _guards_work() -> bool:
 def traced_region() -> Any:
     """Return what stands for the code that torch.compile traces in this thread now, or None."""
     return torch._guards.TracingContext.try_get()
+
+
+def is_freezing() -> bool:
+    """Whether the compiler makes constants of the weights in what it traces now."""
+    try:
+        dynamo: Any = torch._dynamo
+        return bool(dynamo.config.prepare_freezing or dynamo.utils.is_parameter_freezing())
+    except AttributeError:  # it cannot be told
+        return True
 
 
 def traced_writes(objects: Iterable[object], tensors: Iterable[Tensor]) -> bool:

@@ -40,7 +40,7 @@ R = TypeVar("R")
 SLOT = "_dora_cache_binding"
 """Where an attached owner keeps its :class:`Binding`, in its ``__dict__``."""
 
-GATE = "_dora_cache_gate"
+FACE = "_dora_cache_face"
 """The attribute of a layer where compiled code begins to look."""
 
 MARK = "__dora_cache_derivation__"

@@ -52,6 +52,10 @@ class Reason(Advised):
         "compiled code writes to the weights first",
         "write to weights and scalings outside of the function that is compiled",
     )
+    FROZEN = (
+        "weights frozen by the compiler",
+        "nothing: with torch._inductor.config.freezing it derives once, from constants",
+    )
     HOOKED = (
         "hooks on a part",
         "remove global hooks, and hooks and forwards set on the adapter's own modules",

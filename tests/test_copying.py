@@ -315,7 +315,7 @@ def test_what_stands_for_memory_cannot_be_copied():
             for shortcut in binding.shortcuts.values():
                 refuses(shortcut)
             refuses(Pending(cell, read([x]), None, 1))
-            for one in (binding.holder, binding.holder.scalings, *binding.holder.gate.key):
+            for one in (binding.holder, binding.holder.scalings, *binding.holder.face.key):
                 refuses(one)
             refuses([{"entries": (entry,)}], copy.deepcopy, pickle.dumps)
             refuses(entry, dataclasses.asdict, dataclasses.astuple)

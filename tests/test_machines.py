@@ -21,14 +21,14 @@ from dora_cache.reasons import Reason
 # many workers. The model's machine has two rows, for two workers in the quick profile.
 MACHINES = [
     (DecoratorMachine, 125, 5000, 5),
-    (ModelMachine, 25, 1000, 10),
-    (ModelMachine, 25, 1000, 10),
-    (FastModelMachine, 12, 250, 5),
-    (ContentModelMachine, 12, 250, 5),
-    (AuditedModelMachine, 4, 100, 5),  # each step is 35 forwards
+    (ModelMachine, 15, 1000, 10),
+    (ModelMachine, 15, 1000, 10),
+    (FastModelMachine, 8, 250, 5),
+    (ContentModelMachine, 8, 250, 5),
+    (AuditedModelMachine, 2, 100, 5),  # each step is 35 forwards
     (CompiledModelMachine, 2, 40, 5),  # it compiles again and again
-    (CompiledKindsMachine, 12, 400, 10),
-    (FastCompiledKindsMachine, 8, 200, 5),
+    (CompiledKindsMachine, 8, 400, 10),
+    (FastCompiledKindsMachine, 5, 200, 5),
     (KindsMachine, 12, 250, 5),
     (FastKindsMachine, 5, 100, 5),
     (PoolMachine, 20, 1000, 5),

@@ -132,12 +132,12 @@ def test_entry(benchmark, way):
         for holder in holders:
             with cache._engine.mutex.lock:
                 entry.add(holder)
-        (traced,) = holders[0].gate.key
+        (traced,) = holders[0].face.key
         weight = layers[-1].lora_magnitude_vector["default"].weight
 
         def check():
             if way == "block by block":
-                return all(holder.gate.key[0] == traced for holder in holders)
+                return all(holder.face.key[0] == traced for holder in holders)
             if way == "after a write":
                 weight.add_(0)
             return entry.check()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dora_cache.decorator import GATE, SLOT
+from dora_cache.decorator import FACE, SLOT
 from dora_cache.lifecycle.offloading import rebind
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ POOL = "_dora_cache_pool"
 POOLED = "_dora_cache_pooled"
 """The attribute of a module that has its place in a pool."""
 
-_OWN_ATTRIBUTES = (SLOT, GATE, _OBSERVER, POOL, POOLED)
+_OWN_ATTRIBUTES = (SLOT, FACE, _OBSERVER, POOL, POOLED)
 _LOAD_HOOKS = "_load_state_dict_post_hooks"
 
 

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_cache.ambient import environment, untraceable
 from dora_cache.backends.storage import storage_bytes
@@ -201,7 +201,7 @@ class Buffer(Uncopyable):
                     tensor.copy_(value)
             else:
                 # Storages of their own: what is counted is what is held.
-                tensors = tuple(value.detach().clone() for value in derived)
+                tensors = tuple(_as_parameter(value.detach().clone()) for value in derived)
                 nbytes = storage_bytes(tensors)
                 if not cache.buffers.reserve(self, nbytes, tensors[0].device):
                     cache.passed_by(Reason.CAP, self._holder.binding)
@@ -303,7 +303,10 @@ class Scalings(Uncopyable):
         ]
         if missing:
             with torch.inference_mode(mode=False):
-                new = {name: torch.empty((), dtype=dtype, device=like.device) for name in missing}
+                new = {
+                    name: _as_parameter(torch.empty((), dtype=dtype, device=like.device))
+                    for name in missing
+                }
             tensors = {**self.tensors, **new}
             cache, nbytes = self._holder.engine, storage_bytes(tuple(tensors.values()))
             if cache is None or not cache.buffers.reserve(self, nbytes, like.device):
@@ -320,6 +323,11 @@ class Scalings(Uncopyable):
                 self._numbers[name] = value
             found[name] = tensor
         return found
+
+
+def _as_parameter(value: Tensor) -> Tensor:
+    """Return it as what compiled code does not compare with all other tensors at each call."""
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _like(owner: Any) -> Tensor:

@@ -4,9 +4,9 @@ Compiled code cannot look anything up. It reads tensors, and its guards are chec
 call. Guards on names and numbers would have each adapter compiled anew. So recipes' forwards are
 traced with a view in a layer's place (:mod:`dora_cache.recipes.views`), which has the layer's
 active adapters under names that are the same for all, and scalings as tensors. The view, and the
-values that were derived for its adapters, are attributes of a :class:`Gate` and a :class:`Reads`,
-which a :class:`dora_cache.recipes.holder.Holder` sets. Compiled code guards on their types, shapes
-and dtypes; events change what they are.
+values that were derived for its adapters, are attributes of a :class:`Face`, which a
+:class:`dora_cache.recipes.holder.Holder` sets. Compiled code guards on their types, shapes and
+dtypes; events change what they are.
 
 - ``torch.compile`` runs :func:`_prepare` and :func:`_slot` as ordinary code while a layer is
   traced, and takes what they return for constants. The first brings views up to date. The second
@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import entry_guards_work, traced_writes_show, untraceable
-from dora_cache.decorator import GATE
+from dora_cache.ambient import entry_guards_work, is_freezing, traced_writes_show, untraceable
+from dora_cache.decorator import FACE
 from dora_cache.facts import UncheckableError
 from dora_cache.reasons import Reason
 from dora_cache.recipes.entry import Key, enter
@@ -49,81 +49,75 @@ if TYPE_CHECKING:
     from dora_cache.decorator import Derivation
     from dora_cache.engine import Engine
 
-__all__ = ["Gate", "Reads", "noted", "opaque", "view_of", "viewed"]
+__all__ = ["Face", "face_of", "noted", "opaque", "view_of", "viewed"]
 
 _NO_GUARDS = (
     "this version of PyTorch has no guards that call a function. It derives the values itself. "
     "With compiled_check=False it reads stored ones, and you call refresh() after writes to weights"
 )
 _NO_EFFECTS = "this version of PyTorch does not tell what compiled code writes while it is traced"
+_CHECKED, _UNCHECKED = 1, 2
 _prepared: weakref.WeakKeyDictionary[Engine, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 class Face(nn.Module):
-    """What compiled code looks at, beside the model's own modules.
+    """What compiled code looks at of a layer, beside the model's own modules.
 
-    A module whose attributes are tensors, modules and plain values: TorchDynamo skips the guards of
-    such a module, and of all in it, while no dictionary in it has changed. It copies and pickles as
-    None.
-    """
+    It has little, and all of it in one dictionary: TorchDynamo skips the guards of tensors and
+    plain values in a dictionary that has not changed. Tensors are parameters: those are not
+    compared with all others at each call. It copies and pickles as None.
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Callable[[], None], tuple[()]]:
-        return type(None), ()
-
-
-class Gate(Face):
-    """Where compiled code begins to look.
+    The values of cached calls are attributes: of call 5 it is ``v5``, or ``v5_0``, ``v5_1``, ... if
+    there are several. ``v5`` is None while there are none. Others are what recipes remark.
 
     Attributes:
         key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a
             bare argument by its identity.
-        form: a number that stands for all of the view but contents, names and scalings.
+        form: a number that stands for all of the view but contents, names and scalings; 0 while
+            there is no view.
         own: without the check at entry, tables with parameters and buffers, names in them, and what
-            the view has been made of; else None.
+            the view has been made of.
         view: stands for the layer; None while it cannot.
-    """
-
-    def __init__(self, key: Key) -> None:
-        super().__init__()
-        self.training = False
-        self.key = (key,)
-        self.form = 0
-        self.own: tuple[tuple[Mapping[Any, Any], Hashable, object], ...] | None = None
-        self.__dict__["view"] = None  # no submodule
-
-
-class Reads(Face):
-    """What a view has in place of a layer's binding; cached functions read values through it.
-
-    The values are attributes: of call 5 it is ``v5``, or ``v5_0``, ``v5_1``, ... if there are
-    several. ``v5`` is None while there are none.
-
-    Attributes:
-        form: as the gate's.
         handle: a number that stands for the holder, as a tensor: no guard is on its value.
         tensors: the parameters and buffers in the view that have a place.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, key: Key, number: int) -> None:
         super().__init__()
         self.training = False
+        self.key = (key,)
         self.form = 0
+        self.own: tuple[tuple[Mapping[Any, Any], Hashable, object], ...] = ()
+        self.__dict__["view"] = None  # no submodule
         self.handle = torch.tensor(number, device="cpu")
         self.tensors: tuple[Tensor, ...] = ()
 
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[[], None], tuple[()]]:
+        return type(None), ()
+
     @property
-    def reader(self) -> Reads:
-        """Itself."""
+    def reader(self) -> Face:
+        """Itself: cached functions find it in a view, in place of a layer's binding."""
         return self
 
     def read(self, derivation: Derivation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the value of a call whose owner is the view; ``torch.compile`` traces this."""
+        return self.value(derivation, *args[1:], **kwargs)
+
+    def value(self, derivation: Derivation, *args: Any, **kwargs: Any) -> Any:
+        """Return the value of a call; ``torch.compile`` traces this.
+
+        Args:
+            derivation: of the function.
+            args: its arguments without the view.
+            kwargs: keyword arguments.
+        """
         form = self.form
         if torch.is_autocast_enabled(_device_of(form)) or (  # the library may derive another value
             torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
         ):
-            return derivation.function(*args, **kwargs)
-        slot, count = _slot(form, derivation.number, args[1:], tuple(kwargs.items()))
+            return derivation.function(self.__dict__["view"], *args, **kwargs)
+        slot, count = _slot(form, derivation.number, args, tuple(kwargs.items()))
         if not slot:
             raise UncheckableError("the value cannot be derived")
         values = getattr(self, f"v{slot}")
@@ -139,22 +133,32 @@ class Reads(Face):
         return any([tensor.requires_grad for tensor in self.tensors])  # noqa: C419 - it is traced
 
 
-def view_of(layer: Any) -> Any:
-    """Return what a recipe's forward is to be traced with in a layer's place, or None.
+def face_of(layer: Any) -> Face | None:
+    """Return what compiled code is to read of a layer; None if it has to run the layer's own code.
 
     ``torch.compile`` traces this, and guards what is looked at, for each layer and at each call: so
     it is little.
     """
-    gate = layer.__dict__.get(GATE)  # None in a copy
-    if gate is None or torch.compiler._is_exporting_flag:
+    face: Face | None = getattr(layer, FACE, None)  # None in a copy
+    if face is None or torch.compiler._is_exporting_flag:
         return None
-    if not _prepare(gate.key) or not _is_form(gate.form):
+    prepared = _prepare(face.key)
+    if not prepared or not _is_form(face.form):
         return None
-    if gate.own is not None:
-        for table, name, tensor in gate.own:
+    if prepared == _UNCHECKED:
+        for table, name, tensor in face.own:
             if table.get(name) is not tensor:
                 return None
-    return gate.view
+    return face
+
+
+def view_of(layer: Any) -> Any:
+    """Return what a recipe's forward is to be traced with in a layer's place, or None.
+
+    See :func:`face_of`.
+    """
+    face = face_of(layer)
+    return None if face is None else face.__dict__["view"]
 
 
 @functools.cache
@@ -196,17 +200,20 @@ def _device_of(form: int) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(keys: tuple[Key]) -> bool:
+def _prepare(keys: tuple[Key]) -> int:
     """Bring all of a model's views up to date; runs while a layer is traced.
 
     Args:
         keys: the layer's key.
+
+    Returns:
+        0 if the layer's own code has to be traced; else whether the code checks the layer.
     """
     (key,) = keys
     holder = key.holder
     living = None if holder is None else holder.engine
     if living is None or holder is None or untraceable():
-        return False
+        return 0
     why = None if traced_writes_show() else _NO_EFFECTS
     if key.checks and not entry_guards_work():
         why = _NO_GUARDS
@@ -215,7 +222,10 @@ def _prepare(keys: tuple[Key]) -> bool:
         with living.mutex.held():
             for one in living.buffers.holders():
                 one.close()
-        return False
+        return 0
+    if is_freezing():
+        living.passed_by(Reason.FROZEN, holder.binding)
+        return 0
     context = torch._guards.CompileContext.try_get()
     done = _prepared.get(living, lambda: None)()
     if context is None or done is not context:
@@ -226,10 +236,11 @@ def _prepare(keys: tuple[Key]) -> bool:
             one.update(traced=True)
     if holder.written():
         living.passed_by(Reason.WRITTEN, holder.binding)
-        return False
-    if key.checks:
-        enter(living, holder)
-    return True
+        return 0
+    if not key.checks:
+        return _UNCHECKED
+    enter(living, holder)
+    return _CHECKED
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

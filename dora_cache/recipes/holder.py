@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from dora_cache.ambient import traced_writes, untraceable
 from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import GATE, SLOT, derivations
+from dora_cache.decorator import FACE, SLOT, derivations
 from dora_cache.facts import UncheckableError
 from dora_cache.recipes.buffer import Buffer, Scalings, plainly
-from dora_cache.recipes.compiled import Gate, Reads
+from dora_cache.recipes.compiled import Face
 from dora_cache.recipes.entry import BEHIND, Key, joined, watch_later, watch_places
 from dora_cache.recipes.numbered import numbered
 from dora_cache.recipes.views import canonical, form_of, looks_of, stand_in
@@ -51,8 +51,7 @@ class Holder(Uncopyable):
         shallow: whether the layer's modules and parameters are no matter of the view's.
 
     Attributes:
-        gate: where compiled code begins to look.
-        reads: what it reads values from.
+        face: what compiled code looks at.
         entries: the checks of the code that reads the view.
         watch: what the view and the values were made from; None while there is no view.
         names: the active adapters that the view has.
@@ -61,7 +60,7 @@ class Holder(Uncopyable):
         dependants: holders of layers to which it matters what this layer's active adapters are.
         finish: called with the layer and a view of it that has just been made; completes the view.
         remark: called with a view; returns what else compiled code is made for, hashable; and what
-            it is to find as attributes of :attr:`reads`.
+            it is to find as attributes of :attr:`face`.
     """
 
     def __init__(
@@ -73,8 +72,7 @@ class Holder(Uncopyable):
     ) -> None:
         cache = f"cache {binding.cache.token}"
         number = next(numbered.handles)
-        self.gate = Gate(Key(cache, self, checks=binding.cache.config.compiled_check))
-        self.reads = Reads(number)
+        self.face = Face(Key(cache, self, checks=binding.cache.config.compiled_check), number)
         self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
         self.watch: Watch | None = None
         self.names: tuple[str, ...] = ()
@@ -98,23 +96,23 @@ class Holder(Uncopyable):
         numbered.holders[number] = self
         binding.holder = self
         owner: Any = binding.owner
-        owner.__dict__[GATE] = self.gate
-        binding.undo.callback(_remove_gate, weakref.ref(owner))
+        owner.__dict__[FACE] = self.face
+        binding.undo.callback(_remove_face, weakref.ref(owner))
 
     @property
     def view(self) -> Any:
         """Stands for the layer; None while it cannot."""
-        return self.gate.__dict__["view"]
+        return self.face.__dict__["view"]
 
     @property
     def form(self) -> int:
         """A number that stands for all of the view but contents, names and scalings."""
-        return self.gate.form
+        return self.face.form
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The parameters and buffers in the view that have a place."""
-        return self.reads.tensors
+        return self.face.tensors
 
     @property
     def binding(self) -> Any:
@@ -137,7 +135,7 @@ class Holder(Uncopyable):
         """Have compiled code read what a buffer of the active adapters has; the lock is held."""
         if buffer.adapters != self.names:
             return
-        values, table, slot = buffer.values, self.reads.__dict__, f"v{buffer.number}"
+        values, table, slot = buffer.values, self.face.__dict__, f"v{buffer.number}"
         table[slot] = values
         if isinstance(values, tuple):
             for number, value in enumerate(values):
@@ -154,22 +152,21 @@ class Holder(Uncopyable):
         """Take note that a container that the view has copied gets a part; takes no lock."""
         weak = None if new is None else weakref.ref(new)
         self._coming[next(self._arrivals)] = table, name, weak
-        if self.gate.key[0].checks:
+        if self.face.key[0].checks:
             self._note(BEHIND)
         else:
             self.clear()
 
     def clear(self) -> None:
         """Have no view until it is made again; the lock is held."""
-        self._face(None, 0, (), {})
+        self._present(None, 0, (), {})
         self._note(None)
 
-    def _face(
+    def _present(
         self, view: Any, form: int, tensors: tuple[Tensor, ...], parts: Mapping[str, object]
     ) -> None:
         """Have compiled code see another view; the lock is held."""
-        self.gate.__dict__.update(view=view, form=form)
-        self.reads.__dict__.update(parts, form=form, tensors=tensors)
+        self.face.__dict__.update(parts, view=view, form=form, tensors=tensors)
 
     def _note(self, watch: Watch | None) -> None:
         """Watch something else from now on; the lock is held."""
@@ -224,7 +221,7 @@ class Holder(Uncopyable):
 
     def _shown(self) -> tuple[tuple[object, ...], list[object]]:
         """Return what compiled code reads that an update may change, to be compared."""
-        table = self.reads.__dict__
+        table = self.face.__dict__
         names = [f"v{slot}" for slot in self._slots]
         names += [f"v{slot}_{one}" for slot, many in self._slots.items() for one in range(many)]
         values = [*map(table.get, names), *self.scalings.tensors.values()]
@@ -314,18 +311,18 @@ class Holder(Uncopyable):
                 return 0
             switched, known = names != self.names, form == self.form
             self.names = names
-            self._face(view, form, tensors, flat)
+            self._present(view, form, tensors, flat)
             for tensor in tensors:  # as the compiler does with a module's own: not to be copied
                 torch._dynamo.mark_static_address(tensor, guard=False)
             self._places = watch_places(places + parts)
-            if not self.gate.key[0].checks:
+            if not self.face.key[0].checks:
                 own = [(table, key, item) for table, _, key, item in parts]
-                self.gate.__dict__["own"] = tuple(own)
+                self.face.__dict__["own"] = tuple(own)
             numbered.notes.setdefault(form, (weakref.ref(cache), device, note))
             wanted = cache.buffers.wanted.get(form, ())
             if switched:
                 for slot in self._slots:
-                    self.reads.__dict__[f"v{slot}"] = None
+                    self.face.__dict__[f"v{slot}"] = None
             buffers: list[tuple[Any, Any]] = list(binding.buffers.items())
             for key, buffer in buffers:
                 if buffer.adapters == names and buffer.number not in wanted:  # of another form
@@ -377,7 +374,7 @@ class Holder(Uncopyable):
     def want(self, number: int) -> bool:
         """Have the value of a call there; return whether it was derived."""
         self._slots.setdefault(number, 0)
-        self.reads.__dict__.setdefault(f"v{number}", None)
+        self.face.__dict__.setdefault(f"v{number}", None)
         buffer = self._buffer(number)
         cache = self.engine
         if buffer is None or cache is None:
@@ -458,8 +455,8 @@ class Holder(Uncopyable):
             base = owner._modules["base_layer"]
             places.append((owner._modules, None, "base_layer", base))
         self._copies = {id(clone) for _, clone in copied}
-        view.__dict__[SLOT] = self.reads
-        view.__dict__.pop(GATE, None)
+        view.__dict__[SLOT] = self.face
+        view.__dict__.pop(FACE, None)
         return view
 
 
@@ -470,10 +467,10 @@ def _is_pending(table: Mapping[str, Any], name: str, new: weakref.ref[Any] | Non
     return not gone and table.get(name) is not part
 
 
-def _remove_gate(layer: weakref.ref[Any]) -> None:
+def _remove_face(layer: weakref.ref[Any]) -> None:
     owner = layer()
     if owner is not None:
-        owner.__dict__.pop(GATE, None)
+        owner.__dict__.pop(FACE, None)
 
 
 def _nothing(_: object) -> tuple[None, dict[str, object]]:

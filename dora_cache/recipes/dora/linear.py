@@ -15,12 +15,11 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dora_cache.decorator import SLOT
 from dora_cache.facts import UncheckableError
-from dora_cache.recipes.compiled import noted, view_of
+from dora_cache.recipes.compiled import face_of, noted
 from dora_cache.recipes.dora.bound import bind
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum
-from dora_cache.recipes.dora.values import fast_scale, stored_scale
+from dora_cache.recipes.dora.values import FAST, STORED
 from dora_cache.recipes.dora.variants import CachedVariant, stands_aside
 from dora_cache.recipes.fingerprints import fingerprint
 from dora_cache.recipes.views import ACTIVE
@@ -63,11 +62,11 @@ def _forward(plain: Any, *, ordinary: bool, fast: bool) -> Callable[..., Tensor]
             result = plain(self, x, *args, **kwargs)
             return result
         if torch.compiler.is_dynamo_compiling():
-            view = view_of(self)
-            if view is not None:
+            face = face_of(self)
+            if face is not None:
                 with suppress(UncheckableError):
-                    found = _traced(view, x, fast=fast) if ordinary else None
-                    result = plain(view, x) if found is None else found
+                    found = _traced(face, x, fast=fast) if ordinary else None
+                    result = plain(face.__dict__["view"], x) if found is None else found
                     return result
             result = plain(self, x)
             return result
@@ -106,29 +105,28 @@ def remark(view: Any) -> tuple[bool, dict[str, object]]:
     ):
         return False, {}
     scaling = state["scaling"][adapter]
-    return True, {"a": a.weight, "b": b.weight, "bias": b.bias, "scaling": scaling}
+    parts = {"a": a.weight, "b": b.weight, "bias": b.bias, "base": modules["base_layer"]}
+    return True, {**parts, "scaling": scaling}
 
 
-def _traced(view: Any, x: Tensor, *, fast: bool) -> Tensor | None:
+def _traced(face: Any, x: Tensor, *, fast: bool) -> Tensor | None:
     """Compute the output of a layer's view. None if it is not in the common configuration.
 
     For torch.compile, which guards everything that is looked at here, for each layer and at each
     call: so it is little, and without PEFT's properties and methods, each of which is guarded in
     all base classes.
     """
-    reads = view.__dict__[SLOT]
-    if not noted(reads.form) or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if not noted(face.form) or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return None
-    base = view._modules["base_layer"]
-    a, scaling = reads.a, reads.scaling
+    base, a, scaling = face.base, face.a, face.scaling
     result: Tensor = base(x)
     if x.dtype is not a.dtype:
-        x = view._cast_input_dtype(x, a.dtype)
-    delta = linear(linear(x, a), reads.b, reads.bias)
+        x = face.__dict__["view"]._cast_input_dtype(x, a.dtype)
+    delta = linear(linear(x, a), face.b, face.bias)
     if fast:
-        scale, *shift = fast_scale(view, ACTIVE)
+        scale, *shift = face.value(FAST, ACTIVE)
         total = fast_sum(result, delta, scale, shift[0] if shift else None, scaling)
     else:
-        scale = stored_scale(view, ACTIVE, x.dtype)
+        scale = face.value(STORED, ACTIVE, x.dtype)
         total = exact_sum(result, base._parameters.get("bias"), delta, scale, scaling)
     return total.to(result.dtype)
