@@ -396,7 +396,12 @@ def is_freezing() -> bool:
     """Whether the compiler makes constants of the weights in what it traces now."""
     try:
         dynamo: Any = torch._dynamo
-        return bool(dynamo.config.prepare_freezing or dynamo.utils.is_parameter_freezing())
+        config = dynamo.config
+        return bool(
+            config.prepare_freezing
+            or config.install_free_tensors
+            or dynamo.utils.is_parameter_freezing()
+        )
     except AttributeError:  # it cannot be told
         return True
 
@@ -512,8 +517,8 @@ def traced_constant(kind: type) -> type:
 class EntryGuard:
     """Has compiled code call a function each time that it is entered, before it runs.
 
-    Last of all guards, so only if the code is otherwise the right one. See
-    :func:`entry_guards_work`.
+    Last of all guards, so only if the code is otherwise the right one. Filters of guards take it
+    for one of global state. See :func:`entry_guards_work`.
 
     Args:
         check: called without arguments; returns whether the code may run. If not, other code is
@@ -527,6 +532,7 @@ class EntryGuard:
             root = builder.guard_manager.root
             root.add_epilogue_lambda_guard(lambda _: check(), ["dora_cache"], None)
 
+        create.__name__ = "GLOBAL_STATE"
         source: Any = GlobalStateSource()
         self._guard = torch._guards.Guard(source, create)
 

@@ -133,6 +133,32 @@ def test_a_scaling_that_becomes_a_tensor_is_followed():
     assert setup.compilations == 2
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [
+        torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe,
+        torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        torch.compiler.skip_guard_on_globals_unsafe,
+        torch.compiler.keep_portable_guards_unsafe,
+    ],
+    ids=lambda keep: keep.__name__,
+)
+def test_filters_of_guards_keep_the_check(keep):
+    """Those that leave guards of global state in place."""
+    setup = Compiled()
+    counter = CompileCounter()
+    setup.compiled = torch.compile(
+        setup.model, backend=counter, fullgraph=True, options={"guard_filter_fn": keep}
+    )
+    setup.check()
+    for write in (in_place, other_data):
+        write(setup.layer)
+        setup.check()
+    setup.layer.scaling["first"] = 3.0
+    setup.check()
+    assert counter.frame_count == 1
+
+
 def test_what_has_not_changed_is_not_derived(monkeypatch):
     """An equal scaling set again costs a look; a call without changes does not even that."""
     setup = Compiled()

@@ -19,7 +19,7 @@ SMALL = {"size": 32, "layers": 2, "rounds": 3, "seconds": 0.0, "backend": "eager
 
 @pytest.mark.timeout(600)
 def test_a_kind_is_compared_and_timed(tmp_path):
-    """Every way of an example has a time, its distance from eager PEFT, and its graphs."""
+    """Every way of an example has a time, its distance from PEFT in float64, and its graphs."""
     out, markdown = tmp_path / "compiled.json", tmp_path / "compiled.md"
     settings = Settings(kinds=("DoRA",), tokens=(1, 4), jobs=3, **SMALL)
     text = compiled_kinds.run_and_write(settings, out, markdown)
@@ -31,7 +31,7 @@ def test_a_kind_is_compared_and_timed(tmp_path):
             assert set(cells) == {EAGER, COMPILED, "dora-cache, peft", "dora-cache, fast"}
             assert all(cell["us"] > 0 and not cell["note"] for cell in cells.values())
             assert cells[COMPILED]["speedup"]["median"] == 1
-            assert cells["dora-cache, peft"]["error"] == 0
+            assert cells["dora-cache, peft"]["error"] == cells[EAGER]["error"] > 0
             assert cells["dora-cache, peft"]["breaks"] == 0
     assert data["rows"][1]["cells"]["1"][COMPILED]["breaks"] > 0  # PEFT's embedding
     assert text in markdown.read_text()
@@ -51,7 +51,7 @@ def test_what_is_wrong_is_said_and_not_counted():
     """A wrong kind has no time; one that fails has its reason; neither gains."""
     right = Cell(us=1.0, speedup=Spread(2.0, 1.9, 2.1), breaks=0, graphs=1, error=0.0)
     slow = Cell(us=4.0, speedup=Spread(0.5, 0.4, 0.6), breaks=2, graphs=3, error=0.0)
-    wrong = Cell(breaks=0, graphs=1, error=1.0, note="wrong: 1.0e+00 from eager PEFT")
+    wrong = Cell(breaks=0, graphs=1, error=1.0, note="wrong: 1.0e+00 from PEFT in float64")
     base = {COMPILED: Cell(us=2.0, speedup=Spread(1.0, 1.0, 1.0), breaks=1, graphs=2)}
     rows = [
         Measured("A", "A", "Linear", "float32", {1: {**base, "dora-cache, peft": right}}),
@@ -63,7 +63,7 @@ def test_what_is_wrong_is_said_and_not_counted():
     assert said.startswith("1 of 4 kinds")
     assert "Below 0.97 times: B (dora-cache, peft, 1): 0.50." in said
     assert "Graph breaks: B (dora-cache, peft, 1): 2." in said
-    assert "C (dora-cache, peft, 1): wrong: 1.0e+00 from eager PEFT" in said
+    assert "C (dora-cache, peft, 1): wrong: 1.0e+00 from PEFT in float64" in said
     assert "D (1): its process ended with -9" in said
     table = compiled_kinds.as_markdown(rows)
     assert "| A | Linear, float32 | 2 µs, 1 graph break | 2.00 (1.90\N{EN DASH}2.10) |" in table

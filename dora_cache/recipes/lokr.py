@@ -42,7 +42,6 @@ _FACTORS = (
     "lokr_t2",
 )
 _depends_on = factors_of(_FACTORS)
-_delta = delta_hook(LoKrLayer, "LoKr delta", _depends_on)
 
 
 @cached("LoKr factors", adapter="adapter_name", depends_on=_depends_on)
@@ -81,6 +80,9 @@ def _is_small(layer: Any, adapter: str) -> bool:
         second = w2_a.shape[1] * w2_b.shape[1] * t2.shape[2] * t2.shape[3]
     small: bool = 2 * (first + second) <= first * second
     return small
+
+
+_delta = delta_hook(LoKrLayer, "LoKr delta", _depends_on, in_graph=_is_small)
 
 
 def _fits(layer: Any, adapter: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.baking import DIRECT
@@ -30,13 +32,21 @@ def factors_of(attributes: Sequence[str]) -> Callable[[Any, str], Iterator[objec
     return depends_on
 
 
-def delta_hook(owner: type, name: str, factors: Callable[[Any, str], Iterator[object]]) -> Hook:
+def delta_hook(
+    owner: type,
+    name: str,
+    factors: Callable[[Any, str], Iterator[object]],
+    *,
+    in_graph: Callable[[Any, str], bool] | None = None,
+) -> Hook:
     """Return a hook for ``get_delta_weight`` that stores the delta.
 
     Args:
         owner: the class that has the method.
         name: what the value is called, for people.
         factors: see :func:`factors_of`.
+        in_graph: called with a layer and an adapter; returns whether compiled code derives the
+            delta, in less time than it would take to read a stored one from memory.
     """
 
     def depends_on(layer: Any, adapter_name: str) -> Iterator[object]:
@@ -54,9 +64,12 @@ def delta_hook(owner: type, name: str, factors: Callable[[Any, str], Iterator[ob
     def get_delta_weight(
         self: Any, adapter_name: str, *, apply_rank_dropout: bool = False
     ) -> Tensor:
-        if apply_rank_dropout:  # a random value
+        derives = apply_rank_dropout  # it is a random value
+        if in_graph is not None and torch.compiler.is_dynamo_compiling():
+            derives = derives or in_graph(self, adapter_name)
+        if derives:
             delta: Tensor = plain_class(type(self)).get_delta_weight(  # type: ignore[attr-defined]
-                self, adapter_name, apply_rank_dropout=True
+                self, adapter_name, apply_rank_dropout=apply_rank_dropout
             )
             return delta
         return stored(self, adapter_name)
