@@ -30,7 +30,12 @@ EXAMPLES = [
     if recipe.name in RECIPES
     for example in recipe.examples
 ]
-SIZES = {"BOFT": (8, 8), "VB-LoRA": (8, 8), "Super-Tuning": (32, 48)}
+SIZES = {
+    "BOFT": (8, 8),
+    "LoKr": (3, 5),  # which are no products: else compiled code derives the delta
+    "VB-LoRA": (8, 8),
+    "Super-Tuning": (32, 48),
+}
 LISTED = {
     # Of these more is listed than scalars that are attributes and tensors.
     "p-tuning, LSTM",
