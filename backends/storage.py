@@ -22,7 +22,6 @@ __all__ = [
     "UncopyableBackend",
     "checked_cap",
     "storage_bytes",
-    "storage_id",
     "storages",
     "timing_event",
 ]
@@ -38,11 +37,6 @@ def checked_cap(max_bytes: int) -> int:
         msg = f"max_bytes is {max_bytes}: give a size of zero bytes or more"
         raise ConfigError(msg)
     return max_bytes
-
-
-def storage_id(tensor: Tensor) -> int:
-    """Return a number that no other living storage has."""
-    return tensor.untyped_storage()._cdata
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

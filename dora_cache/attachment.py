@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dora_cache.attributes import SLOT
 from dora_cache.cache import AdapterCache
 from dora_cache.config import CacheConfig
 from dora_cache.decorator import (
-    SLOT,
     Derivation,
     derivation_of,
     derivations_of,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar,
 import torch
 from torch import nn
 
+from dora_cache.attributes import SLOT
 from dora_cache.errors import ConfigError
 from dora_cache.keys import make_binder, module_attributes
 
@@ -36,12 +37,6 @@ __all__ = [
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R")
-
-SLOT = "_dora_cache_binding"
-"""Where an attached owner keeps its :class:`Binding`, in its ``__dict__``."""
-
-FACE = "_dora_cache_face"
-"""The attribute of a layer where compiled code begins to look."""
 
 MARK = "__dora_cache_derivation__"
 """Where a decorated function keeps its :class:`Derivation`."""

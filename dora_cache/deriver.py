@@ -290,10 +290,9 @@ class Deriver(Uncopyable):
     # What is said once
 
     def _tell_unstorable(self, pending: Pending, call: Call, value: object) -> None:
-        """Count a result that can never be stored as a call past the cache, and say so once."""
+        """Take a result that can never be stored out of the misses, and say so once."""
         with self._mutex.held():
             pending.cell.add(hit=False, count=-1)
-            self._holdings.counts["bypasses"] += 1
             text = why_unstorable(call.derivation, value)
             self._mutex.warn(("result", call.derivation.number), text)
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_cache.ambient import raw_stream, untraceable
+from dora_cache.ambient import raw_stream, storage_of, untraceable
+from dora_cache.attributes import SLOT
 from dora_cache.audit import EVERY, Auditor
-from dora_cache.backends.storage import storage_id
 from dora_cache.binding import Binding, next_token, with_children
 from dora_cache.calls import SPELLINGS, Call, spelled_as
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import SLOT
 from dora_cache.deriver import Deriver
 from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
 from dora_cache.facts import UncheckableError, read, tensors_in
@@ -174,7 +173,7 @@ class Engine(Uncopyable):
         return self._answer(call)
 
     def recall(self, shortcut: Shortcut, dependencies: Sequence[object]) -> Entry | None:
-        """Return what a shortcut leads to, if everything is as it was; else make the call.
+        """Return what a shortcut leads to, or None if something is not as it was.
 
         The caller sees to it that this thread does not bypass the cache, and that the shortcut is
         its owner's own, outside training mode.
@@ -296,7 +295,6 @@ class Engine(Uncopyable):
         if warming_here.get() and reason is not Reason.DEPENDS_ON_FAILED:
             raise NotCachedError(derivation.name, reason)
         with self.mutex.lock:
-            self.counts["bypasses"] += 1
             self.holdings.note(reason, binding)
         self.mutex.catch_up()
         return derivation.function(*args, **kwargs)
@@ -578,14 +576,13 @@ class Engine(Uncopyable):
         return gone
 
     def passed_by(self, reason: Reason, binding: Binding) -> None:
-        """Count a call that went past the cache without asking it.
+        """Count a call that went past the cache without asking it, or a value that is not kept.
 
         Args:
             reason: why.
             binding: of the layer whose call it is.
         """
         with self.mutex.held():
-            self.counts["bypasses"] += 1
             self.holdings.note(reason, binding)
 
     def decline(self, kind: str, where: str, reason: str, *, adapter: str | None = None) -> None:
@@ -782,7 +779,7 @@ def _storages_of(tensors: Iterable[Tensor | torch.UntypedStorage]) -> set[int]:
             continue
         # Those of one that wraps others. No storage: nothing is derived from it.
         with suppress(RuntimeError, NotImplementedError, UncheckableError):
-            found.update(map(storage_id, tensors_in([one])))
+            found.update(map(storage_of, tensors_in([one])))
     return found
 
 

@@ -99,6 +99,7 @@ class Holdings(Uncopyable):
             reason: why.
             binding: whose call or value it is; None if its owner is gone.
         """
+        self.counts["bypasses"] += reason.is_bypass
         self.reasons[reason] += 1
         if binding is not None:
             binding.reasons[reason] += 1

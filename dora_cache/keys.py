@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_cache.ambient import global_forward_hooks, parametrizations_cached
+from dora_cache.attributes import OWN_ATTRIBUTES
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _modules_of(owner: nn.Module) -> Iterator[nn.Module]:
             waiting += reversed(module._modules.values())
 
 
-_MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "_dora_cache_binding", "_dora_cache_observer"})
+_MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), *OWN_ATTRIBUTES})
 
 
 def own_state(owner: nn.Module, *, whole: bool = False) -> Iterator[object]:

@@ -108,7 +108,7 @@ class Mutex(Uncopyable):
         self.warn((what, type(error)), text)
 
     def attempt(self, operation: str, action: Callable[[], Any], otherwise: Any) -> Any:
-        """Call the backend; a failure costs one warning per cause, never an inference.
+        """Do something with the backend; a failure costs a warning per cause, never an inference.
 
         Args:
             operation: its name, for the warning.

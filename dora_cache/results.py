@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_cache.ambient import storage_uses
-from dora_cache.backends.storage import storage_id
+from dora_cache.ambient import storage_of, storage_uses
 from dora_cache.facts import UncheckableError, is_plain, read
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def _own(value: object, storages: Collection[int], *, held: bool) -> Tensor | No
         read([value])  # the same doubts as for dependencies: inference tensors, fake ones, ...
     except UncheckableError:
         return None
-    if held or storage_id(value) in storages or _is_shared(value):
+    if held or storage_of(value) in storages or _is_shared(value):
         return value.detach().clone()
     tensor = value.detach() if type(value) is not Tensor or value.requires_grad else value
     own = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()

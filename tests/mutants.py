@@ -24,11 +24,11 @@ from dora_cache import (
     results,
     shortcuts,
 )
+from dora_cache.attributes import SLOT
 from dora_cache.audit import Audit
 from dora_cache.backends import lru, storage
 from dora_cache.binding import Binding
 from dora_cache.cells import Cell, Pending
-from dora_cache.decorator import SLOT
 from dora_cache.deriver import Deriver
 from dora_cache.engine import Engine
 from dora_cache.holdings import Holdings

@@ -77,7 +77,7 @@ def test_the_private_names_of_this_version_are_used():
     """Otherwise everything is right and slow, and nobody would know."""
     assert ambient.any_autocast is torch._C._is_any_autocast_enabled
     assert ambient.function_modes is torch._C._len_torch_function_stack
-    assert ambient._dispatch_modes is torch._C._len_torch_dispatch_stack
+    assert ambient.dispatch_modes is torch._C._len_torch_dispatch_stack
     assert ambient.tensor_guards([torch.ones(1)]) is not None
     assert not ambient.untraceable()
 

@@ -7,9 +7,11 @@ import pickle
 import subprocess
 import sys
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from zoo import (
     KINDS,
@@ -24,8 +26,8 @@ from zoo import (
 )
 
 import dora_cache
-from dora_cache import attachment
-from dora_cache.decorator import SLOT
+from dora_cache import attachment, cached
+from dora_cache.attributes import SLOT
 
 
 def snapshot(model):
@@ -525,3 +527,27 @@ def test_what_holds_a_model_is_told_what_to_attach(make, part):
     """The error says which attribute is the model, as of a pipeline of Transformers."""
     with pytest.raises(dora_cache.NothingToCacheError, match=part):
         dora_cache.attach(make(dora_model()))
+
+
+def test_without_depends_on_layers_with_a_cache_are_part_of_the_owner():
+    """What the cache keeps in the owner's parts is no part of its state."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+            model = get_peft_model(nn.Sequential(OrderedDict(layer=nn.Linear(4, 4))), config)
+            self.layer = model.base_model.model.layer
+
+        @cached("total")
+        def total(self):
+            return self.layer.base_layer.weight.sum() + self.layer.lora_A["default"].weight.sum()
+
+    block = Block().eval()
+    with dora_cache.attach(block) as cache, torch.no_grad():
+        for _ in range(2):
+            block.total()
+        assert cache.stats().hits == 1
+        block.layer.lora_A["default"].weight.add_(1)
+        assert torch.equal(block.total(), Block.total.__wrapped__(block))
+        assert cache.stats().misses == 2

@@ -20,8 +20,8 @@ from zoo import activate, balanced, dora_config, dora_model, quiet, run, sample,
 
 import dora_cache
 from dora_cache import backends
+from dora_cache.attributes import SLOT
 from dora_cache.backends.lru import LRUBackend
-from dora_cache.decorator import SLOT
 from dora_cache.reasons import Reason
 from dora_cache.recipes import buffer as buffer_module
 from dora_cache.recipes.buffer import Buffer
@@ -924,7 +924,10 @@ def test_a_cap_that_some_buffers_fit():
     setup.check()
     setup.activate("second")
     setup.check()
-    assert setup.cache.stats().nbytes == 36
+    stats = setup.cache.stats()
+    assert stats.nbytes == 36
+    assert stats.reasons[Reason.CAP.value] > 0
+    assert stats.bypasses == 0  # those values are derived, and not kept
     assert setup.values("first")
     assert not setup.values("second")
     setup.layer.set_scale("second", 5)

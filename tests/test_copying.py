@@ -17,7 +17,8 @@ from zoo import dora_model, run, sample
 
 import dora_cache
 from dora_cache import backends, facts
-from dora_cache.decorator import MARK, SLOT
+from dora_cache.attributes import SLOT
+from dora_cache.decorator import MARK
 
 COPY = {
     "copy": copy.copy,
@@ -266,7 +267,7 @@ def test_what_stands_for_memory_cannot_be_copied():
         from zoo import sample
         from dora_cache import backends
         from dora_cache.backends.per_device import PerDeviceBackend
-        from dora_cache.decorator import SLOT
+        from dora_cache.attributes import SLOT
         from dora_cache.recipes.substitutes import Gate
         from dora_cache.cells import Pending
         from dora_cache.facts import read

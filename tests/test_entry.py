@@ -17,9 +17,8 @@ from torch._dynamo.testing import CompileCounter
 from zoo import dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
-from dora_cache import ambient
 from dora_cache.facts import UncheckableError, read
-from dora_cache.recipes import RECIPES, entry, load_recipes
+from dora_cache.recipes import RECIPES, dynamo, entry, load_recipes
 from dora_cache.recipes import compiled as compiled_module
 from dora_cache.recipes import holder as holder_module
 from dora_cache.recipes.examples import make_model
@@ -522,11 +521,11 @@ def test_where_pytorch_has_no_such_guards_the_graph_derives(monkeypatch):
 
 
 def _broken_guards(monkeypatch):
-    monkeypatch.setattr(ambient.EntryGuard, "install", lambda self: None)
+    monkeypatch.setattr(dynamo.EntryGuard, "install", lambda self: None)
 
 
 def _broken_constants(monkeypatch):
-    monkeypatch.setattr(ambient._Probe, "__eq__", lambda self, other: True)
+    monkeypatch.setattr(dynamo._Probe, "__eq__", lambda self, other: True)
 
 
 def _failing_guards(monkeypatch):
@@ -534,7 +533,7 @@ def _failing_guards(monkeypatch):
         msg = "of this test"
         raise AttributeError(msg)
 
-    monkeypatch.setattr(ambient.EntryGuard, "install", fail)
+    monkeypatch.setattr(dynamo.EntryGuard, "install", fail)
 
 
 def _guards_that_hold_nothing_back(monkeypatch):
@@ -554,24 +553,24 @@ def _guards_that_hold_nothing_back(monkeypatch):
 def test_guards_that_notice_nothing_are_not_relied_on(monkeypatch, change):
     """They are tried on what they must notice, and leave no trace in the compiler's statistics."""
     try:
-        ambient.entry_guards_work.cache_clear()
+        dynamo.entry_guards_work.cache_clear()
         before = copy.deepcopy(torch._dynamo.utils.counters)
-        assert ambient.entry_guards_work()
+        assert dynamo.entry_guards_work()
         assert torch._dynamo.utils.counters == before
-        ambient.entry_guards_work.cache_clear()
+        dynamo.entry_guards_work.cache_clear()
         with monkeypatch.context() as patch:
             change(patch)
-            assert not ambient.entry_guards_work()
+            assert not dynamo.entry_guards_work()
     finally:
-        ambient.entry_guards_work.cache_clear()
+        dynamo.entry_guards_work.cache_clear()
 
 
 @pytest.mark.parametrize("stance", ["eager_then_compile", "fail_on_recompile", "force_eager"])
 def test_they_are_tried_under_any_stance(stance):
     """What the user asks of the compiler does not decide whether it has such guards."""
-    ambient.entry_guards_work.cache_clear()
+    dynamo.entry_guards_work.cache_clear()
     with torch.compiler.set_stance(stance):
-        assert ambient.entry_guards_work()
+        assert dynamo.entry_guards_work()
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)

@@ -10,7 +10,7 @@ from zoo import quiet
 
 import dora_cache
 from dora_cache import cached
-from dora_cache.decorator import SLOT
+from dora_cache.attributes import SLOT
 from dora_cache.recipes.entry import Entry
 
 WIDTH, RANK = 768, 8

@@ -4,8 +4,6 @@ from dora_cache.lifecycle.arrivals import follow_arrivals
 from dora_cache.lifecycle.followers import Followers, wrap
 from dora_cache.lifecycle.modes import follow_modes
 from dora_cache.lifecycle.observe import (
-    POOL,
-    POOLED,
     Observer,
     observe,
     plain_class,
@@ -25,8 +23,6 @@ from dora_cache.lifecycle.registrations import follow_registrations
 from dora_cache.lifecycle.writers import follow_writers
 
 __all__ = [
-    "POOL",
-    "POOLED",
     "Followers",
     "Observer",
     "bring",

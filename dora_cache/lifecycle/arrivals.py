@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from dora_cache.decorator import SLOT
+from dora_cache.attributes import SLOT
 from dora_cache.lifecycle.followers import Followers
 
 if TYPE_CHECKING:

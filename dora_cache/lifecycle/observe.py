@@ -14,25 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dora_cache.decorator import FACE, SLOT
+from dora_cache.attributes import OBSERVER, OWN_ATTRIBUTES
 from dora_cache.lifecycle.offloading import rebind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["PLAIN", "POOL", "POOLED", "Observer", "observe", "plain_class", "reduce_as_plain"]
+__all__ = ["PLAIN", "Observer", "observe", "plain_class", "reduce_as_plain"]
 
-_OBSERVER = "_dora_cache_observer"
 PLAIN = "__dora_cache_plain__"
 """Where the class of an observed module has the one that it was made from."""
 
-POOL = "_dora_cache_pool"
-"""The attribute of a model that has the pool of its adapters."""
-
-POOLED = "_dora_cache_pooled"
-"""The attribute of a module that has its place in a pool."""
-
-_OWN_ATTRIBUTES = (SLOT, FACE, _OBSERVER, POOL, POOLED)
 _LOAD_HOOKS = "_load_state_dict_post_hooks"
 
 
@@ -40,6 +32,8 @@ class Observer:
     """What to do when something happens to a module; every method may be left as it is.
 
     Attributes:
+        mode_switched: called once the module's training mode has been set.
+        moved: called once ``to()``, ``half()`` or their like have been through the module.
         loaded: called when ``load_state_dict`` has been through the module and its submodules.
         assigned: for attributes of the module by name, what to call once one has been set.
         changed: called once any other attribute of the module has been set, ``training`` aside.
@@ -106,7 +100,7 @@ def observe(
     swapped = variants.get(key)
     if swapped is None:
         swapped = variants[key] = _subclass(plain, methods, overrides)
-    owner.__dict__[_OBSERVER] = observer
+    owner.__dict__[OBSERVER] = observer
     object.__setattr__(owner, "__class__", swapped)  # frozen dataclasses object to less
     forward: Any = overrides.get("forward")
     if forward is not None and isinstance(owner, nn.Module):
@@ -122,7 +116,7 @@ def observe(
             hook.remove()
         living = reference()
         if living is not None:
-            living.__dict__.pop(_OBSERVER, None)
+            living.__dict__.pop(OBSERVER, None)
             if type(living) is swapped:
                 object.__setattr__(living, "__class__", plain)
             if forward is not None and isinstance(living, nn.Module):
@@ -181,7 +175,7 @@ def _after(
         try:
             return original(self, *args, **kwargs)
         finally:
-            observer = self.__dict__.get(_OBSERVER)
+            observer = self.__dict__.get(OBSERVER)
             if observer is not None:
                 if pass_on:
                     handler(observer)(self, *args, **kwargs)
@@ -197,7 +191,7 @@ def _set_attribute(plain: Any) -> Callable[..., None]:
     def set_attribute(self: Any, name: str, value: object) -> None:
         switched = name == "training" and self.__dict__.get("training") != value
         original(self, name, value)
-        observer = self.__dict__.get(_OBSERVER)
+        observer = self.__dict__.get(OBSERVER)
         if observer is not None:
             if switched:
                 observer.mode_switched(self)
@@ -234,7 +228,7 @@ def _without_ties(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut_ties(attributes: dict[str, Any]) -> None:
-    for name in _OWN_ATTRIBUTES:
+    for name in OWN_ATTRIBUTES:
         attributes.pop(name, None)
     hooks = attributes.get(_LOAD_HOOKS, {})
     if any(isinstance(hook, _LoadHook) for hook in hooks.values()):

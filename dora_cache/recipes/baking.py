@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dora_cache.attributes import SLOT
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.baked import Baked, BakedLayer
-from dora_cache.decorator import SLOT, derivation_of, derivations_of
+from dora_cache.decorator import derivation_of, derivations_of
 from dora_cache.errors import BakedError
 from dora_cache.facts import UncheckableError, read
 from dora_cache.keys import PLAIN_KEYS

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT
+from dora_cache.attributes import SLOT
 from dora_cache.lifecycle import is_bare
 from dora_cache.reasons import Reason
 from dora_cache.recipes.hooks import UnusualError

@@ -36,10 +36,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import entry_guards_work, is_freezing, traced_writes_show, untraceable
-from dora_cache.decorator import FACE
+from dora_cache.ambient import untraceable
+from dora_cache.attributes import FACE
 from dora_cache.facts import UncheckableError
 from dora_cache.reasons import Reason
+from dora_cache.recipes.dynamo import entry_guards_work, is_freezing, traced_writes_show
 from dora_cache.recipes.entry import Key, enter
 from dora_cache.recipes.numbered import Call, numbered
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import EntryGuard, traced_constant, traced_region
 from dora_cache.copying import Uncopyable
 from dora_cache.facts import EXACT
+from dora_cache.recipes.dynamo import EntryGuard, traced_constant, traced_region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from dora_cache.ambient import any_autocast
 from dora_cache.decorator import cached
 from dora_cache.recipes.bases import dense_base, replaceable
 from dora_cache.recipes.hooks import guard, own_parameter
@@ -101,7 +102,7 @@ def fold(
     def base_for(layer: Any, names: Sequence[str]) -> nn.Linear | None:
         """Return the base layer if the sum will do."""
         base = plain_linear(layer)
-        if base is None or not names or torch._C._is_any_autocast_enabled():
+        if base is None or not names or any_autocast():
             return None
         weight = base._parameters["weight"]
         assert weight is not None  # noqa: S101 - for the type checker

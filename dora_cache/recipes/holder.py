@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dora_cache.ambient import traced_writes, untraceable
+from dora_cache.ambient import untraceable
+from dora_cache.attributes import FACE, SLOT
 from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import FACE, SLOT, derivations
+from dora_cache.decorator import derivations
 from dora_cache.facts import UncheckableError
 from dora_cache.recipes.buffer import Buffer, Scalings, plainly
 from dora_cache.recipes.compiled import Face
+from dora_cache.recipes.dynamo import traced_writes
 from dora_cache.recipes.entry import BEHIND, Key, joined, watch_later, watch_places
 from dora_cache.recipes.numbered import numbered
 from dora_cache.recipes.views import canonical, form_of, looks_of, stand_in

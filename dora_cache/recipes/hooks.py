@@ -25,7 +25,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT, cached
+from dora_cache.attributes import SLOT
+from dora_cache.decorator import cached
 from dora_cache.errors import ConfigError
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import bring, plain_class

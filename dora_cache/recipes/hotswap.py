@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft.utils import hotswap
 
-from dora_cache.decorator import SLOT
-from dora_cache.lifecycle import Followers
+from dora_cache.attributes import SLOT
+from dora_cache.lifecycle import Followers, wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,20 +36,14 @@ def follow_hotswap(cache: Engine) -> None:
 
 
 def _begin(undo: ExitStack) -> None:
-    for name, event in (
-        ("hotswap_adapter_from_state_dict", _swapped),
-        ("_update_scaling", _swapping),
-    ):
-        original = getattr(hotswap, name, None)
-        if original is not None:
-            setattr(hotswap, name, _wrapped(original, event))
-            undo.callback(setattr, hotswap, name, original)
+    wrap(undo, hotswap, "hotswap_adapter_from_state_dict", partial(_telling, _swapped))
+    wrap(undo, hotswap, "_update_scaling", partial(_telling, _swapping))
 
 
 _followers = Followers(_begin)
 
 
-def _wrapped(original: Callable[..., Any], event: Callable[..., None]) -> Callable[..., Any]:
+def _telling(event: Callable[..., None], original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:

@@ -24,7 +24,8 @@ from peft.tuners.lora.layer import Linear, MultiheadAttention
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT, cached
+from dora_cache.attributes import SLOT
+from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example

@@ -17,7 +17,8 @@ from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy, _LoraParamet
 from peft.utils import ALLOWED_COMPUTE_DTYPES
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT, cached, derivations_of
+from dora_cache.attributes import SLOT
+from dora_cache.decorator import cached, derivations_of
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example

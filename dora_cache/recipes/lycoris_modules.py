@@ -33,7 +33,8 @@ from lycoris.modules.norms import NormModule
 from lycoris.modules.tlora import TLoraModule, get_timestep_mask
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT, cached
+from dora_cache.attributes import SLOT
+from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, guard, memo, own_parameter

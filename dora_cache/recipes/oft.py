@@ -14,7 +14,8 @@ from peft import OFTConfig
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 from torch import Tensor
 
-from dora_cache.decorator import SLOT, cached
+from dora_cache.attributes import SLOT
+from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.blocks import rotate

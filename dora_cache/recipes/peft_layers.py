@@ -1,4 +1,4 @@
-"""What all recipes for PEFT layers share: events, and the two ways to hang a cache on a layer."""
+"""What all recipes for PEFT layers share: events, and attaching to layers, parts and models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.ambient import untraceable
-from dora_cache.decorator import SLOT, cached
+from dora_cache.attributes import SLOT
 from dora_cache.facts import UncheckableError, is_plain
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class, stays_in_place, weights_in_place
@@ -39,7 +39,6 @@ __all__ = [
     "follow_whole",
     "is_hooked",
     "layers_in",
-    "memoised",
     "wants_gradients",
     "weights_of",
     "why_training",
@@ -451,15 +450,3 @@ class _Other:
 
     def apply(self, cache: Engine, layer: nn.Module) -> bool:
         return self._apply(cache, layer)
-
-
-def memoised(
-    method: Callable[..., Any],
-    name: str,
-    *,
-    adapter: str | None = None,
-    depends_on: Callable[..., Iterable[object]],
-) -> Callable[..., Any]:
-    """Return an override of ``method`` that is cached, for ``follow_layer`` and ``follow_part``."""
-    override: Callable[..., Any] = cached(name, adapter=adapter, depends_on=depends_on)(method)
-    return override

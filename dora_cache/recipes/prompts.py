@@ -19,7 +19,8 @@ from peft.tuners.p_tuning.model import PromptEncoder
 from peft.tuners.prefix_tuning.model import PrefixEncoder
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT, cached
+from dora_cache.attributes import SLOT
+from dora_cache.decorator import cached
 from dora_cache.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.reasons import Reason

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from dora_cache.attributes import SLOT
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import SLOT
 from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import Observer, observe, only_moves, plain_class, stays_in_place
 from dora_cache.reasons import Reason

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dora_cache.decorator import SLOT
+from dora_cache.attributes import OBSERVER, SLOT
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ def stand_in(
                         # The layer is switched to another mode before its parts are.
                         renamed.__dict__["training"] = state["training"]
                         copied.append((value, renamed))
-    state.pop("_dora_cache_observer", None)
+    state.pop(OBSERVER, None)
     first, *others = known = list(canonical.values())
     if "_active_adapter" in state:  # text where possible: the compiler checks lists at each call
         state["_active_adapter"] = known if others else first

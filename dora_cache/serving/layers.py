@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dora_cache.ambient import current_device
-from dora_cache.decorator import SLOT, cached, derivation_of
+from dora_cache.attributes import POOLED, SLOT
+from dora_cache.decorator import cached, derivation_of
 from dora_cache.errors import ConfigError
-from dora_cache.lifecycle import POOLED, plain_class
+from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.dora.values import bias_of, dense
 from dora_cache.recipes.peft_layers import base_layer, weights_of
 from dora_cache.serving import kernels, routing

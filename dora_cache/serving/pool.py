@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_cache.attachment import attach
+from dora_cache.attributes import POOL, POOLED
 from dora_cache.backends import Resizable, check_options, create
 from dora_cache.config import parse_size, resolve_size
 from dora_cache.copying import Uncopyable
@@ -28,7 +29,7 @@ from dora_cache.errors import (
     DetachedError,
     warn_once,
 )
-from dora_cache.lifecycle import POOL, POOLED, Observer, observe
+from dora_cache.lifecycle import Observer, observe
 from dora_cache.serving import routing
 from dora_cache.serving.files import open_adapter
 from dora_cache.serving.kernels import LARGEST_RANK, failures

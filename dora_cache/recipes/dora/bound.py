@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as modules_of_torch
 
+from dora_cache.ambient import cuda_device, tracing_state
+from dora_cache.attributes import SLOT
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import SLOT
 from dora_cache.lifecycle import stays_in_place
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.dora.outputs import add_exact, add_fast, exact_sum, fast_sum
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Bound", "bind"]
 
 _grad_enabled = torch.is_grad_enabled
-_tracing_state = torch._C._get_tracing_state
 _cast_input_dtype = Linear._cast_input_dtype
 _linear_forward = nn.Linear.forward
 _dora_forward = DoraLinearLayer.forward
@@ -112,7 +112,7 @@ class Bound(Uncopyable):
             or state["merged_adapters"]
             or not state.get("cast_input_dtype_enabled")
             or _grad_enabled()  # without gradients, hooks of backward do nothing
-            or _tracing_state() is not None  # it follows sizes as well
+            or tracing_state() is not None  # it follows sizes as well
             or modules_of_torch._global_forward_hooks
             or modules_of_torch._global_forward_pre_hooks
             or nn.Linear.forward is not _linear_forward
@@ -311,7 +311,7 @@ class _Exact:
         linear = functional.linear
         delta = linear(linear(x if self._inner is None else x.to(self._inner), a), b)
         launch = self._launch
-        if launch is not None and torch._C._cuda_getDevice() == self._device:
+        if launch is not None and cuda_device() == self._device:
             if bias is None:
                 fits, subtracted = self._bias is None, result  # not read
             else:  # the one part that the shortcut has not checked
@@ -386,7 +386,7 @@ class _Fast:
         """Return the layer's output, of the shape and dtype of ``result``, which is overwritten."""
         scale, shift = value[0], None if bias is None else value[1]
         launch, few = self._launch, self._few
-        usable = launch is not None and torch._C._cuda_getDevice() == self._device
+        usable = launch is not None and cuda_device() == self._device
         if (
             usable
             and few is not None

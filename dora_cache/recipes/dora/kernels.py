@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_cache.ambient import cuda_device, dispatch_modes, tracing_state
 from dora_cache.triton_launch import Launcher
 
 __all__ = [
@@ -81,8 +82,8 @@ def usable(result: Tensor, other: Tensor) -> bool:
     return (
         result.is_cuda
         # Whoever records operations does not see a launch.
-        and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
+        and tracing_state() is None
+        and not dispatch_modes()
         and type(result) in {Tensor, nn.Parameter}
         and result.dtype in _DTYPES
         and other.dtype in _DTYPES
@@ -91,7 +92,7 @@ def usable(result: Tensor, other: Tensor) -> bool:
         and result.is_contiguous()
         and other.is_contiguous()
         and not (result.is_neg() or other.is_neg())  # kernels read memory as it is
-        and result.get_device() == torch._C._cuda_getDevice()
+        and result.get_device() == cuda_device()
         and _kernels() is not None
     )
 

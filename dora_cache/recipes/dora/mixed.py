@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dora_cache.ambient import global_forward_hooks, is_quiet, untraceable
-from dora_cache.decorator import SLOT
+from dora_cache.attributes import SLOT
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.dora.outputs import embedded, exact_sum, fast_sum
 from dora_cache.recipes.dora.values import (

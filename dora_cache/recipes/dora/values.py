@@ -18,6 +18,7 @@ from peft.utils.integrations import (
 )
 from torch import Tensor, nn
 
+from dora_cache.ambient import any_autocast
 from dora_cache.decorator import MARK, cached
 from dora_cache.lifecycle import bring, is_offloaded, weights_in_place
 from dora_cache.recipes.dora import kernels
@@ -241,7 +242,7 @@ def fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     weight = dense(base_layer(layer))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     # The meta device has no autocast, and plans are made there.
-    as_it_is = weight.is_meta or not torch._C._is_any_autocast_enabled()
+    as_it_is = weight.is_meta or not any_autocast()
     plain = nullcontext() if as_it_is else torch.autocast(weight.device.type, enabled=False)
     with plain:
         norms = _norms_at_once(layer, adapter, weight)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.ambient import functorch_stack
-from dora_cache.decorator import SLOT
+from dora_cache.attributes import SLOT
 from dora_cache.lifecycle import only_moves, reduce_as_plain
 from dora_cache.reasons import Reason
 from dora_cache.recipes.dora.outputs import FORWARDS, OFFLOADED

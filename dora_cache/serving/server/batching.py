@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
-from dora_cache.lifecycle import POOLED
+from dora_cache.attributes import POOLED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
