@@ -106,10 +106,10 @@ def test_the_current_cuda_device_is_part_of_the_key(monkeypatch):
     """The device "cuda" without a number is another one after ``torch.cuda.set_device``."""
     monkeypatch.setattr(ambient, "_cuda_is_used", lambda: True)
     monkeypatch.setattr(ambient, "_HAS_CUDA", True)
-    monkeypatch.setattr(ambient, "_cuda_device", lambda: 0)
+    monkeypatch.setattr(ambient, "cuda_device", lambda: 0)
     before = ambient.environment()
     assert ambient.environment() == before
-    monkeypatch.setattr(ambient, "_cuda_device", lambda: 1)
+    monkeypatch.setattr(ambient, "cuda_device", lambda: 1)
     assert ambient.environment() != before
 
 

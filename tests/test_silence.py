@@ -55,7 +55,7 @@ class Derivations(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def unseen(monkeypatch):
     """Following operations does not count as following them."""
-    monkeypatch.setattr(ambient, "_dispatch_modes", lambda: 0)
+    monkeypatch.setattr(ambient, "dispatch_modes", lambda: 0)
 
 
 # Conditions: each changes a model, and may give a context for its calls, and another input.
