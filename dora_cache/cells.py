@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from dora_cache.copying import Uncopyable
+from dora_cache.decorator import derivations
 from dora_cache.facts import Facts
 from dora_cache.keys import concerns
 
@@ -89,7 +90,6 @@ class Cell(Uncopyable):
         "binding",
         "born",
         "contents",
-        "derivation",
         "derived",
         "device",
         "due",
@@ -118,7 +118,6 @@ class Cell(Uncopyable):
         self.key = key
         self.adapter = adapter
         self.binding = weakref.ref(binding)
-        self.derivation = weakref.ref(derivation)
         self.kind = derivation.name
         self.number = derivation.number
         self.owner = binding.token
@@ -271,9 +270,6 @@ class Cells(Uncopyable):
         self._departed_of: weakref.WeakKeyDictionary[Derivation, list[int]] = (
             weakref.WeakKeyDictionary()
         )
-        self._derivations: weakref.WeakValueDictionary[int, Derivation] = (
-            weakref.WeakValueDictionary()
-        )
         self._limit = _REMEMBERED
 
     def __iter__(self) -> Iterator[Cell]:
@@ -300,7 +296,6 @@ class Cells(Uncopyable):
         if cell is None:
             if len(self._by_key) >= self._limit:
                 self._retire_oldest()
-            self._derivations[derivation.number] = derivation
             family = self._families.setdefault(key[:-1], Family())
             # In this order, so that an interrupt leaves nothing half done.
             cell = Cell(key, derivation, adapter, binding, family)
@@ -376,16 +371,16 @@ class Cells(Uncopyable):
         for cell in self.of_owner(owner):
             if concerns(adapter, cell.adapter):
                 self._remove(cell)
-                self._count_departed(cell.derivation(), cell.hits, cell.misses)
+                self._count_departed(cell.number, cell.hits, cell.misses)
         gone = [name for name in self._retired if adapter is not None and name[2] == adapter]
         if gone and not any(cell.adapter == adapter for cell in self._by_key.values()):
             for name in gone:
                 totals = self._retired.pop(name)
-                derivation = self._derivations.get(name[0])
-                self._count_departed(derivation, totals.hits, totals.misses)
+                self._count_departed(name[0], totals.hits, totals.misses)
 
-    def _count_departed(self, derivation: Derivation | None, hits: int, misses: int) -> None:
+    def _count_departed(self, number: int, hits: int, misses: int) -> None:
         counted = [self._departed]
+        derivation = derivations.get(number)
         if derivation is not None:
             counted.append(self._departed_of.setdefault(derivation, [0, 0]))
         for total in counted:

@@ -144,8 +144,11 @@ class Holder(Uncopyable):
                 table[f"{slot}_{number}"] = value
             table[slot], self._slots[buffer.number] = True, len(values)
 
-    def changed(self) -> None:
-        """Follow something that has happened to the layer or a part of it."""
+    def changed(self, *_: object) -> None:
+        """Follow something that has happened to the layer or a part of it.
+
+        Whatever an event's handler is called with is ignored.
+        """
         for holder in (self, *self.dependants):
             if holder.used:
                 holder.update()

@@ -276,8 +276,8 @@ class _LoraAttention:
         gate = gate_for(cache, base)
         holder: Any = binding.holder
         holder.finish = _finish
-        gate.substitute(base, "in_proj_weight", lambda _: holder.changed())
-        gate.substitute(projection, "weight", lambda _: holder.changed())
+        gate.substitute(base, "in_proj_weight", holder.changed)
+        gate.substitute(projection, "weight", holder.changed)
         return True
 
 

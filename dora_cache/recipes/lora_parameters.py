@@ -175,7 +175,7 @@ class _LoraParameters:
         binding.warmers = partial(warmers, _weight)
         holder: Any = binding.holder
         holder.finish = _finish
-        gate_for(cache, base).substitute(base, layer.parameter_name, lambda _: holder.changed())
+        gate_for(cache, base).substitute(base, layer.parameter_name, holder.changed)
         return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -272,7 +271,7 @@ def follow_layer(
         moved=changed,
         loaded=changed,
         assigned={"scaling": changed},
-        changed=lambda _: holder.changed(),
+        changed=holder.changed,
         calls={
             "set_scale": changed,
             "scale_layer": changed,
@@ -323,9 +322,7 @@ def follow_part(
     binding.infers = lambda *_: parent.why_training(parent.owner)
     parent.adopt(binding)
     # The layer's event is passed on; the part's own switches are followed as any module's.
-    observer = Observer(
-        moved=lambda _: cache.revalidate(binding), changed=lambda _: holder.changed()
-    )
+    observer = Observer(moved=lambda _: cache.revalidate(binding), changed=holder.changed)
     binding.undo.callback(observe(part, observer, overrides))
 
 
@@ -364,7 +361,7 @@ def follow_module(
             "mode_switched": switched,
             "moved": changed,
             "loaded": changed,
-            "changed": lambda _: holder.changed(),
+            "changed": holder.changed,
             **events,
         }
     )
@@ -393,15 +390,10 @@ def follow_whole(
     binding.infers = lambda *_: None  # no value is the model's own
     holder = Holder(binding, lambda model: (model.active_adapter,), shallow=True)
     plain: Any = plain_class(type(model))
-    changed = partial(_changed, holder)
-    observer = Observer(mode_switched=changed, changed=changed, calls=calls)
+    observer = Observer(mode_switched=holder.changed, changed=holder.changed, calls=calls)
     overrides = {"forward": viewed(plain.forward)} | (overrides or {})
     binding.undo.callback(observe(model, observer, overrides))
     return binding
-
-
-def _changed(holder: Holder, _: object) -> None:
-    holder.changed()
 
 
 def layers_in(model: nn.Module) -> Iterable[nn.Module]:

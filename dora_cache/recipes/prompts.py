@@ -221,7 +221,7 @@ class _Prompts:
                 observer = Observer(
                     mode_switched=partial(_void, cache, part),
                     moved=partial(_revalidate, cache, part),
-                    changed=partial(_changed, holder),
+                    changed=holder.changed,
                 )
                 part.undo.callback(observe(encoder, observer, {"forward": _forward}))
         return True
@@ -233,10 +233,6 @@ def _void(cache: Engine, binding: Binding, _: object) -> None:
 
 def _named(adapter: str, _: object) -> tuple[str]:
     return (adapter,)
-
-
-def _changed(holder: Holder, _: object) -> None:
-    holder.changed()
 
 
 def _revalidate(cache: Engine, binding: Binding, _: object) -> None:
