@@ -346,7 +346,7 @@ class Holder(Uncopyable):
                     if not _is_pending(*one):
                         del self._coming[number]
                 coming = list(self._coming)
-                pending = watch_later([one[:2] for one in self._coming.values()])
+                pending = watch_later([one[:2] for one in list(self._coming.values())])
                 found = [buffer.watch for buffer in self._filled() if buffer.watch is not None]
                 self._note(joined([self._places, pending, *found]))
 
