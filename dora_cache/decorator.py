@@ -161,6 +161,13 @@ class Derivation:
             )
             raise ConfigError(msg)
 
+    def derive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function past the cache; what autograd takes for a constant has no graph."""
+        if self.detach and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.function(*args, **kwargs)
+        return self.function(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one process, where functions are pickled by value."""
         return {
@@ -249,9 +256,11 @@ def cached(
                     return function(*args, **kwargs)
             if torch.compiler.is_dynamo_compiling():  # others' tracing the cache notices itself
                 reader = binding.reader
-                if reader is None:
-                    return function(*args, **kwargs)
-                found: R = reader.read(derivation, args, kwargs)
+                found: R = (
+                    derivation.derive(args, kwargs)
+                    if reader is None
+                    else reader.read(derivation, args, kwargs)
+                )
                 return found
             result: R = binding.cache.lookup(derivation, binding, args, kwargs)
             return result

@@ -297,7 +297,7 @@ class Engine(Uncopyable):
         with self.mutex.lock:
             self.holdings.note(reason, binding)
         self.mutex.catch_up()
-        return derivation.function(*args, **kwargs)
+        return derivation.derive(args, kwargs)
 
     def _answer(self, call: Call) -> Any:
         """Return the stored value of a prepared call, wait for another thread's, or derive it."""

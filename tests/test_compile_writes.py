@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from test_compile import NUMERICS, Compiled, _fresh  # noqa: F401 - a fixture
-from torch.func import functional_call
+from torch.func import functional_call, grad, jvp
 from zoo import run
 
+import dora_cache
 from dora_cache.reasons import Reason
 
 
@@ -77,3 +78,76 @@ def test_functional_call(part, inside):
         found = run(lambda x: act(model, names, x), setup.x)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(setup.check(), before)
+
+
+@pytest.mark.parametrize("wanted", ["lora_A", "lora_B", "lora_magnitude_vector"])
+@pytest.mark.parametrize("surroundings", ["written", "autocast"])
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_gradients_where_values_are_derived_in_the_graph(wanted, surroundings, numerics):
+    """None flows through the norm, whichever parameters train."""
+    setup = Compiled(numerics=numerics, fullgraph=False)
+    plain = copy.deepcopy(setup.model)
+
+    def of(model):
+        def act(x):
+            if surroundings == "written":
+                scaling(model.base_model.model.layer)
+            with torch.autocast("cpu", torch.bfloat16, enabled=surroundings == "autocast"):
+                return model(x).square().sum()
+
+        return act
+
+    def gradient(model, function):
+        weight = getattr(model.base_model.model.layer, wanted)["first"].weight
+        weight.requires_grad_()
+        return torch.autograd.grad(function(setup.x), weight)[0]
+
+    found = gradient(setup.model, torch.compile(of(setup.model), backend="eager"))
+    tolerance = 1e-4 if surroundings == "written" else 0.1
+    expected = gradient(plain, of(plain))
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_transforms_within_the_compiled_code(numerics, enabled):
+    """Gradients and tangents of an adapter's parameters."""
+    setup = Compiled(numerics=numerics, fullgraph=False)
+    model, plain = setup.model, copy.deepcopy(setup.model)
+    weights = {n: p.detach() for n, p in model.named_parameters() if ".first" in n}
+
+    def of(model):
+        def loss(weights):
+            return functional_call(model, weights, (setup.x,)).square().sum()
+
+        return lambda weights: (grad(loss)(weights), jvp(loss, (weights,), (weights,))[1])
+
+    with torch.set_grad_enabled(enabled):
+        found = torch.compile(of(model), backend="eager")(weights)
+        expected = of(plain)(weights)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_code_that_switches_adapters(numerics, recwarn):
+    """What the event does is not compiled."""
+    setup = Compiled(numerics=numerics, fullgraph=False)
+    plain = copy.deepcopy(setup.model)
+
+    def of(model):
+        def act(x):
+            outputs = [model(x)]
+            for name in ("second", "first"):
+                model.base_model.set_adapter([name], inference_mode=True)
+                outputs.append(model(x))
+            return torch.stack(outputs)
+
+        return act
+
+    compiled = torch.compile(of(setup.model), backend="eager")
+    for _ in range(2):
+        expected = run(of(plain), setup.x)
+        torch.testing.assert_close(run(compiled, setup.x), expected, rtol=1e-5, atol=1e-5)
+        for model in (setup.model, plain):
+            run(base_in_place, model.base_model.model.layer)
+    assert not [one for one in recwarn if one.category is dora_cache.CacheWarning]

@@ -344,6 +344,33 @@ def test_gradients_through_the_value_are_bypassed():
         assert cache.stats().hits == 1
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_no_gradient_flows_through_a_constant(compiled):
+    """Wherever it is derived: from the cache, past it, and in compiled code."""
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        @cached("norm", detach=True)
+        def norm(self):
+            return self.weight.norm()
+
+        def forward(self):
+            return self.weight / self.norm()
+
+    layer = Norm()
+    with dora_cache.attach(layer) as cache:
+        run = torch.compile(layer, backend="eager") if compiled else layer
+        for training in (True, False):
+            layer.train(training)
+            found = torch.autograd.grad(run().sum(), layer.weight)[0]
+            torch.testing.assert_close(found, torch.full((3,), 3**-0.5))
+            with cache.bypass():
+                assert torch.equal(torch.autograd.grad(run().sum(), layer.weight)[0], found)
+
+
 def test_a_recursive_function_does_not_deadlock():
     """A function that calls itself with the same arguments derives on, and ends."""
     depth = []

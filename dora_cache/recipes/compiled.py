@@ -117,7 +117,7 @@ class Face(nn.Module):
         if torch.is_autocast_enabled(_device_of(form)) or (  # the library may derive another value
             torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
         ):
-            return derivation.function(self.__dict__["view"], *args, **kwargs)
+            return derivation.derive((self.__dict__["view"], *args), kwargs)
         slot, count = _slot(form, derivation.number, args, tuple(kwargs.items()))
         if not slot:
             raise UncheckableError("the value cannot be derived")

@@ -247,6 +247,7 @@ class Holder(Uncopyable):
         self.used = False
         self.scalings.tensors.clear()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # events may come from compiled code
     def update(self, *, traced: bool = False) -> int:
         """Bring the view up to date, and the values that compiled code reads of it.
 

@@ -83,7 +83,7 @@ def fast_sum(
     if isinstance(scaling, Tensor):  # unlike a number, it multiplies in the dtype of delta
         total = result + delta.to(scale.dtype) * scaling
     else:
-        total = torch.add(result, delta, alpha=scaling)
+        total = torch.add(result, delta, alpha=+scaling)  # which takes no bool
     # PEFT's result has two dimensions for an input of one.
     total = total.mul_(scale) if owned and total.dim() >= scale.dim() else total * scale
     return total if shift is None else total + shift

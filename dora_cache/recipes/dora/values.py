@@ -18,7 +18,7 @@ from peft.utils.integrations import (
 )
 from torch import Tensor, nn
 
-from dora_cache.ambient import any_autocast
+from dora_cache.ambient import any_autocast, untraceable
 from dora_cache.decorator import MARK, cached
 from dora_cache.lifecycle import bring, is_offloaded, weights_in_place
 from dora_cache.recipes.dora import kernels
@@ -209,8 +209,19 @@ def offloaded_fast_scale(layer: Any, adapter: str) -> tuple[Tensor, ...]:
 
 
 def wants_gradient(layer: Any, adapter: str) -> bool:
-    """Whether the magnitude's gradient is wanted, so that ``s`` cannot be a constant."""
-    return torch.is_grad_enabled() and layer.lora_magnitude_vector[adapter].weight.requires_grad
+    """Whether the magnitude's gradient is wanted, so that ``s`` cannot be a constant.
+
+    It may be where compiled code has a functorch transform: tensors do not tell there.
+    """
+    if torch.is_grad_enabled() and layer.lora_magnitude_vector[adapter].weight.requires_grad:
+        return True
+    return torch.compiler.is_dynamo_compiling() and _is_followed()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_followed() -> bool:
+    """Whether others follow the operations; runs while a layer is traced."""
+    return untraceable()
 
 
 def scale_of(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
