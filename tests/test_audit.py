@@ -150,7 +150,7 @@ def test_a_write_while_a_value_is_derived_is_noticed():
     with dora_cache.attach(owner) as cache, torch.no_grad():
         with pytest.warns(dora_cache.CacheWarning, match="doubled"):
             doubled_often(owner)
-        assert cache.report().uncounted == 1
+        assert cache.report().uncounted >= 1  # each time that the audit comes to it
 
 
 @pytest.mark.parametrize("depends_on", [None, lambda self: [self.weight]])
