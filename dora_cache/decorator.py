@@ -63,7 +63,7 @@ class Resolver(Protocol):
         """Resolves calls that ``torch.compile`` traces; None: they are derived."""
 
 
-class Holder(Protocol):
+class CountingCache(Protocol):
     """A cache that may hold values of a derivation."""
 
     def derivation_counts(self, derivation: Derivation) -> tuple[int, int, int]:
@@ -141,7 +141,7 @@ class Derivation:
         self.depends_on = depends_on
         self.detach = detach
         self.binding: Resolver | None = None
-        self.caches: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self.caches: weakref.WeakSet[CountingCache] = weakref.WeakSet()
         try:
             self.bind, self.parameters = make_binder(function)
         except ValueError:

@@ -208,7 +208,7 @@ class Engine(Uncopyable):
 
     def _fetch(self, shortcut: Shortcut) -> Entry | None:
         """Return the entry of a shortcut from the backend, or None."""
-        facts = shortcut.facts_of
+        facts = shortcut.facts
         # The backend may copy it to the device, and caps are held elsewhere.
         if self._keeps_everything or facts is None or self.memory.reserved or self.mutex.is_owned:
             return None
@@ -217,7 +217,7 @@ class Engine(Uncopyable):
                 entry = self._backend.get(shortcut.key)
             except Exception:  # noqa: BLE001 - the long way deals with it
                 return None
-            if entry is None or entry.stamp is not facts or shortcut.facts_of is not facts:
+            if entry is None or entry.stamp is not facts or shortcut.facts is not facts:
                 return None
             return entry
 
@@ -407,7 +407,7 @@ class Engine(Uncopyable):
         )
         if shortcut is None or read(call.dependencies).rows != call.reading.rows:
             return  # a write since the call was read: the facts are not those of the entry
-        shortcut.spelled, shortcut.key, shortcut.facts_of = spelled, call.key, cell.facts
+        shortcut.spelled, shortcut.key, shortcut.facts = spelled, call.key, cell.facts
         shortcut.ready = entry.ready
         shortcut.count = cell.short.__next__
         shortcut.phase = binding.token & _AUDITED if cell.audit is not None else -1

@@ -43,12 +43,12 @@ class Shortcut(Uncopyable):
         entry: the entry itself if it is fixed: the backend never drops one of its own accord, and
             makes no copies; else None.
         device: type of the default device.
-        facts: identity, version, storage and address of the tensors (see :class:`Reading` for
+        packed: identity, version, storage and address of the tensors (see :class:`Reading` for
             refilled ones), the numbers, and version and address of the value's tensors if the entry
             is fixed, as bytes: one piece of memory is read much faster than many objects when it is
             in no cache.
         others: strings and shapes, and the types of all scalars; equal ones are the same object.
-        facts_of: the :class:`Facts` of the entry; None once the entry has gone.
+        facts: the :class:`Facts` of the entry; None once the entry has gone.
         gradients: whether the value must not be used while gradients are enabled.
         guards: checks the layout of the tensors and of the value, and what follows operations; see
             :func:`dora_cache.ambient.tensor_guards`.
@@ -68,11 +68,11 @@ class Shortcut(Uncopyable):
         "device",
         "entry",
         "facts",
-        "facts_of",
         "gradients",
         "guards",
         "key",
         "others",
+        "packed",
         "phase",
         "place",
         "precision",
@@ -85,9 +85,9 @@ class Shortcut(Uncopyable):
     count: Callable[[], int]
     entry: Entry | None
     device: str
-    facts: bytes
+    packed: bytes
     others: tuple[object, ...]
-    facts_of: Facts | None
+    facts: Facts | None
     gradients: bool
     guards: Callable[..., bool]
     key: Hashable
@@ -100,7 +100,7 @@ class Shortcut(Uncopyable):
 
     def clear(self) -> None:
         """Lead nowhere from now on, and keep nothing alive."""
-        self.facts_of = self.entry = self.ready = None
+        self.facts = self.entry = self.ready = None
 
 
 def make_shortcut(
@@ -146,7 +146,7 @@ def make_shortcut(
     if fixed:
         noted.facts += entry.marks
     shortcut.check = _checker(pattern, form, 0 if single else len(parts), fixed=fixed)
-    shortcut.facts = _packer(pattern, len(parts) if fixed else 0)(*noted.facts)
+    shortcut.packed = _packer(pattern, len(parts) if fixed else 0)(*noted.facts)
     shortcut.others = _shared(tuple(noted.others))
     shortcut.contexts = tuple(noted.contexts)
     shortcut.guards = guards
@@ -320,7 +320,7 @@ def _checker(
         facts += marks
     terms = [
         *first,
-        f"pack({', '.join(facts)}) == shortcut.facts",
+        f"pack({', '.join(facts)}) == shortcut.packed",
         *([] if fixed else [f"({', '.join(marks)}) == entry.marks"]),
         f"shortcut.guards({', '.join(tensors + values)})",
         *(f"{name}.grad is None" for name in values),

@@ -11,7 +11,7 @@ from zoo import quiet
 import dora_cache
 from dora_cache import cached
 from dora_cache.attributes import SLOT
-from dora_cache.recipes.entry import Entry
+from dora_cache.recipes.entry import EntryCheck
 
 WIDTH, RANK = 768, 8
 LAYERS = 224  # of a model of 8 billion parameters
@@ -128,7 +128,7 @@ def test_entry(benchmark, way):
     with dora_cache.attach(model) as cache, torch.no_grad():
         torch.compile(layers[0], backend="eager", fullgraph=True)(torch.randn(1, 16))
         holders = [layer.__dict__[SLOT].holder for layer in layers]
-        entry = Entry()
+        entry = EntryCheck()
         for holder in holders:
             with cache._engine.mutex.lock:
                 entry.add(holder)

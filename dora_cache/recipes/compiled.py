@@ -41,8 +41,8 @@ from dora_cache.attributes import FACE
 from dora_cache.facts import UncheckableError
 from dora_cache.reasons import Reason
 from dora_cache.recipes.dynamo import entry_guards_work, is_freezing, traced_writes_show
-from dora_cache.recipes.entry import Key, enter
-from dora_cache.recipes.numbered import Call, numbered
+from dora_cache.recipes.entry import LayerKey, enter
+from dora_cache.recipes.numbered import TracedCall, numbered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -83,7 +83,7 @@ class Face(nn.Module):
         tensors: the parameters and buffers in the view that have a place.
     """
 
-    def __init__(self, key: Key, number: int) -> None:
+    def __init__(self, key: LayerKey, number: int) -> None:
         super().__init__()
         self.training = False
         self.key = (key,)
@@ -201,7 +201,7 @@ def _device_of(form: int) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(keys: tuple[Key]) -> int:
+def _prepare(keys: tuple[LayerKey]) -> int:
     """Bring all of a model's views up to date; runs while a layer is traced.
 
     Args:
@@ -257,7 +257,7 @@ def _slot(
     living = numbered.notes[form][0]()
     if living is None:
         return 0, 0
-    call = numbered.number(numbered.calls, Call(number, args, kwargs))
+    call = numbered.number(numbered.calls, TracedCall(number, args, kwargs))
     wanted = living.buffers.wanted.setdefault(form, {})
     holders = [one for one in living.buffers.holders() if one.form == form]
     if call not in wanted:

@@ -7,8 +7,8 @@ Layers for which that has changed are brought up to date, at the same addresses.
 if that cannot be done.
 
 Two guards share the work. One of the code as a whole checks the layers that were traced. Where
-other layers run the same code, as blocks do that are compiled one by one, the :class:`Key` of each
-is compared with that of the layer that was traced, and checks its own.
+other layers run the same code, as blocks do that are compiled one by one, the :class:`LayerKey` of
+each is compared with that of the layer that was traced, and checks its own.
 
 Layouts of tensors that a view has are not compared here: the compiler's own guards see to them.
 """
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BEHIND",
-    "Entry",
-    "Key",
+    "EntryCheck",
+    "LayerKey",
     "Place",
     "Watch",
     "enter",
@@ -235,7 +235,7 @@ class Checked(Protocol):
     """What is brought up to date: a :class:`dora_cache.recipes.holder.Holder`."""
 
     watch: Watch | None
-    entries: weakref.WeakSet[Entry]
+    entries: weakref.WeakSet[EntryCheck]
 
     @property
     def engine(self) -> Engine | None:
@@ -257,7 +257,7 @@ BEHIND = _made([], [({None: object()}, None, None, None)])
 
 
 @traced_constant
-class Key(Uncopyable):
+class LayerKey(Uncopyable):
     """Stands for a layer where compiled code is traced; equal to those of the same cache.
 
     Comparing it with one that was traced brings the layer up to date; see the module.
@@ -283,7 +283,7 @@ class Key(Uncopyable):
     def __eq__(self, other: object) -> bool:
         if other is self:  # the code's own check sees to it
             return True
-        if type(other) is not Key or other.cache != self.cache:
+        if type(other) is not LayerKey or other.cache != self.cache:
             return False
         if not self.checks:
             return True
@@ -297,7 +297,7 @@ class Key(Uncopyable):
         return self.cache
 
 
-class Entry(Uncopyable):
+class EntryCheck(Uncopyable):
     """The check of all layers whose views one piece of compiled code reads."""
 
     __slots__ = ("__weakref__", "_changes", "_holders", "_known")
@@ -366,7 +366,7 @@ def enter(cache: Engine, holder: Checked) -> None:
     guard, reference = guards.get(cache.token, (None, lambda: None))
     entry = reference()
     if guard is None or entry is None:
-        entry = Entry()
+        entry = EntryCheck()
         reference = weakref.ref(entry)
         check = partial(_check, reference)
         # The cache keeps it for as long as there is code that calls the check.
@@ -378,11 +378,11 @@ def enter(cache: Engine, holder: Checked) -> None:
     guard.install()
 
 
-def _check(reference: weakref.ref[Entry]) -> bool:
+def _check(reference: weakref.ref[EntryCheck]) -> bool:
     entry = reference()
     return entry is not None and entry.check()
 
 
 _regions: weakref.WeakKeyDictionary[
-    Any, dict[int, tuple[EntryGuard, Callable[[], Entry | None]]]
+    Any, dict[int, tuple[EntryGuard, Callable[[], EntryCheck | None]]]
 ] = weakref.WeakKeyDictionary()

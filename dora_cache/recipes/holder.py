@@ -25,7 +25,7 @@ from dora_cache.facts import UncheckableError
 from dora_cache.recipes.buffer import Buffer, Scalings, plainly
 from dora_cache.recipes.compiled import Face
 from dora_cache.recipes.dynamo import traced_writes
-from dora_cache.recipes.entry import BEHIND, Key, joined, watch_later, watch_places
+from dora_cache.recipes.entry import BEHIND, LayerKey, joined, watch_later, watch_places
 from dora_cache.recipes.numbered import numbered
 from dora_cache.recipes.views import canonical, form_of, looks_of, stand_in
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from dora_cache.binding import Binding
     from dora_cache.engine import Engine
-    from dora_cache.recipes.entry import Entry, Place, Watch
+    from dora_cache.recipes.entry import EntryCheck, Place, Watch
 
 __all__ = ["Holder"]
 
@@ -74,8 +74,8 @@ class Holder(Uncopyable):
     ) -> None:
         cache = f"cache {binding.cache.token}"
         number = next(numbered.handles)
-        self.face = Face(Key(cache, self, checks=binding.cache.config.compiled_check), number)
-        self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+        self.face = Face(LayerKey(cache, self, checks=binding.cache.config.compiled_check), number)
+        self.entries: weakref.WeakSet[EntryCheck] = weakref.WeakSet()
         self.watch: Watch | None = None
         self.names: tuple[str, ...] = ()
         self.used = False

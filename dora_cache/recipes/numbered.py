@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
     from dora_cache.engine import Engine
 
-__all__ = ["Call", "Numbered", "numbered"]
+__all__ = ["Numbered", "TracedCall", "numbered"]
 
 
-class Call(NamedTuple):
+class TracedCall(NamedTuple):
     """A call of a decorated function, without its owner.
 
     Attributes:
@@ -35,7 +35,7 @@ class Numbered:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.holders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self.calls: dict[Call, int] = {}
+        self.calls: dict[TracedCall, int] = {}
         self.forms: dict[object, int] = {}
         self.notes: dict[int, tuple[weakref.ref[Engine], str, Hashable]] = {}
         self.outputs: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
