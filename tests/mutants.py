@@ -337,7 +337,7 @@ def _(patch):
 def _(patch):
     # The package's function of the same name hides the module.
     observe = importlib.import_module("dora_cache.lifecycle.observe")
-    patch.setattr(observe, "_OWN_ATTRIBUTES", (observe._OBSERVER,))
+    patch.setattr(observe, "OWN_ATTRIBUTES", (observe.OBSERVER,))
     for shared in (Binding, variants.CachedVariant):
         patch.setattr(shared, "__deepcopy__", lambda self, memo: self, raising=False)
     patch.setattr(Binding, "owned_by", lambda self, args: True)

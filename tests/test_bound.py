@@ -870,7 +870,7 @@ def played(monkeypatch):
     stand_in(monkeypatch, "combiner", lambda: (played.launch("combine"), torch.float32))
     stand_in(monkeypatch, "fast_combiner", lambda: played.launch("combine_fast"))
     stand_in(monkeypatch, "few_rows", lambda: played.launch("few"))
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # a CPU's number
+    monkeypatch.setattr(bound, "cuda_device", lambda: -1)  # a CPU's number
     return played
 
 
@@ -897,9 +897,9 @@ def test_layers_launch_kernels(numerics, bias, played, monkeypatch):
         names = {"peft": ("combine", "combine"), "fast": ("few", "combine_fast")}[numerics]
         check(few, names[0])
         check(many, names[1])
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+        monkeypatch.setattr(bound, "cuda_device", lambda: 1)
         check(few)
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1)
+        monkeypatch.setattr(bound, "cuda_device", lambda: -1)
         check(few, names[0])
         if bias and numerics == "peft":
             plain = layer.base_layer.bias
