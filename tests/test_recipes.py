@@ -20,15 +20,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("example", "numerics", "dtype"),
-    thinned(
-        CASES,
-        lambda example, numerics, dtype: (
-            dtype is torch.float32 or (first(example) and numerics == example.numerics[0])
-        ),
-    ),
-)
+def quick(example, numerics, dtype):
+    """Of each kind's first example nearly all; of the others the form that is the recipe's own."""
+    if dtype is not torch.float32:
+        return first(example) and numerics == example.numerics[0]
+    return first(example) or numerics == example.numerics[-1]
+
+
+@pytest.mark.parametrize(("example", "numerics", "dtype"), thinned(CASES, quick))
 def test_recipe(example, numerics, dtype):
     """Equal, fresh, exact after detach, with PEFT's gradients, and nothing leaked."""
     # Errors are compared on many outputs: on a few, either way of adding up may be the luckier.
