@@ -998,11 +998,16 @@ def test_it_goes_on_until_interrupted(pool, registry, url):
 
     metrics.register(pool, registry, {"model": "net", "pool": "1"})
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dora_cache", "top", url, "--interval", "0.2", "--timeout", "2"],
-        stdin=theirs, stdout=theirs, stderr=theirs,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "150"},
-    )  # fmt: skip
+    # A shell may have started the tests in its background, with Control-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dora_cache", "top", url, "--interval", "0.2", "--timeout", "2"],
+            stdin=theirs, stdout=theirs, stderr=theirs,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "150"},
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
     os.close(theirs)
     try:
         until(ours, "Lookups of adapters")
