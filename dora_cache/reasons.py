@@ -52,6 +52,14 @@ class Reason(Advised):
         "compiled code writes to the weights first",
         "write to weights and scalings outside of the function that is compiled",
     )
+    AUTOCAST = (
+        "autocast in compiled code",
+        "nothing: the library may derive another value there; without autocast it is read",
+    )
+    IN_GRAPH = (
+        "cheaper to derive in compiled code than to read",
+        "nothing: it is a product of small factors",
+    )
     FROZEN = (
         "weights frozen by the compiler",
         "nothing: with torch._inductor.config.freezing it derives once, from constants",

@@ -704,6 +704,7 @@ def test_autocast_is_that_of_the_eager_model(kind, numerics):
         rounded = 0.01 if expected.dtype is torch.bfloat16 else 1e-5
         tolerance = 0 if numerics == "peft" else rounded
         torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    assert setup.cache.stats().reasons[Reason.AUTOCAST.value] > 0
     setup.check()
 
 

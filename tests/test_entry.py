@@ -18,6 +18,7 @@ from zoo import dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
 from dora_cache.facts import UncheckableError, read
+from dora_cache.reasons import Reason
 from dora_cache.recipes import RECIPES, dynamo, entry, load_recipes
 from dora_cache.recipes import compiled as compiled_module
 from dora_cache.recipes import holder as holder_module
@@ -797,3 +798,14 @@ def test_whatever_a_value_depends_on_is_watched(example):
                 noticed += 1
     cache.detach()
     assert bool(noticed) is (example.name not in LISTED)
+
+
+def test_what_compiled_code_derives_itself_has_a_reason():
+    """A product of small factors is not stored for compiled code, and the report says so."""
+    (example,) = next(one.values for one in EXAMPLES if one.id == "LoKr")
+    model, x = make_model(example, 64, 64, adapters=("first",))
+    with quiet(), dora_cache.attach(model) as cache:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(run(compiled, x), run(copy.deepcopy(model), x))
+        assert cache.stats().reasons[Reason.IN_GRAPH.value] > 0
+        assert not any(holder.binding.buffers for holder in cache._engine.buffers.holders())

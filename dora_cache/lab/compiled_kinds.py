@@ -53,7 +53,7 @@ __all__ = [
 
 EAGER, COMPILED = "eager PEFT", "compiled PEFT"
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-_WORSE = 4.0  # as far from float64 as eager PEFT is, and still right
+_WORSE = 4.0  # an output may be so many times as far from float64 as eager PEFT's
 _RECOMPILATIONS = 1 << 10  # layers share their code
 _SHOWN = 160  # characters of an error
 

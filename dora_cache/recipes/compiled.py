@@ -114,9 +114,13 @@ class Face(nn.Module):
             kwargs: keyword arguments.
         """
         form = self.form
-        if torch.is_autocast_enabled(_device_of(form)) or (  # the library may derive another value
-            torch.is_grad_enabled() and not derivation.detach and self.wants_gradients()
-        ):
+        reason = None
+        if torch.is_autocast_enabled(_device_of(form)):
+            reason = Reason.AUTOCAST
+        elif torch.is_grad_enabled() and not derivation.detach and self.wants_gradients():
+            reason = Reason.GRADIENTS
+        if reason is not None:
+            self.passed_by(reason)
             return derivation.derive((self.__dict__["view"], *args), kwargs)
         slot, count = _slot(form, derivation.number, args, tuple(kwargs.items()))
         if not slot:
@@ -128,6 +132,10 @@ class Face(nn.Module):
         if not count:
             return values
         return tuple([getattr(self, f"v{slot}_{number}") for number in range(count)])
+
+    def passed_by(self, reason: Reason) -> None:
+        """Count a value that the code derives itself; ``torch.compile`` traces this."""
+        _passed_by(self.key, reason)
 
     def wants_gradients(self) -> bool:
         """Whether a tensor of the view requires a gradient."""
@@ -198,6 +206,22 @@ def noted(form: int) -> Any:
 def _device_of(form: int) -> str:
     """Return the type of the device of layers of a form; runs while a layer is traced."""
     return numbered.notes[form][1]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _passed_by(keys: tuple[LayerKey], reason: Reason) -> bool:
+    """Count a call that goes past the cache; runs while a layer is traced.
+
+    Args:
+        keys: the layer's key.
+        reason: why.
+    """
+    (key,) = keys
+    holder = key.holder
+    living = None if holder is None else holder.engine
+    if living is not None and holder is not None:
+        living.passed_by(reason, holder.binding)
+    return True
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -86,13 +86,8 @@ def _may_write(node: Any) -> bool:
 def traced_writes_show() -> bool:
     """Try :func:`traced_writes` on what it must notice, once."""
     try:
-        with (
-            torch.compiler.set_stance("default"),
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-            _uncounted(),
-            torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024),
-        ):
+        limits = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
+        with _trying(), torch._dynamo.config.patch(limits):
             return [_shows(act) for act in _WRITES] == [act is not _nothing for act in _WRITES]
     except Exception:  # noqa: BLE001 - the compiler has no such names, or something else
         return False
@@ -190,12 +185,7 @@ def entry_guards_work() -> bool:
     It compiles a small function, within the tracing of another one if need be.
     """
     try:
-        with (
-            torch.compiler.set_stance("default"),
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-            _uncounted(),
-        ):
+        with _trying():
             return _holds_back() and _notices_entries()
     except Exception:  # noqa: BLE001 - they are missing, or something else
         return False
@@ -269,13 +259,18 @@ def _notices_entries() -> bool:
 
 
 @contextmanager
-def _uncounted() -> Iterator[None]:
-    """Leave the compiler's statistics as they were."""
+def _trying() -> Iterator[None]:
+    """Compile for inference, whatever the surroundings are, and leave the compiler's counters."""
     from torch._dynamo.utils import counters
 
     before = {name: Counter(counts) for name, counts in counters.items()}
     try:
-        yield
+        with (
+            torch.compiler.set_stance("default"),
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+        ):
+            yield
     finally:
         counters.clear()
         counters.update(before)

@@ -144,7 +144,7 @@ class _Optional:
 
 
 def watch_later(coming: Iterable[tuple[Mapping[Any, Any], Hashable]]) -> Watch:
-    """Note what is, or is not, in some places under a key where something else may come."""
+    """Note what some tables have under a key, None included, where another part may be put."""
     found: list[Place] = []
     for table, key in coming:
         lenient: Any = _Optional(table)

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dora_cache.attributes import SLOT
 from dora_cache.decorator import cached
 from dora_cache.lifecycle import plain_class
+from dora_cache.reasons import Reason
 from dora_cache.recipes.baking import DIRECT
+from dora_cache.recipes.compiled import Face
 from dora_cache.recipes.hooks import Hook, optional_parameter
 from dora_cache.recipes.peft_layers import base_layer
 
@@ -66,7 +69,10 @@ def delta_hook(
     ) -> Tensor:
         derives = apply_rank_dropout  # it is a random value
         if in_graph is not None and torch.compiler.is_dynamo_compiling():
-            derives = derives or in_graph(self, adapter_name)
+            face = self.__dict__.get(SLOT)
+            if isinstance(face, Face) and in_graph(self, adapter_name):
+                face.passed_by(Reason.IN_GRAPH)
+                derives = True
         if derives:
             delta: Tensor = plain_class(type(self)).get_delta_weight(  # type: ignore[attr-defined]
                 self, adapter_name, apply_rank_dropout=apply_rank_dropout
