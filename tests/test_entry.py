@@ -41,8 +41,6 @@ LISTED = {
     "p-tuning, LSTM",
     "p-tuning, MLP",
     "prefix tuning, projected",
-    "TrainableTokens",
-    "TrainableTokens, head",
 }
 
 
@@ -758,14 +756,26 @@ def scalar_places(owner):
                 for key, item in list(value.items()):
                     if type(item) in SCALARS:
                         yield value, key, item
+                    elif type(item) is list and item and type(item[0]) in SCALARS:
+                        yield value, key, item
+                        yield item, 0, item[0]
 
 
 SCALARS = (bool, int, float, str)
 OTHERS = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 1.5, str: "{}x".format}
+OTHERS[list] = lambda x: [*x[1:], OTHERS[type(x[0])](x[0])]
 
 
 @pytest.mark.parametrize(
-    "example", thinned(EXAMPLES, lambda example: first(example) or example.name in LISTED)
+    "example",
+    thinned(
+        EXAMPLES,
+        lambda example: (
+            first(example)
+            or example.name in LISTED
+            or example.name.startswith("TrainableTokens")  # which have lists
+        ),
+    ),
 )
 def test_whatever_a_value_depends_on_is_watched(example):
     """Of each kind: each tensor written to, each scalar set by hand, if the listing shows it."""

@@ -172,7 +172,7 @@ def test_a_launcher_that_has_changed():
         raise TypeError("function takes exactly 99 arguments")
 
     assert launch._compiled is not None
-    launch._compiled = (changed, 0, 0)
+    launch._compiled = (changed, ())
     for _ in range(3):
         assert torch.equal(kernels.combine(result, delta, scale, None, 0.7), expected)
     assert launch._compiled is None

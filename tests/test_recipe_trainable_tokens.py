@@ -57,6 +57,23 @@ def test_the_list_of_tokens_may_change_in_place():
         compare(plain, model, X)
 
 
+def test_compiled_code_follows_the_list_of_tokens():
+    """Written to or replaced, with no event: right at the next call, and compiled once."""
+    plain = make(tokens(1, 5))
+    model = copy.deepcopy(plain)
+    with attach(model):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compare(plain, compiled, X)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for change in (
+                lambda lists: lists["first"].__setitem__(1, 7),
+                lambda lists: lists.update(first=[7, 2]),
+            ):
+                for one in (plain, model):
+                    change(one.base_model.model.embedding.token_indices)
+                compare(plain, compiled, X)
+
+
 def test_adapters_that_overlap_are_pefts_error():
     """Two adapters for one token raise as without a cache; a token given twice works."""
     plain = make(tokens(1, 5))

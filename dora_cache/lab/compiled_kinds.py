@@ -173,6 +173,8 @@ def measure_compiled_kinds(
             for length in settings.tokens:
                 deadline = time.monotonic() + settings.limit
                 for worker in batch:
+                    worker.start()
+                for worker in batch:
                     worker.prepared(length, deadline)
                 for worker in batch:
                     worker.timed(length, settings.limit)
@@ -223,13 +225,21 @@ class _Worker:
         """Wait until everything for a length of input is compiled and compared."""
         self._receive(length, deadline - time.monotonic())
 
+    def start(self) -> None:
+        """Have it prepare the next length of input."""
+        self._tell()
+
     def timed(self, length: int, seconds: float) -> None:
         """Have it timed, while nobody else works."""
         if length not in self.found.notes:
-            self._ours.send(None)
+            self._tell()
             cells = self._receive(length, seconds)
             if cells is not None:
                 self.found.cells[length] = cells
+
+    def _tell(self) -> None:
+        with suppress(OSError):  # it has ended; receiving says so
+            self._ours.send(None)
 
     def _receive(self, length: int, seconds: float) -> Any:
         """Return what it sends; None if that is why there is nothing, or it sends nothing."""
@@ -272,6 +282,7 @@ def _work(pipe: Connection, settings: Settings, kind: str, name: str) -> None:
     example = next(one for one in recipe.examples if one.name == name)  # type: ignore[attr-defined]
     for length in settings.tokens:
         try:
+            pipe.recv()  # while others are timed, nobody prepares
             with ExitStack() as stack, torch.no_grad():
                 running = _Running(settings, example, length, stack)
                 pipe.send(("", None))

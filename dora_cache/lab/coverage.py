@@ -161,7 +161,8 @@ def sizes_of(example: Example, size: int) -> tuple[int, int]:
     name = example.base.name
     if "Conv" in name:
         return size // 8, size // 8
-    return (8 * size, size) if name == "Embedding" else (size, size)
+    vocabulary = 8 * size
+    return {"Embedding": (vocabulary, size), "Head": (size, vocabulary)}.get(name, (size, size))
 
 
 def _measure(

@@ -59,6 +59,8 @@ _NO_GUARDS = (
 _NO_EFFECTS = "this version of PyTorch does not tell what compiled code writes while it is traced"
 _CHECKED, _UNCHECKED = 1, 2
 _prepared: weakref.WeakKeyDictionary[Engine, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+_traced: weakref.WeakKeyDictionary[Engine, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""By cache, the holder of the layer that has been looked at last, and is traced."""
 
 
 class Face(nn.Module):
@@ -70,6 +72,9 @@ class Face(nn.Module):
 
     The values of cached calls are attributes: of call 5 it is ``v5``, or ``v5_0``, ``v5_1``, ... if
     there are several. ``v5`` is None while there are none. Others are what recipes remark.
+
+    A layer has one, and its view another in place of a binding: an object that is reached in two
+    ways is compared with itself at each call, at some cost.
 
     Attributes:
         key: what is traced passes it to :func:`_prepare`: in a tuple, since TorchDynamo guards a
@@ -135,7 +140,7 @@ class Face(nn.Module):
 
     def passed_by(self, reason: Reason) -> None:
         """Count a value that the code derives itself; ``torch.compile`` traces this."""
-        _passed_by(self.key, reason)
+        _passed_by(self.form, reason)
 
     def wants_gradients(self) -> bool:
         """Whether a tensor of the view requires a gradient."""
@@ -209,16 +214,15 @@ def _device_of(form: int) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _passed_by(keys: tuple[LayerKey], reason: Reason) -> bool:
+def _passed_by(form: int, reason: Reason) -> bool:
     """Count a call that goes past the cache; runs while a layer is traced.
 
     Args:
-        keys: the layer's key.
+        form: of the layer's view.
         reason: why.
     """
-    (key,) = keys
-    holder = key.holder
-    living = None if holder is None else holder.engine
+    living = numbered.notes[form][0]()
+    holder = None if living is None else _traced.get(living, lambda: None)()
     if living is not None and holder is not None:
         living.passed_by(reason, holder.binding)
     return True
@@ -239,6 +243,7 @@ def _prepare(keys: tuple[LayerKey]) -> int:
     living = None if holder is None else holder.engine
     if living is None or holder is None or untraceable():
         return 0
+    _traced[living] = weakref.ref(holder)
     why = None if traced_writes_show() else _NO_EFFECTS
     if key.checks and not entry_guards_work():
         why = _NO_GUARDS

@@ -16,6 +16,7 @@ Layouts of tensors that a view has are not compared here: the compiler's own gua
 from __future__ import annotations
 
 import weakref
+from array import array
 from functools import partial
 from operator import attrgetter, getitem, is_
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -41,6 +42,7 @@ __all__ = [
     "Watch",
     "enter",
     "joined",
+    "text_of",
     "watch",
     "watch_later",
     "watch_places",
@@ -65,6 +67,7 @@ class Watch(NamedTuple):
         keys: their keys.
         items: what was there.
         named: mappings, names, keys and items of the places with a name.
+        lists: lists of numbers of the layers, in the same way; their copies in place of items.
         loose: those of the tensors whose layouts have to be compared.
         layouts: their sizes, strides and dtypes.
         complete: whether nothing else matters. Else all dependencies have to be listed and read.
@@ -78,6 +81,7 @@ class Watch(NamedTuple):
     keys: list[Hashable]
     items: list[object]
     named: tuple[list[Any], list[Any], list[Any], list[Any]]
+    lists: tuple[list[Any], list[Any], list[Any], list[Any]]
     loose: list[Tensor]
     layouts: list[tuple[object, ...]]
     complete: bool
@@ -85,11 +89,16 @@ class Watch(NamedTuple):
     def holds(self) -> bool:
         """Whether all of it is as it was. Raises if something is not there any more."""
         mappings, names, keys, items = self.named
+        of_lists, their_names, their_keys, copies = self.lists
         return (
             list(map(_version, self.tensors)) == self.versions
             and list(map(_address, self.tensors)) == self.addresses
             and all(map(is_, map(getitem, self.tables, self.keys), self.items))
             and all(map(is_, map(getitem, map(getitem, mappings, names), keys), items))
+            and (
+                not copies
+                or [*map(getitem, map(getitem, of_lists, their_names), their_keys)] == copies
+            )
             and (not self.loose or list(map(_layout, self.loose)) == self.layouts)
         )
 
@@ -104,7 +113,8 @@ def watch(
     """Note what a value of a recipe of this package depends on.
 
     Scalars are looked for among the attributes of the layer and its parts, and under the adapters'
-    names in those that are dictionaries; recipes take them from nowhere else.
+    names in those that are dictionaries; recipes take them from nowhere else. So are lists of whole
+    numbers, for a :func:`text_of` them.
 
     Args:
         owner: the layer.
@@ -179,10 +189,14 @@ def _made(
     complete: bool = True,
 ) -> Watch:
     distinct = list({(id(place[0]), *place[1:3]): place for place in places}.values())
-    plain = [place for place in distinct if place[1] is None]
-    mappings, names, keys, items = _columns(
-        [place for place in distinct if place[1] is not None], 4
-    )
+    plain: list[Place] = []
+    named: list[Place] = []
+    lists: list[Place] = []
+    for place in distinct:
+        kind = lists if type(place[3]) is list else plain if place[1] is None else named
+        kind.append(place)
+    mappings, names, keys, items = _columns(named, 4)
+    of_lists, their_names, their_keys, copies = _columns(lists, 4)
     tables, _, own, there = _columns(plain, 4)
     tensors, versions, addresses = _columns(facts, 3)
     changing, layouts = _columns(loose, 2)
@@ -195,6 +209,7 @@ def _made(
         own,
         there,
         (mappings, names, keys, items),
+        (of_lists, their_names, their_keys, copies),
         changing,
         layouts,
         complete,
@@ -228,7 +243,21 @@ def _places(owner: nn.Module, adapters: Sequence[str], item: object) -> list[Pla
                 found.append((state, None, name, item))
             elif type(value) is dict:
                 found += [(state, name, key, item) for key in adapters if value.get(key) is item]
+                lists = [(key, list(value[key])) for key in adapters if _is_list(value.get(key))]
+                found += [(state, name, key, copy) for key, copy in lists if text_of(copy) == item]
     return found
+
+
+def _is_list(value: object) -> bool:
+    return type(value) is list and all(type(one) is int for one in value)
+
+
+def text_of(numbers: list[int]) -> str:
+    """Return whole numbers as one string: to store and to compare, it is cheaper than a list.
+
+    Recipes give it as a dependency for such a list among a layer's attributes; see :func:`watch`.
+    """
+    return array("q", numbers).tobytes().decode("latin-1")
 
 
 class Checked(Protocol):

@@ -35,6 +35,8 @@ class Base:
 
 
 linear = Base("Linear", nn.Linear, lambda inputs, tokens: torch.randn(1, tokens, inputs))
+head = Base("Head", nn.Linear, linear.sample)
+"""A linear layer whose outputs are scores of tokens."""
 embedding = Base(
     "Embedding",
     nn.Embedding,

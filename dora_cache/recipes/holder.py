@@ -74,7 +74,8 @@ class Holder(Uncopyable):
     ) -> None:
         cache = f"cache {binding.cache.token}"
         number = next(numbered.handles)
-        self.face = Face(LayerKey(cache, self, checks=binding.cache.config.compiled_check), number)
+        key = LayerKey(cache, self, checks=binding.cache.config.compiled_check)
+        self.face, self._inner = Face(key, number), Face(key, number)
         self.entries: weakref.WeakSet[EntryCheck] = weakref.WeakSet()
         self.watch: Watch | None = None
         self.names: tuple[str, ...] = ()
@@ -137,12 +138,17 @@ class Holder(Uncopyable):
         """Have compiled code read what a buffer of the active adapters has; the lock is held."""
         if buffer.adapters != self.names:
             return
-        values, table, slot = buffer.values, self.face.__dict__, f"v{buffer.number}"
-        table[slot] = values
+        values, slot = buffer.values, f"v{buffer.number}"
+        shown: dict[str, object] = {slot: values}
         if isinstance(values, tuple):
-            for number, value in enumerate(values):
-                table[f"{slot}_{number}"] = value
-            table[slot], self._slots[buffer.number] = True, len(values)
+            shown = {f"{slot}_{number}": value for number, value in enumerate(values)}
+            shown[slot], self._slots[buffer.number] = True, len(values)
+        self._set(shown)
+
+    def _set(self, attributes: Mapping[str, object]) -> None:
+        """Have compiled code find something; the lock is held."""
+        self._inner.__dict__.update(attributes)
+        self.face.__dict__.update(attributes)
 
     def changed(self, *_: object) -> None:
         """Follow something that has happened to the layer or a part of it.
@@ -171,7 +177,7 @@ class Holder(Uncopyable):
         self, view: Any, form: int, tensors: tuple[Tensor, ...], parts: Mapping[str, object]
     ) -> None:
         """Have compiled code see another view; the lock is held."""
-        self.face.__dict__.update(parts, view=view, form=form, tensors=tensors)
+        self._set({**parts, "view": view, "form": form, "tensors": tensors})
 
     def _note(self, watch: Watch | None) -> None:
         """Watch something else from now on; the lock is held."""
@@ -327,8 +333,7 @@ class Holder(Uncopyable):
             numbered.notes.setdefault(form, (weakref.ref(cache), device, note))
             wanted = cache.buffers.wanted.get(form, ())
             if switched:
-                for slot in self._slots:
-                    self.face.__dict__[f"v{slot}"] = None
+                self._set({f"v{slot}": None for slot in self._slots})
             buffers: list[tuple[Any, Any]] = list(binding.buffers.items())
             for key, buffer in buffers:
                 if buffer.adapters == names and buffer.number not in wanted:  # of another form
@@ -380,7 +385,8 @@ class Holder(Uncopyable):
     def want(self, number: int) -> bool:
         """Have the value of a call there; return whether it was derived."""
         self._slots.setdefault(number, 0)
-        self.face.__dict__.setdefault(f"v{number}", None)
+        for face in (self._inner, self.face):
+            face.__dict__.setdefault(f"v{number}", None)
         buffer = self._buffer(number)
         cache = self.engine
         if buffer is None or cache is None:
@@ -461,7 +467,7 @@ class Holder(Uncopyable):
             base = owner._modules["base_layer"]
             places.append((owner._modules, None, "base_layer", base))
         self._copies = {id(clone) for _, clone in copied}
-        view.__dict__[SLOT] = self.face
+        view.__dict__[SLOT] = self._inner
         view.__dict__.pop(FACE, None)
         return view
 

@@ -241,7 +241,7 @@ def active_in(layer: Any, attribute: str) -> Sequence[str]:
             base layer.
     """
     state = layer.__dict__
-    there = state["_modules"][attribute]
+    there = layer._modules[attribute]
     kind = type(there)
     names: Mapping[str, object]
     if kind is nn.ParameterDict:

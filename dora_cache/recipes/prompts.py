@@ -140,7 +140,7 @@ class _Stored(nn.Module):
 
 def _finish(_: Any, view: Any) -> None:
     """Have the encoders in a model's view read what is stored."""
-    encoders = view._modules["prompt_encoder"].__dict__["_modules"]
+    encoders = view._modules["prompt_encoder"]._modules
     for name, encoder in encoders.items():
         if SLOT in encoder.__dict__:
             encoders[name] = _Stored(encoder)

@@ -1,13 +1,15 @@
 """Super-Tuning (https://arxiv.org/abs/2607.09287): the weight with sparse values added.
 
 Its hybrid with LoRA (Supra) adds LoRA's product to the outputs, which is left as it is. Under
-``numerics="fast"`` the values stay sparse, and beside the weight.
+``numerics="fast"`` the values stay sparse, and beside the weight; not in compiled code, where one
+product with the sum is faster than the launches of a sparse one.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import SupertuningConfig
 from peft.tuners.supertuning import layer as peft_supertuning
 from peft.tuners.supertuning.layer import Linear
@@ -23,7 +25,6 @@ from dora_cache.recipes.sparse import compress, fits, multiply, warn_of_hooks
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import torch
     from torch import Tensor
 
 __all__ = ["RECIPE"]
@@ -78,7 +79,7 @@ def _forward_fast(layer: Any, x: Tensor) -> Tensor | None:
     adapters = active_in(layer, "supertuning_values")
     if not adapters:
         return None
-    if not _is_small(layer, adapters):
+    if torch.compiler.is_dynamo_compiling() or not _is_small(layer, adapters):
         return _forward(layer, x)
     base: Any = base_layer(layer)
     if not 0 < x.numel() <= _TOKENS * base.weight.shape[1]:

@@ -8,7 +8,6 @@ without.
 
 from __future__ import annotations
 
-from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,8 @@ from torch.nn.functional import embedding, linear
 
 from dora_cache.decorator import cached
 from dora_cache.recipes.bases import require_dense
-from dora_cache.recipes.examples import BOTH, TARGETS, Example
+from dora_cache.recipes.entry import text_of
+from dora_cache.recipes.examples import BOTH, TARGETS, Example, head
 from dora_cache.recipes.examples import embedding as embedding_base
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter
 
@@ -33,8 +33,7 @@ def _depends_on(layer: Any, *adapters: str) -> Iterator[object]:
     yield layer._modules["base_layer"]._parameters["weight"]
     for adapter in adapters:
         yield parameter(layer, "trainable_tokens_delta", adapter)
-        # As one string: a list of numbers would be compared number by number at each forward.
-        yield array("q", layer.token_indices[adapter]).tobytes().decode("latin-1")
+        yield text_of(layer.token_indices[adapter])
 
 
 @cached("TrainableTokens rows", adapter="adapters", depends_on=_depends_on)
@@ -169,6 +168,6 @@ RECIPE = LayerRecipe(
     },
     examples=[
         Example("TrainableTokens", _config(0), embedding_base, second=_config(1)),
-        Example("TrainableTokens, head", _config(0), second=_config(1), numerics=BOTH),
+        Example("TrainableTokens, head", _config(0), head, second=_config(1), numerics=BOTH),
     ],
 )
