@@ -20,18 +20,18 @@ from dora_cache.reasons import Reason
 # Runs in the quick profile and in the deep one, and tests that the latter are divided among, for as
 # many workers. The model's machine has two rows, for two workers in the quick profile.
 MACHINES = [
-    (DecoratorMachine, 125, 5000, 5),
-    (ModelMachine, 15, 1000, 10),
-    (ModelMachine, 15, 1000, 10),
-    (FastModelMachine, 8, 250, 5),
-    (ContentModelMachine, 8, 250, 5),
-    (AuditedModelMachine, 2, 100, 5),  # each step is 35 forwards
-    (CompiledModelMachine, 2, 40, 5),  # it compiles again and again
-    (CompiledKindsMachine, 8, 400, 10),
-    (FastCompiledKindsMachine, 5, 200, 5),
-    (KindsMachine, 12, 250, 5),
-    (FastKindsMachine, 5, 100, 5),
-    (PoolMachine, 20, 1000, 5),
+    (DecoratorMachine, 125, 2500, 5),
+    (ModelMachine, 15, 500, 10),
+    (ModelMachine, 15, 500, 10),
+    (FastModelMachine, 8, 125, 5),
+    (ContentModelMachine, 8, 125, 5),
+    (AuditedModelMachine, 2, 50, 5),  # each step is 35 forwards
+    (CompiledModelMachine, 2, 20, 5),  # it compiles again and again
+    (CompiledKindsMachine, 8, 200, 10),
+    (FastCompiledKindsMachine, 5, 100, 5),
+    (KindsMachine, 12, 125, 5),
+    (FastKindsMachine, 5, 50, 5),
+    (PoolMachine, 20, 500, 5),
 ]
 
 

@@ -470,7 +470,8 @@ def _shown(cell: Cell | None, way: str) -> str:
         return "-"
     found = []
     if cell.note:
-        found.append(cell.note)
+        kind = cell.note.partition(":")[0]  # of an error: the summary has all of it
+        found.append(kind if kind.endswith("Error") else cell.note)
     elif way == COMPILED or cell.speedup is None:
         found.append(f"{cell.us:.0f} µs")
     else:
