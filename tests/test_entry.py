@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from zoo import dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
+from dora_cache.attributes import FACE
 from dora_cache.facts import UncheckableError, read
 from dora_cache.reasons import Reason
 from dora_cache.recipes import RECIPES, dynamo, entry, load_recipes
@@ -808,6 +809,37 @@ def test_whatever_a_value_depends_on_is_watched(example):
                 noticed += 1
     cache.detach()
     assert bool(noticed) is (example.name not in LISTED)
+
+
+SHARED = ("LoRA on", "p-tuning")
+"""Kinds that reach a holder or a configuration in two ways."""
+
+
+@pytest.mark.parametrize(
+    ("example", "numerics"),
+    [
+        pytest.param(*one.values, numerics, id=f"{one.id}-{numerics}")
+        for one in EXAMPLES
+        if first(*one.values) and not one.id.startswith(SHARED)
+        for numerics in one.values[0].numerics
+    ],
+)
+def test_no_object_is_compared_with_itself(example, numerics):
+    """Reached in two ways, it would be at each call: by an expression in Python, in each layer."""
+    model, x = make_model(example, *SIZES.get(example.name, (8, 12)), adapters=("first",))
+    compared = []
+
+    def note(entries):
+        compared.extend(one.name for one in entries if one.guard_type == "DUPLICATE_INPUT")
+        return [True] * len(entries)
+
+    with quiet():
+        dora_cache.attach(model, numerics=numerics)
+    inner = model.base_model.model
+    run(torch.compile(inner, backend="eager", options={"guard_filter_fn": note}), x)
+    paths = [name for name in compared if FACE in name and not name.startswith("type(")]
+    # Tensors that layers share are compared, with PEFT alone as well.
+    assert not [name for name in paths if "_parameters[" not in name and "_buffers[" not in name]
 
 
 def test_what_compiled_code_derives_itself_has_a_reason():

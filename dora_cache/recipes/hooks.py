@@ -305,9 +305,9 @@ def own_parameter(module: nn.Module, name: str) -> Any:
     Raises:
         UnusualError: it is something else: pruned, a buffer, a plain tensor, or computed.
     """
-    state = module.__dict__
-    found = state["_parameters"].get(name)
-    if found is None and name not in state["_parameters"] and state.get(name, state) is not None:
+    state, parameters = module.__dict__, module._parameters
+    found = parameters.get(name)
+    if found is None and name not in parameters and state.get(name, state) is not None:
         msg = f"{name!r} of {type(module).__name__} is no parameter"
         raise UnusualError(msg)
     return found
