@@ -231,15 +231,18 @@ def coverage() -> str:
 def layers() -> list[list[str]]:
     """Return the modules of each layer, the highest first, as import-linter checks them."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = (
-        contract
+    whole, core = (
+        [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
         for contract in settings["tool"]["importlinter"]["contracts"]
         if contract["type"] == "layers"
     )
-    return [
-        [name.strip().removeprefix("dora_cache.") for name in layer.split("|")]
-        for layer in contract["layers"]
-    ]
+    found = []
+    for layer in whole:
+        names = [name.removeprefix("dora_cache.") for name in layer]
+        found += (
+            [[f"core/{name}" for name in row] for row in core] if names == ["core"] else [names]
+        )
+    return found
 
 
 def source(module: str) -> Path:

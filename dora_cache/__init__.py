@@ -18,7 +18,7 @@ if not Path(__file__).with_name("backends").is_dir():
 from dora_cache.attachment import attach
 from dora_cache.cache import AdapterCache
 from dora_cache.config import CacheConfig
-from dora_cache.decorator import CacheInfo, cached
+from dora_cache.core.decorator import CacheInfo, cached
 from dora_cache.errors import (
     AdapterFileError,
     AdapterNotFoundError,

@@ -13,7 +13,7 @@ from torch import nn
 from dora_cache.attributes import SLOT
 from dora_cache.cache import AdapterCache
 from dora_cache.config import CacheConfig
-from dora_cache.decorator import (
+from dora_cache.core.decorator import (
     Derivation,
     derivation_of,
     derivations_of,
@@ -21,7 +21,7 @@ from dora_cache.decorator import (
     owners_in,
     weights_read_by,
 )
-from dora_cache.engine import Engine
+from dora_cache.core.engine import Engine
 from dora_cache.errors import AdapterNotFoundError, ConfigError, NothingToCacheError
 from dora_cache.lifecycle import (
     Observer,

@@ -3,7 +3,7 @@
 __all__ = ["FACE", "OBSERVER", "OWN_ATTRIBUTES", "POOL", "POOLED", "SLOT"]
 
 SLOT = "_dora_cache_binding"
-"""Where an attached owner keeps its :class:`dora_cache.binding.Binding`."""
+"""Where an attached owner keeps its :class:`dora_cache.core.binding.Binding`."""
 
 FACE = "_dora_cache_face"
 """Where compiled code begins to look."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from dora_cache.config import CacheConfig
-from dora_cache.decorator import owners_in
-from dora_cache.engine import Engine, NotCachedError, bypassed_here, warming_here
+from dora_cache.core.decorator import owners_in
+from dora_cache.core.engine import Engine, NotCachedError, bypassed_here, warming_here
+from dora_cache.core.keys import concerns
 from dora_cache.errors import AdapterNotFoundError, DetachedError
-from dora_cache.keys import concerns
 from dora_cache.progress import counted
 from dora_cache.report import CacheReport, ReasonRow, layers_of, rows_of, seen_of
 from dora_cache.stats import CacheStats
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.baked import Baked
-    from dora_cache.binding import Binding
-    from dora_cache.reasons import Reason
-    from dora_cache.report import Declined
+    from dora_cache.core.baked import Baked
+    from dora_cache.core.binding import Binding
+    from dora_cache.reasons import Declined, Reason
 
 __all__ = ["AdapterCache"]
 

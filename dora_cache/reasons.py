@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from typing import Self
+from typing import NamedTuple, Self
 
-__all__ = ["Advised", "Reason"]
+__all__ = ["Advised", "Declined", "Reason"]
 
 
 class Advised(enum.Enum):
@@ -154,3 +154,19 @@ _NOT_KEPT = {
     Reason.OUT_OF_MEMORY,
     Reason.BACKEND_FAILED,
 }
+
+
+class Declined(NamedTuple):
+    """Something that could have been cached and is not.
+
+    Attributes:
+        kind: the adapter kind, e.g. ``"OFT"``.
+        adapter: the adapter's name; None where it is not one adapter's matter.
+        where: the layer's name, or what else says where.
+        reason: why.
+    """
+
+    kind: str
+    adapter: str | None
+    where: str
+    reason: str

@@ -4,7 +4,7 @@ from compiled_machine import CompiledKindsMachine
 from mutants import mutant
 from pool_mutants import MUTANTS
 
-from dora_cache.buffers import Buffers
+from dora_cache.core.buffers import Buffers
 from dora_cache.recipes import buffer as buffer_module
 from dora_cache.recipes import holder as holder_module
 from dora_cache.recipes.buffer import Buffer

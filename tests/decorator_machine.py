@@ -18,7 +18,8 @@ from torch import nn
 from zoo import balanced
 
 import dora_cache
-from dora_cache import backends, binding, cached, cells, deriver, mutex
+from dora_cache import backends, cached
+from dora_cache.core import binding, cells, deriver, mutex
 
 NAMES = ("a", "b")
 BYTES = 8  # of one value

@@ -14,7 +14,7 @@ from pretended import TIERS
 from zoo import balanced, quiet
 
 import dora_cache
-from dora_cache.audit import EVERY
+from dora_cache.core.audit import EVERY
 from dora_cache.lab.freshness import KINDS, LAYERS, OPERATIONS, RAW, Pick, Scene
 
 NAMES = ("ada", "bob", "lora", "new0", "new1")

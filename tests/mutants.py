@@ -10,11 +10,10 @@ import torch
 from decorator_machine import DecoratorMachine, InferenceMachine
 from model_machine import AuditedModelMachine, ModelMachine
 
-from dora_cache import (
-    ambient,
-    attachment,
-    backends,
-    cache,
+from dora_cache import ambient, attachment, backends, cache
+from dora_cache.attributes import SLOT
+from dora_cache.backends import lru, storage
+from dora_cache.core import (
     calls,
     dependencies,
     deriver,
@@ -24,14 +23,12 @@ from dora_cache import (
     results,
     shortcuts,
 )
-from dora_cache.attributes import SLOT
-from dora_cache.audit import Audit
-from dora_cache.backends import lru, storage
-from dora_cache.binding import Binding
-from dora_cache.cells import Cell, Pending
-from dora_cache.deriver import Deriver
-from dora_cache.engine import Engine
-from dora_cache.holdings import Holdings
+from dora_cache.core.audit import Audit
+from dora_cache.core.binding import Binding
+from dora_cache.core.cells import Cell, Pending
+from dora_cache.core.deriver import Deriver
+from dora_cache.core.engine import Engine
+from dora_cache.core.holdings import Holdings
 from dora_cache.lifecycle import refills
 from dora_cache.reasons import Reason
 from dora_cache.recipes import dora, hotswap, merging, peft_layers

@@ -11,7 +11,8 @@ from torch import nn
 from zoo import quiet
 
 import dora_cache
-from dora_cache.audit import EVERY, LEAST, MOST, SMALL, Audit, _period
+from dora_cache.core import audit as audit_module
+from dora_cache.core.audit import EVERY, LEAST, MOST, SMALL, Audit, _period
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
@@ -264,9 +265,11 @@ def test_it_can_be_switched_off(settings):
 def test_a_base_weight_is_hashed_once_for_all_adapters(monkeypatch):
     """Adapters of a layer share the hash of a large weight."""
     hashed = []
-    digest = dora_cache.audit.digest
+    digest = audit_module.digest
     monkeypatch.setattr(
-        dora_cache.audit, "digest", lambda tensor: hashed.append(tensor.numel()) or digest(tensor)
+        audit_module,
+        "digest",
+        lambda tensor: hashed.append(tensor.numel()) or digest(tensor),
     )
     model = make(layers=1, width=512, adapters=("default", "b", "c"))
     with dora_cache.attach(model) as cache:
@@ -304,8 +307,8 @@ def test_it_keeps_nothing_alive():
 
 def test_digests_of_large_weights_go_with_the_weights(monkeypatch):
     """A server that adds and deletes large adapters does not gather them."""
-    monkeypatch.setattr(dora_cache.audit, "_PRUNED", 4)
-    large = dora_cache.audit._Large()
+    monkeypatch.setattr(audit_module, "_PRUNED", 4)
+    large = audit_module._Large()
     for _ in range(20):
         large.of(torch.ones(1 << 16))
     assert len(large._known) <= 4
@@ -314,9 +317,11 @@ def test_digests_of_large_weights_go_with_the_weights(monkeypatch):
 def test_values_that_no_cap_has_room_for_do_not_hash_large_weights_again(monkeypatch):
     """A base weight is hashed once, however often the value is derived."""
     hashed = []
-    digest = dora_cache.audit.digest
+    digest = audit_module.digest
     monkeypatch.setattr(
-        dora_cache.audit, "digest", lambda tensor: hashed.append(tensor.numel()) or digest(tensor)
+        audit_module,
+        "digest",
+        lambda tensor: hashed.append(tensor.numel()) or digest(tensor),
     )
     model, x = make(layers=1, width=512), torch.randn(1, 512)
     with dora_cache.attach(model, backend="lru", max_bytes=100) as cache, torch.no_grad():
@@ -348,11 +353,11 @@ def test_nothing_waits_for_the_device():
 def test_device_hashes_tell_contents_apart(triton, dtype, monkeypatch):
     """Equal contents compare equal; one element more, less, or elsewhere does not."""
     if not triton:
-        monkeypatch.setattr(dora_cache.audit, "_kernel", lambda: None)
+        monkeypatch.setattr(audit_module, "_kernel", lambda: None)
     flag = torch.zeros(1, dtype=torch.int64).pin_memory()
     for size in (1, 3, 1024, 70_001):
         tensor = (torch.rand(size, device="cuda") * 200).to(dtype)
-        digest = dora_cache.audit._DeviceDigest([tensor])
+        digest = audit_module._DeviceDigest([tensor])
         digest.compare([tensor], flag, 5)
         torch.cuda.synchronize()
         assert int(flag) == 0
@@ -368,11 +373,11 @@ def test_device_hashes_tell_contents_apart(triton, dtype, monkeypatch):
 def test_device_hashes_of_several_tensors(triton, monkeypatch):
     """Of many sizes, some empty, some added later; a change in any is found, and none in others."""
     if not triton:
-        monkeypatch.setattr(dora_cache.audit, "_kernel", lambda: None)
+        monkeypatch.setattr(audit_module, "_kernel", lambda: None)
     flag = torch.zeros(1, dtype=torch.int64).pin_memory()
     sizes = (5, 0, 40_000, 1, 16_384)
     tensors = [torch.randn(size, device="cuda") for size in sizes]
-    digest = dora_cache.audit._DeviceDigest(tensors[:3], spare=16)
+    digest = audit_module._DeviceDigest(tensors[:3], spare=16)
     assert digest.extend(tensors[3:])
     assert not digest.extend(tensors)
     for changed in (None, 0, 2, 3, 4):
@@ -384,5 +389,5 @@ def test_device_hashes_of_several_tensors(triton, monkeypatch):
         flag.zero_()
         if changed is not None:
             tensors[changed][-1] -= 1
-            digest = dora_cache.audit._DeviceDigest(tensors[:3], spare=16)
+            digest = audit_module._DeviceDigest(tensors[:3], spare=16)
             assert digest.extend(tensors[3:])

@@ -618,7 +618,7 @@ def test_out_of_memory_while_taking_a_view_apart(monkeypatch):
             self.derived += 1
             return torch.ones(8)[:4]
 
-    from dora_cache import deriver
+    from dora_cache.core import deriver
 
     def no_room(value, storages):
         raise torch.OutOfMemoryError("no memory")
@@ -726,7 +726,7 @@ def test_pins_and_buffers_go_by_device(spanning):
 
 def test_a_share_is_of_each_devices_memory(spanning, monkeypatch):
     """Ten per cent means of what is free on the device that holds the entries."""
-    from dora_cache import memory
+    from dora_cache.core import memory
 
     free = {"cpu": 1000, "meta": 500}
 

@@ -9,7 +9,7 @@ from torch import nn
 from zoo import Block, dora_config, loha_config, oft_config, quiet, run, sample
 
 import dora_cache
-from dora_cache.contents import Contents, _sums
+from dora_cache.core.contents import Contents, _sums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64]
 
@@ -48,7 +48,7 @@ def test_exchanged_elements_are_seen(values, data):
 
 def test_blocks_have_their_places(monkeypatch):
     """Whole blocks exchanged are seen, and so is a change in the last, shorter one."""
-    monkeypatch.setattr("dora_cache.contents._WORDS_AT_ONCE", 8)
+    monkeypatch.setattr("dora_cache.core.contents._WORDS_AT_ONCE", 8)
     tensor = torch.randn(29)
     changed = [
         tensor,

@@ -16,9 +16,10 @@ from torch import nn
 from zoo import dora_model, run, sample
 
 import dora_cache
-from dora_cache import backends, facts
+from dora_cache import backends
 from dora_cache.attributes import SLOT
-from dora_cache.decorator import MARK
+from dora_cache.core import facts
+from dora_cache.core.decorator import MARK
 
 COPY = {
     "copy": copy.copy,
@@ -269,8 +270,8 @@ def test_what_stands_for_memory_cannot_be_copied():
         from dora_cache.backends.per_device import PerDeviceBackend
         from dora_cache.attributes import SLOT
         from dora_cache.recipes.substitutes import Gate
-        from dora_cache.cells import Pending
-        from dora_cache.facts import read
+        from dora_cache.core.cells import Pending
+        from dora_cache.core.facts import read
 
         class Own:
             max_bytes = None
@@ -363,7 +364,7 @@ def test_a_stamp_counts_its_storage_once():
     survives(
         """
         import contextlib, copy, gc, pickle, torch
-        from dora_cache.facts import Facts, read
+        from dora_cache.core.facts import Facts, read
 
         tensor = torch.zeros(1000)
         facts = Facts(read([tensor, [tensor]]))

@@ -12,7 +12,7 @@ from torch import nn
 
 import dora_cache
 from dora_cache import CacheConfig, cached
-from dora_cache.keys import freeze, make_binder
+from dora_cache.core.keys import freeze, make_binder
 
 
 class Rotation(nn.Module):

@@ -17,8 +17,8 @@ from torch import nn
 
 import dora_cache
 from dora_cache import CacheWarning, ConfigError, ambient, backends, cached
-from dora_cache.cells import Pending
-from dora_cache.facts import read
+from dora_cache.core.cells import Pending
+from dora_cache.core.facts import read
 
 
 class Layer(nn.Module):

@@ -195,7 +195,7 @@ class _Touches(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_hit_does_not_touch_the_base_weight(kind, numerics, monkeypatch):
     """A hit reads the base weight only in the base layer's own forward."""
     # Calls under a dispatch mode go past the cache; this one only watches.
-    monkeypatch.setattr("dora_cache.engine.untraceable", lambda: False)
+    monkeypatch.setattr("dora_cache.core.engine.untraceable", lambda: False)
     model = dora_model(kind)
     layer = model.base_model.model.layer
     x = sample(kind)

@@ -18,7 +18,7 @@ from zoo import dora_config, dora_model, quiet, run, sample, shake
 
 import dora_cache
 from dora_cache.attributes import FACE
-from dora_cache.facts import UncheckableError, read
+from dora_cache.core.facts import UncheckableError, read
 from dora_cache.reasons import Reason
 from dora_cache.recipes import RECIPES, dynamo, entry, load_recipes
 from dora_cache.recipes import compiled as compiled_module

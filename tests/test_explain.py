@@ -8,9 +8,9 @@ from torch import nn
 
 import dora_cache
 from dora_cache import cached
-from dora_cache.explain import changed_attributes, pieces
-from dora_cache.facts import read
-from dora_cache.keys import own_state, state_names
+from dora_cache.core.explain import changed_attributes, pieces
+from dora_cache.core.facts import read
+from dora_cache.core.keys import own_state, state_names
 
 
 class Inner(nn.Module):

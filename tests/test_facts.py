@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import dora_cache
-from dora_cache import cached, engine
+from dora_cache import cached
+from dora_cache.core import engine
 from dora_cache.reasons import Reason
 
 

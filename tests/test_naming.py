@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_cache import naming
-from dora_cache.naming import shorten
+from dora_cache.core import naming
+from dora_cache.core.naming import shorten
 
 
 def expanded(text):

@@ -83,7 +83,7 @@ def test_a_wheel_holds_everything(wheel):
     for path in (ROOT / "backends").glob("*.py"):
         assert f"dora_cache/backends/{path.name}" in names
     assert "dora_cache/py.typed" in names
-    assert "dora_cache/report_page.html" in names
+    assert "dora_cache/report/page.html" in names
     for adapter in ("sonnets", "kitchen"):
         assert f"dora_cache/lab/demo/adapters/{adapter}/adapter_model.safetensors" in names
         assert f"dora_cache/lab/demo/texts/{adapter}.txt" in names

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from zoo import quiet
 
 import dora_cache
-from dora_cache import cached, deriver
+from dora_cache import cached
 from dora_cache.cli.app import app
+from dora_cache.core import deriver
 from dora_cache.lab import planning
 
 POLICIES = ["lru", "budget"]

@@ -13,10 +13,9 @@ from test_capped import SIZE, Owner
 from zoo import activate, dora_model, run, sample
 
 import dora_cache
-from dora_cache import cells
+from dora_cache.core import cells
 from dora_cache.lab.field.of_transformers import llama
-from dora_cache.reasons import Reason
-from dora_cache.report import Declined
+from dora_cache.reasons import Declined, Reason
 
 
 def rows(report):
@@ -49,7 +48,7 @@ def test_rows_are_by_kind_and_adapter():
 
 def test_time_saved_is_hits_times_the_cost_of_deriving(monkeypatch):
     """Each hit saves what a derivation of the same key has taken on average."""
-    from dora_cache import deriver
+    from dora_cache.core import deriver
 
     ticks = itertools.count()
     monkeypatch.setattr(deriver.time, "perf_counter", lambda: float(next(ticks)))
@@ -83,7 +82,7 @@ def test_the_working_set_is_what_has_been_seen_and_holds():
 
 def test_the_curve_keeps_what_saves_most_per_byte(monkeypatch):
     """At every cap listed, no other fixed set of the values seen would have saved more."""
-    from dora_cache import deriver
+    from dora_cache.core import deriver
 
     ticks = itertools.count()
     monkeypatch.setattr(deriver.time, "perf_counter", lambda: float(next(ticks)))

@@ -13,10 +13,11 @@ from test_capped import SIZE, Owner
 from zoo import activate, dora_model, run, sample
 
 import dora_cache
-from dora_cache import AdapterPool, CacheStats, PoolStats, history
-from dora_cache.history import History, Sample
-from dora_cache.reasons import Reason
-from dora_cache.report import CacheReport, Declined, LayerRow, ReasonRow, ReportRow, Seen
+from dora_cache import AdapterPool, CacheStats, PoolStats
+from dora_cache.core import history
+from dora_cache.core.history import History, Sample
+from dora_cache.reasons import Declined, Reason
+from dora_cache.report import CacheReport, LayerRow, ReasonRow, ReportRow, Seen
 from dora_cache.serving import kernels
 from dora_cache.serving.report import AdapterRow, PoolReport, kernel_reasons
 from dora_cache.units import format_bytes

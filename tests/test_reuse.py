@@ -7,7 +7,7 @@ from zoo import dora_model, run, sample
 
 import dora_cache
 from dora_cache import cached
-from dora_cache.cells import VARIANTS
+from dora_cache.core.cells import VARIANTS
 
 
 class Scaled(nn.Module):

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from dora_cache.attachment import attach
+from dora_cache.core.naming import shorten
 from dora_cache.lab.bench import Spread
 from dora_cache.lab.models import plain_lora
 from dora_cache.lab.turns import take_turns
-from dora_cache.naming import shorten
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import torch
 from dora_cache import backends
 from dora_cache.attachment import attach
 from dora_cache.errors import ConfigError, NothingToCacheError, PinError
-from dora_cache.report import Declined
+from dora_cache.reasons import Declined
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dora_cache.cache import AdapterCache
-    from dora_cache.keys import Adapters
+    from dora_cache.core.keys import Adapters
 
 __all__ = ["Plan", "PlannedRow", "PlannedValue", "plan", "with_adapters", "without_weights"]
 

@@ -13,7 +13,7 @@ from dora_cache.copying import Uncopyable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["Followers", "wrap"]
 

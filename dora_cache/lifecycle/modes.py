@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import ExitStack
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["follow_modes"]
 

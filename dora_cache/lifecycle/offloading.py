@@ -3,8 +3,8 @@
 Neither library is imported here: their hooks are known by name, and their functions are wrapped
 once they have been imported (see ``writers.py``).
 
-Where a library exchanges a tensor's data, :mod:`dora_cache.moved` follows the content. Where the
-content comes from a master copy, what is compared is the master's:
+Where a library exchanges a tensor's data, :mod:`dora_cache.core.moved` follows the content. Where
+the content comes from a master copy, what is compared is the master's:
 
 - accelerate's ``AlignDevicesHook`` keeps tensors by name in ``weights_map``, or reads them from a
   file at each forward;
@@ -32,12 +32,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_cache import ambient, moved
-from dora_cache.facts import Elsewhere, UncheckableError
-from dora_cache.keys import UnkeyableError, freeze
-from dora_cache.moved import NOTHING, let_go, moving, new_content, put
+from dora_cache import ambient
+from dora_cache.core import moved
+from dora_cache.core.facts import Elsewhere, UncheckableError
+from dora_cache.core.keys import UnkeyableError, freeze
+from dora_cache.core.moved import NOTHING, let_go, moving, new_content, put
+from dora_cache.core.weak import Held
 from dora_cache.reasons import Reason
-from dora_cache.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["follow_optimizers"]
 

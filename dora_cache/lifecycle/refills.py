@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dora_cache.lifecycle.followers import Followers, wrap
-from dora_cache.refilled import (
+from dora_cache.core.refilled import (
     Source,
     fill_begins,
     filled,
@@ -32,12 +31,13 @@ from dora_cache.refilled import (
     mark_refilled,
     renew_contents,
 )
+from dora_cache.lifecycle.followers import Followers, wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import ExitStack
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["follow_refills"]
 

@@ -14,13 +14,13 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from dora_cache.core.moved import take_over
 from dora_cache.lifecycle.followers import Followers
-from dora_cache.moved import take_over
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["follow_registrations"]
 

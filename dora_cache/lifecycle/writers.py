@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from dora_cache.core.moved import contents
 from dora_cache.lifecycle.followers import Followers, wrap
 from dora_cache.lifecycle.offloading import MOVERS, Mover
-from dora_cache.moved import contents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["WRITERS", "Writer", "follow_writers", "look_again"]
 

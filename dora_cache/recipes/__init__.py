@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
     from dora_cache.recipes.peft_layers import Recipe
 
 __all__ = [

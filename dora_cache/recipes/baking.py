@@ -20,21 +20,21 @@ from torch import Tensor, nn
 
 from dora_cache.attributes import SLOT
 from dora_cache.backends.storage import storage_bytes
-from dora_cache.baked import Baked, BakedLayer
-from dora_cache.decorator import derivation_of, derivations_of
+from dora_cache.core.baked import Baked, BakedLayer
+from dora_cache.core.decorator import derivation_of, derivations_of
+from dora_cache.core.facts import UncheckableError, read
+from dora_cache.core.keys import PLAIN_KEYS
+from dora_cache.core.naming import names_of_owners
 from dora_cache.errors import BakedError
-from dora_cache.facts import UncheckableError, read
-from dora_cache.keys import PLAIN_KEYS
 from dora_cache.lifecycle import plain_class
 from dora_cache.lifecycle.observe import PLAIN
-from dora_cache.naming import names_of_owners
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
 
-    from dora_cache.binding import Binding
-    from dora_cache.decorator import Derivation
-    from dora_cache.engine import Engine
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.decorator import Derivation
+    from dora_cache.core.engine import Engine
 
 __all__ = ["DIRECT", "bake"]
 

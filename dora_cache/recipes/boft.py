@@ -14,7 +14,7 @@ from peft import BOFTConfig
 from peft.tuners.boft.layer import Conv2d, FastBlockDiag, Linear
 from torch import Tensor, nn
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.reasons import Reason
 from dora_cache.recipes.bases import dense_base, require_dense
 from dora_cache.recipes.blocks import rotate

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dora_cache.ambient import environment, untraceable
 from dora_cache.backends.storage import storage_bytes
 from dora_cache.copying import Uncopyable
-from dora_cache.dependencies import listed
-from dora_cache.facts import Facts, Reading, UncheckableError, read
+from dora_cache.core.dependencies import listed
+from dora_cache.core.facts import Facts, Reading, UncheckableError, read
 from dora_cache.reasons import Reason
 from dora_cache.recipes.entry import watch
 from dora_cache.recipes.views import layout_of
@@ -21,8 +21,8 @@ from dora_cache.recipes.views import layout_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dora_cache.decorator import Derivation
-    from dora_cache.engine import Engine
+    from dora_cache.core.decorator import Derivation
+    from dora_cache.core.engine import Engine
     from dora_cache.recipes.entry import Watch
 
 __all__ = ["Buffer", "Scalings", "Shown", "plainly"]

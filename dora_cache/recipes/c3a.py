@@ -15,7 +15,7 @@ from peft.tuners.c3a.layer import C3ALinear
 from torch import Tensor
 from torch.fft import fft, ifft, irfft, rfft
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter

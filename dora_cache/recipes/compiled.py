@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from dora_cache.ambient import untraceable
 from dora_cache.attributes import FACE
-from dora_cache.facts import UncheckableError
+from dora_cache.core.facts import UncheckableError
 from dora_cache.reasons import Reason
 from dora_cache.recipes.dynamo import entry_guards_work, is_freezing, traced_writes_show
 from dora_cache.recipes.entry import LayerKey, enter
@@ -47,8 +47,8 @@ from dora_cache.recipes.numbered import TracedCall, numbered
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
-    from dora_cache.decorator import Derivation
-    from dora_cache.engine import Engine
+    from dora_cache.core.decorator import Derivation
+    from dora_cache.core.engine import Engine
 
 __all__ = ["Face", "face_of", "noted", "opaque", "view_of", "viewed"]
 

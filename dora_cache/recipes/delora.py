@@ -13,7 +13,7 @@ from peft.tuners.delora.layer import DeloraLinear
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, active_in, check_unhooked, guard, parameter
 from dora_cache.recipes.peft_layers import base_layer, drops

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from dora_cache.copying import Uncopyable
-from dora_cache.facts import EXACT
+from dora_cache.core.facts import EXACT
 from dora_cache.recipes.dynamo import EntryGuard, traced_constant, traced_region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-    from dora_cache.engine import Engine
-    from dora_cache.facts import Reading
+    from dora_cache.core.engine import Engine
+    from dora_cache.core.facts import Reading
 
 __all__ = [
     "BEHIND",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dora_cache.ambient import any_autocast
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.bases import dense_base, replaceable
 from dora_cache.recipes.hooks import guard, own_parameter
 

@@ -14,7 +14,7 @@ from peft import FrodConfig
 from peft.tuners.frod.layer import Linear
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.reasons import Reason
 from dora_cache.recipes.compiled import opaque
 from dora_cache.recipes.examples import BOTH, TARGETS, Example

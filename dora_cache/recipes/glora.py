@@ -20,7 +20,7 @@ from peft.tuners.glora.layer import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.bases import dense_base, replaceable
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example
 from dora_cache.recipes.examples import linear as linear_base

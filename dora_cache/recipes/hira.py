@@ -14,7 +14,7 @@ from peft.tuners.hira.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.reasons import Reason
 from dora_cache.recipes.bases import ON_QUANTIZED, foldable, require_dense, when_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d, embedding

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from dora_cache.ambient import untraceable
 from dora_cache.attributes import FACE, SLOT
-from dora_cache.binding import with_children
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import derivations
-from dora_cache.facts import UncheckableError
+from dora_cache.core.binding import with_children
+from dora_cache.core.decorator import derivations
+from dora_cache.core.facts import UncheckableError
 from dora_cache.recipes.buffer import Buffer, Scalings, plainly
 from dora_cache.recipes.compiled import Face
 from dora_cache.recipes.dynamo import traced_writes
@@ -32,8 +32,8 @@ from dora_cache.recipes.views import canonical, form_of, looks_of, stand_in
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from dora_cache.binding import Binding
-    from dora_cache.engine import Engine
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.engine import Engine
     from dora_cache.recipes.entry import EntryCheck, Place, Watch
 
 __all__ = ["Holder"]

@@ -26,9 +26,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dora_cache.attributes import SLOT
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
+from dora_cache.core.facts import UncheckableError
 from dora_cache.errors import ConfigError
-from dora_cache.facts import UncheckableError
 from dora_cache.lifecycle import bring, plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.baking import DIRECT
@@ -46,8 +46,8 @@ from dora_cache.recipes.peft_layers import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from dora_cache.binding import Binding
-    from dora_cache.engine import Engine
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.engine import Engine
     from dora_cache.recipes.examples import Example
     from dora_cache.recipes.peft_layers import Recipe
 

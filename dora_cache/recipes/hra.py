@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d as convolve
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.bases import dense_base, require_dense
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter

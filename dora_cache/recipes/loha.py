@@ -16,7 +16,7 @@ from peft.tuners.loha.layer import Conv1d, Conv2d, Linear, LoHaLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, conv2d
 from dora_cache.recipes.folding import fold, is_large
 from dora_cache.recipes.hooks import LayerRecipe, active_in

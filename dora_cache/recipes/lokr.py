@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d as convolve
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes import folding
 from dora_cache.recipes.examples import BOTH, TARGETS, Base, Example, conv2d
 from dora_cache.recipes.folding import fold, is_large

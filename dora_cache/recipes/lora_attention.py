@@ -25,7 +25,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from dora_cache.attributes import SLOT
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import Base, Example
@@ -46,7 +46,7 @@ from dora_cache.recipes.substitutes import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["RECIPE"]
 

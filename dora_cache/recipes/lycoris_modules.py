@@ -34,7 +34,7 @@ from lycoris.modules.tlora import TLoraModule, get_timestep_mask
 from torch import Tensor, nn
 
 from dora_cache.attributes import SLOT
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, guard, memo, own_parameter
@@ -49,8 +49,8 @@ from dora_cache.recipes.peft_layers import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dora_cache.binding import Binding
-    from dora_cache.engine import Engine
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.engine import Engine
     from dora_cache.recipes.peft_layers import Recipe
 
 __all__ = ["RECIPE", "follow_model", "layers_in"]

@@ -14,7 +14,7 @@ from peft.tuners.miss.layer import MissLinear
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.bases import require_dense, when_dense

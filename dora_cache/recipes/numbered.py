@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["Numbered", "TracedCall", "numbered"]
 

@@ -15,7 +15,7 @@ from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 from torch import Tensor
 
 from dora_cache.attributes import SLOT
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.blocks import rotate
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["RECIPE"]
 

@@ -14,7 +14,7 @@ from peft.tuners.osf.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.bases import foldable
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, guard, own_parameter

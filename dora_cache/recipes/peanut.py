@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold, is_large
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, memo, own_parameter

@@ -11,8 +11,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dora_cache.ambient import untraceable
 from dora_cache.attributes import SLOT
-from dora_cache.facts import UncheckableError, is_plain
-from dora_cache.keys import own_state
+from dora_cache.core.facts import UncheckableError, is_plain
+from dora_cache.core.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class, stays_in_place, weights_in_place
 from dora_cache.reasons import Reason
 from dora_cache.recipes.compiled import viewed
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from dora_cache.binding import Binding, Warmers
-    from dora_cache.engine import Engine
+    from dora_cache.core.binding import Binding, Warmers
+    from dora_cache.core.engine import Engine
 
 __all__ = [
     "Recipe",

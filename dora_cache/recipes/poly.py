@@ -12,7 +12,7 @@ import torch
 from peft import PolyConfig
 from peft.tuners.poly.layer import Linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import (

@@ -20,8 +20,8 @@ from peft.tuners.prefix_tuning.model import PrefixEncoder
 from torch import Tensor, nn
 
 from dora_cache.attributes import SLOT
-from dora_cache.decorator import cached
-from dora_cache.keys import own_state
+from dora_cache.core.decorator import cached
+from dora_cache.core.keys import own_state
 from dora_cache.lifecycle import Observer, observe, plain_class
 from dora_cache.reasons import Reason
 from dora_cache.recipes.compiled import view_of
@@ -33,8 +33,8 @@ from dora_cache.recipes.peft_layers import follow_whole, is_hooked
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dora_cache.binding import Binding
-    from dora_cache.engine import Engine
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.engine import Engine
 
 __all__ = ["RECIPE"]
 

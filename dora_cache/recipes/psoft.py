@@ -13,7 +13,7 @@ from peft.tuners.psoft.layer import Linear, OrthLayer
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import (

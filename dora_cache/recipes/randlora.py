@@ -18,7 +18,7 @@ from peft.tuners.randlora.layer import Linear
 from torch import is_autocast_enabled
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold

@@ -14,7 +14,7 @@ from peft.tuners.shira import layer as peft_shira
 from peft.tuners.shira.layer import Linear
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.reasons import Reason
 from dora_cache.recipes.bases import ON_QUANTIZED
 from dora_cache.recipes.examples import BOTH, TARGETS, Example

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dora_cache.attributes import SLOT
 from dora_cache.copying import Uncopyable
-from dora_cache.facts import UncheckableError
+from dora_cache.core.facts import UncheckableError
 from dora_cache.lifecycle import Observer, observe, only_moves, plain_class, stays_in_place
 from dora_cache.reasons import Reason
 from dora_cache.recipes.compiled import view_of
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
     from dora_cache.recipes.holder import Holder
 
 __all__ = [

@@ -15,7 +15,7 @@ from peft.tuners.supertuning import layer as peft_supertuning
 from peft.tuners.supertuning.layer import Linear
 from torch.nn.functional import linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.reasons import Reason
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.hooks import LayerRecipe, UnusualError, active_in, guard, parameter

@@ -16,7 +16,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.bases import require_dense
 from dora_cache.recipes.entry import text_of
 from dora_cache.recipes.examples import BOTH, TARGETS, Example, head

@@ -14,7 +14,7 @@ from peft import WaveFTConfig
 from peft.tuners.waveft.layer import WaveFTLayer, WaveFTLinear
 from torch import Tensor, nn
 
-from dora_cache.decorator import cached
+from dora_cache.core.decorator import cached
 from dora_cache.recipes.examples import BOTH, TARGETS, Example
 from dora_cache.recipes.folding import fold, is_large
 from dora_cache.recipes.hooks import LayerRecipe, active_in, memo, parameter

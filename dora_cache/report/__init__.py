@@ -3,7 +3,6 @@
 from dora_cache.report.data import (
     CacheReport,
     CurvePoint,
-    Declined,
     LayerRow,
     ReasonRow,
     ReportRow,
@@ -16,7 +15,6 @@ from dora_cache.report.data import (
 __all__ = [
     "CacheReport",
     "CurvePoint",
-    "Declined",
     "LayerRow",
     "ReasonRow",
     "ReportRow",

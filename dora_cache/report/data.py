@@ -6,26 +6,25 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from dora_cache.cells import Totals
+from dora_cache.core.cells import Totals
+from dora_cache.core.naming import shorten
 from dora_cache.extras import require
-from dora_cache.naming import shorten
 from dora_cache.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from os import PathLike
 
-    from dora_cache.binding import Binding
-    from dora_cache.cells import Cell, Cells
-    from dora_cache.history import Sample
-    from dora_cache.keys import Adapters
-    from dora_cache.reasons import Advised
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.cells import Cell, Cells
+    from dora_cache.core.history import Sample
+    from dora_cache.core.keys import Adapters
+    from dora_cache.reasons import Advised, Declined
     from dora_cache.stats import CacheStats
 
 __all__ = [
     "CacheReport",
     "CurvePoint",
-    "Declined",
     "LayerRow",
     "ReasonRow",
     "ReportRow",
@@ -41,22 +40,6 @@ _COLUMNS = (
 )  # fmt: skip
 _NAMES = 2  # of these columns; the others hold figures
 _WIDEST = 32  # characters of a name, shown in a table
-
-
-class Declined(NamedTuple):
-    """Something that could have been cached and is not.
-
-    Attributes:
-        kind: the adapter kind, e.g. ``"OFT"``.
-        adapter: the adapter's name; None where it is not one adapter's matter.
-        where: the layer's name, or what else says where.
-        reason: why.
-    """
-
-    kind: str
-    adapter: str | None
-    where: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

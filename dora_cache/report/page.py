@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from dora_cache.naming import shorten
-from dora_cache.report_page import (
+from dora_cache.core.naming import shorten
+from dora_cache.report.drawing import (
     MORE,
     PLACES,
     TOP,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from os import PathLike
     from xml.etree.ElementTree import Element
 
-    from dora_cache.keys import Adapters
+    from dora_cache.core.keys import Adapters
     from dora_cache.report.data import CacheReport, ReportRow
 
 __all__ = ["write_report"]

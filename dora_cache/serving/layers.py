@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dora_cache.ambient import current_device
 from dora_cache.attributes import POOLED, SLOT
-from dora_cache.decorator import cached, derivation_of
+from dora_cache.core.decorator import cached, derivation_of
 from dora_cache.errors import ConfigError
 from dora_cache.lifecycle import plain_class
 from dora_cache.recipes.dora.values import bias_of, dense

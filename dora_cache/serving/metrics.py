@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["FAMILIES", "CacheCollector", "Family", "collector", "register"]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from os import PathLike
 
-    from dora_cache.history import Sample
+    from dora_cache.core.history import Sample
     from dora_cache.reasons import Advised
     from dora_cache.serving.layers import PooledLayer
     from dora_cache.serving.pool import PoolStats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dora_cache.report_page import (
+from dora_cache.report.drawing import (
     MORE,
     PLACES,
     TOP,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from dora_cache.backends import Entry, create
+from dora_cache.core.history import History
+from dora_cache.core.tracing import span
 from dora_cache.errors import BackendError, CapError, PinError, warn_once
-from dora_cache.history import History
 from dora_cache.serving.residents import Resident
-from dora_cache.tracing import span
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dora_cache.backends import Backend
+    from dora_cache.core.tracing import Attributes
     from dora_cache.serving.files import AdapterFiles
     from dora_cache.serving.residents import Layout
-    from dora_cache.tracing import Attributes
 
 __all__ = ["LOAD_SECONDS", "Adapter", "Tiers"]
 

@@ -161,7 +161,7 @@ def test_a_file_that_is_written_is_noticed(tmp_path, by_block):
 
 def settle(file):
     """Wait until a file counts as left alone."""
-    from dora_cache.facts import UncheckableError
+    from dora_cache.core.facts import UncheckableError
     from dora_cache.lifecycle import offloading
 
     for _ in range(10_000):

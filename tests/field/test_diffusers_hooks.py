@@ -4,7 +4,8 @@ import pytest
 import torch
 from field_setups import check, ids
 
-from dora_cache import attach, moved
+from dora_cache import attach
+from dora_cache.core import moved
 from dora_cache.lab.field import of_diffusers_hooks
 from dora_cache.lab.field.of_diffusers_hooks import flux, running
 from dora_cache.reasons import Reason

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import dora_cache
-from dora_cache import refilled
+from dora_cache.core import refilled
 from dora_cache.lab.field import setups
 from dora_cache.lifecycle import optimizers, refills
 from dora_cache.reasons import Reason

@@ -38,6 +38,7 @@ from dora_cache.backends import DictBackend, register
 from dora_cache.backends.registry import _registered
 from dora_cache.cli import top as top_module
 from dora_cache.cli.app import app
+from dora_cache.core.engine import Engine
 from dora_cache.errors import AdapterFileError
 from dora_cache.lab.models import twin
 from dora_cache.reasons import Reason
@@ -674,9 +675,11 @@ def test_a_span_that_is_not_sampled_costs_no_attributes(model, x, monkeypatch):
     from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
     asked = []
-    looking = dora_cache.engine.Engine.layer_of
+    looking = Engine.layer_of
     monkeypatch.setattr(
-        dora_cache.engine.Engine, "layer_of", lambda *args: asked.append(args) or looking(*args)
+        Engine,
+        "layer_of",
+        lambda *args: asked.append(args) or looking(*args),
     )
     for provider in (trace.ProxyTracerProvider(), TracerProvider(sampler=ALWAYS_OFF)):
         monkeypatch.setattr(trace, "get_tracer_provider", lambda provider=provider: provider)

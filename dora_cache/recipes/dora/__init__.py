@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dora_cache.engine import Engine
+    from dora_cache.core.engine import Engine
 
 __all__ = ["RECIPE"]
 

@@ -2,7 +2,7 @@
 
 Such a layer's hit is a few tensor operations, and finding out which takes longer than they do. So
 what is found out once is kept with the variant that stands in for PEFT's: a :class:`Bound` has the
-:class:`~dora_cache.shortcuts.Shortcut` to the stored value, and what follows from the dtypes,
+:class:`~dora_cache.core.shortcuts.Shortcut` to the stored value, and what follows from the dtypes,
 devices and shapes that the shortcut has checked. It holds neither the value nor a weight.
 
 Each call checks all that may have changed. What it finds out of the ordinary it leaves to the long
@@ -28,12 +28,12 @@ from torch.nn.modules import module as modules_of_torch
 from dora_cache.ambient import cuda_device, tracing_state
 from dora_cache.attributes import SLOT
 from dora_cache.copying import Uncopyable
+from dora_cache.core.shortcuts import Shortcut
 from dora_cache.lifecycle import stays_in_place
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.dora.outputs import add_exact, add_fast, exact_sum, fast_sum
 from dora_cache.recipes.dora.values import FAST, STORED, bias_of
 from dora_cache.recipes.peft_layers import base_layer, weights_of, why_training
-from dora_cache.shortcuts import Shortcut
 
 if TYPE_CHECKING:
     from dora_cache.recipes.dora.kernels import FewRows, Launch

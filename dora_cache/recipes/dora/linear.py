@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dora_cache.facts import UncheckableError
+from dora_cache.core.facts import UncheckableError
 from dora_cache.recipes.compiled import face_of, noted
 from dora_cache.recipes.dora.bound import bind
 from dora_cache.recipes.dora.outputs import exact_sum, fast_sum

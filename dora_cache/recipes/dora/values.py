@@ -19,7 +19,7 @@ from peft.utils.integrations import (
 from torch import Tensor, nn
 
 from dora_cache.ambient import any_autocast, untraceable
-from dora_cache.decorator import MARK, cached
+from dora_cache.core.decorator import MARK, cached
 from dora_cache.lifecycle import bring, is_offloaded, weights_in_place
 from dora_cache.recipes.dora import kernels
 from dora_cache.recipes.peft_layers import base_layer, weights_of

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from dora_cache.keys import ALL_ADAPTERS, concerns
+from dora_cache.core.keys import ALL_ADAPTERS, concerns
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_cache.keys import Adapters
-    from dora_cache.shortcuts import Shortcut
+    from dora_cache.core.keys import Adapters
+    from dora_cache.core.shortcuts import Shortcut
 
 __all__ = ["Binding", "Buffer", "Holder", "Warmers", "next_token", "with_children"]
 

@@ -8,21 +8,21 @@ import torch
 from torch import nn
 
 from dora_cache.ambient import environment
-from dora_cache.contents import Contents
-from dora_cache.dependencies import Listed, listed
-from dora_cache.facts import UncheckableError, read
-from dora_cache.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
+from dora_cache.core.contents import Contents
+from dora_cache.core.dependencies import Listed, listed
+from dora_cache.core.facts import UncheckableError, read
+from dora_cache.core.keys import PLAIN_KEYS, UnkeyableError, freeze, own_state
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from dora_cache.binding import Binding
-    from dora_cache.cells import Key
-    from dora_cache.decorator import Derivation
-    from dora_cache.explain import State
-    from dora_cache.facts import Reading
-    from dora_cache.keys import Adapters
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.cells import Key
+    from dora_cache.core.decorator import Derivation
+    from dora_cache.core.explain import State
+    from dora_cache.core.facts import Reading
+    from dora_cache.core.keys import Adapters
 
 __all__ = ["SPELLINGS", "Call", "spelled_as"]
 
@@ -42,7 +42,7 @@ class Call:
         compares_contents: whether to hash what it depends on.
 
     Attributes:
-        key: see :data:`dora_cache.cells.Key`.
+        key: see :data:`dora_cache.core.cells.Key`.
         adapter: whose value it asks for.
         dependencies: what its value depends on.
         reading: of these, at the moment.

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dora_cache.binding import Binding, Buffer, Holder
-    from dora_cache.memory import Memory
-    from dora_cache.mutex import Mutex
+    from dora_cache.core.binding import Binding, Buffer, Holder
+    from dora_cache.core.memory import Memory
+    from dora_cache.core.mutex import Mutex
 
 __all__ = ["Buffers"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
-from dora_cache.keys import UnkeyableError, check_container, freeze
-from dora_cache.moved import NOTHING, contents
+from dora_cache.core.keys import UnkeyableError, check_container, freeze
+from dora_cache.core.moved import NOTHING, contents
+from dora_cache.core.refilled import content_of, is_refilled
+from dora_cache.core.weak import Held
 from dora_cache.reasons import Reason
-from dora_cache.refilled import content_of, is_refilled
-from dora_cache.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -124,7 +124,7 @@ class Reading:
             and whether it is read negated or conjugated. Of one whose storage is refilled, what
             stands for the content and the offset into the storage, in place of the address. Where
             its data is exchanged by a library, its content and device instead of the first four:
-            see :mod:`dora_cache.moved`.
+            see :mod:`dora_cache.core.moved`.
         plain: everything else among the dependencies, and where the tensors are among it; hashable.
         tensors: the tensors, in order.
         moved: ids of those whose data is exchanged.

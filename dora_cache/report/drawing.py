@@ -15,14 +15,14 @@ from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from xml.etree.ElementTree import Element, tostring
 
-from dora_cache.naming import shorten
+from dora_cache.core.naming import shorten
 from dora_cache.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from os import PathLike
 
-    from dora_cache.history import Sample
+    from dora_cache.core.history import Sample
     from dora_cache.reasons import Advised
 
 __all__ = [
@@ -605,7 +605,7 @@ def write(path: str | PathLike[str], title: str, about: str, *parts: Element) ->
         element("main", *parts),
         element("footer", f"Written by dora-cache on {written}."),
     ]
-    template = Template(files("dora_cache").joinpath("report_page.html").read_text("utf-8"))
+    template = Template(files("dora_cache.report").joinpath("page.html").read_text("utf-8"))
     html = template.substitute(
         title=_html(element("title", title)).removeprefix("<title>").removesuffix("</title>"),
         body="\n".join(map(_html, body)),

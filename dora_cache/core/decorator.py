@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dora_cache.attributes import SLOT
+from dora_cache.core.keys import make_binder, module_attributes
 from dora_cache.errors import ConfigError
-from dora_cache.keys import make_binder, module_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +50,7 @@ class Reader(Protocol):
 
 
 class Resolver(Protocol):
-    """Resolves the calls of one owner: a :class:`dora_cache.binding.Binding`.
+    """Resolves the calls of one owner: a :class:`dora_cache.core.binding.Binding`.
 
     Attributes:
         cache: looks values up.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from dora_cache.decorator import owners_in
+from dora_cache.core.decorator import owners_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

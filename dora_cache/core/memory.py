@@ -9,8 +9,8 @@ from dora_cache.backends import Pinning, Resizable
 from dora_cache.backends.per_device import PerDeviceBackend
 from dora_cache.config import parse_size, resolve_size
 from dora_cache.copying import Uncopyable
+from dora_cache.core.keys import concerns
 from dora_cache.errors import ConfigError, PinError
-from dora_cache.keys import concerns
 from dora_cache.units import format_bytes
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import torch
 
     from dora_cache.backends import Backend, Entry
-    from dora_cache.binding import Buffer
-    from dora_cache.cells import Cell
     from dora_cache.config import CacheConfig
-    from dora_cache.keys import Adapters
+    from dora_cache.core.binding import Buffer
+    from dora_cache.core.cells import Cell
+    from dora_cache.core.keys import Adapters
 
 __all__ = ["Memory", "Part"]
 

@@ -1,6 +1,6 @@
 """Generate one expression that checks everything a hit depends on.
 
-It compares what :class:`dora_cache.facts.Facts` compare, for calls in the common state.
+It compares what :class:`dora_cache.core.facts.Facts` compare, for calls in the common state.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
-from dora_cache.facts import EXACT, UncheckableError, frozen, inner_of, is_plain
-from dora_cache.refilled import content_of, is_refilled
+from dora_cache.core.facts import EXACT, UncheckableError, frozen, inner_of, is_plain
+from dora_cache.core.refilled import content_of, is_refilled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from dora_cache.backends import Entry
-    from dora_cache.facts import Facts
+    from dora_cache.core.facts import Facts
 
 __all__ = ["Shortcut", "make_shortcut"]
 

@@ -23,12 +23,12 @@ from cachetools import LRUCache
 
 from dora_cache.ambient import current_device, raw_stream
 from dora_cache.backends import Ready
-from dora_cache.contents import digest, is_freed, sums_of
 from dora_cache.copying import Uncopyable
-from dora_cache.facts import tensors_in
-from dora_cache.refilled import content_of, is_refilled
+from dora_cache.core.contents import digest, is_freed, sums_of
+from dora_cache.core.facts import tensors_in
+from dora_cache.core.refilled import content_of, is_refilled
+from dora_cache.core.weak import Held
 from dora_cache.triton_launch import Launcher
-from dora_cache.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -198,7 +198,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 def _kernel() -> Any:
     """Return the kernel; None without Triton, where PyTorch's operations hash."""
     try:
-        from dora_cache.audit_kernel import hash_blocks
+        from dora_cache.core.audit_kernel import hash_blocks
     except ImportError:
         return None
     return hash_blocks

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_cache.core.facts import tensors_in
+from dora_cache.core.keys import check_container, own_state
 from dora_cache.errors import ConfigError
-from dora_cache.facts import tensors_in
-from dora_cache.keys import check_container, own_state
 
 __all__ = ["Listed", "listed", "made_anew"]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_cache.backends import Declining, Entry, Ready
-from dora_cache.cells import VARIANTS, Pending
 from dora_cache.copying import Uncopyable
-from dora_cache.dependencies import made_anew
-from dora_cache.explain import (
+from dora_cache.core.cells import VARIANTS, Pending
+from dora_cache.core.dependencies import made_anew
+from dora_cache.core.explain import (
     UNSETTLED,
     why_made_anew,
     why_read_once,
@@ -24,21 +24,21 @@ from dora_cache.explain import (
     why_unstorable,
     why_unused,
 )
-from dora_cache.keys import concerns
+from dora_cache.core.keys import concerns
+from dora_cache.core.results import storable
+from dora_cache.core.tracing import span
 from dora_cache.reasons import Reason
-from dora_cache.results import storable
-from dora_cache.tracing import span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from contextlib import AbstractContextManager
 
-    from dora_cache.audit import Auditor
-    from dora_cache.calls import Call
-    from dora_cache.cells import Cell, Family
-    from dora_cache.facts import Reading
-    from dora_cache.holdings import Holdings
-    from dora_cache.tracing import Attributes
+    from dora_cache.core.audit import Auditor
+    from dora_cache.core.calls import Call
+    from dora_cache.core.cells import Cell, Family
+    from dora_cache.core.facts import Reading
+    from dora_cache.core.holdings import Holdings
+    from dora_cache.core.tracing import Attributes
 
 __all__ = ["Deriver"]
 

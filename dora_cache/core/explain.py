@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from dora_cache.cells import VARIANTS
-from dora_cache.keys import state_names
-from dora_cache.results import described
+from dora_cache.core.cells import VARIANTS
+from dora_cache.core.keys import state_names
+from dora_cache.core.results import described
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
-    from dora_cache.decorator import Derivation
+    from dora_cache.core.decorator import Derivation
 
 State = tuple["Hashable", Sequence[object]]
-"""The plain part and the rows of a :class:`dora_cache.facts.Reading`."""
+"""The plain part and the rows of a :class:`dora_cache.core.facts.Reading`."""
 
 __all__ = [
     "UNSETTLED",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
-from dora_cache.weak import Held
+from dora_cache.core.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Sequence

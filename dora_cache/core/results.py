@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_cache.ambient import storage_of, storage_uses
-from dora_cache.facts import UncheckableError, is_plain, read
+from dora_cache.core.facts import UncheckableError, is_plain, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dora_cache.binding import with_children
-from dora_cache.buffers import Buffers
-from dora_cache.cells import Cells
 from dora_cache.copying import Uncopyable
-from dora_cache.history import History
-from dora_cache.keys import concerns
-from dora_cache.memory import Memory
-from dora_cache.mutex import Mutex
+from dora_cache.core.binding import with_children
+from dora_cache.core.buffers import Buffers
+from dora_cache.core.cells import Cells
+from dora_cache.core.history import History
+from dora_cache.core.keys import concerns
+from dora_cache.core.memory import Memory
+from dora_cache.core.mutex import Mutex
 from dora_cache.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from dora_cache.backends import Backend, Entry
-    from dora_cache.binding import Binding
-    from dora_cache.cells import Cell, Pending
     from dora_cache.config import CacheConfig
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.cells import Cell, Pending
 
 __all__ = ["Holdings"]
 

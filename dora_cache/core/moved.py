@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dora_cache import ambient
 from dora_cache.copying import Uncopyable
-from dora_cache.weak import Held
+from dora_cache.core.weak import Held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -64,7 +64,7 @@ class Content(Uncopyable):
 
 
 contents: dict[int, Content] = {}
-"""By the tensor's id. One holds if its place is the tensor's; see :mod:`dora_cache.facts`."""
+"""By the tensor's id. One holds if its place is the tensor's; see :mod:`dora_cache.core.facts`."""
 
 _numbers = itertools.count(1)
 

@@ -10,24 +10,24 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from dora_cache.copying import Uncopyable
-from dora_cache.decorator import derivations
-from dora_cache.facts import Facts
-from dora_cache.keys import concerns
+from dora_cache.core.decorator import derivations
+from dora_cache.core.facts import Facts
+from dora_cache.core.keys import concerns
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
 
     import torch
 
-    from dora_cache.audit import Audit
     from dora_cache.backends import Entry
-    from dora_cache.binding import Binding
-    from dora_cache.contents import Contents
-    from dora_cache.decorator import Derivation
-    from dora_cache.facts import Reading
-    from dora_cache.keys import Adapters
+    from dora_cache.core.audit import Audit
+    from dora_cache.core.binding import Binding
+    from dora_cache.core.contents import Contents
+    from dora_cache.core.decorator import Derivation
+    from dora_cache.core.facts import Reading
+    from dora_cache.core.keys import Adapters
+    from dora_cache.core.shortcuts import Shortcut
     from dora_cache.reasons import Reason
-    from dora_cache.shortcuts import Shortcut
 
 __all__ = ["VARIANTS", "Cell", "Cells", "Family", "Key", "Pending", "Totals"]
 

@@ -15,22 +15,21 @@ from torch import Tensor
 
 from dora_cache.ambient import raw_stream, storage_of, untraceable
 from dora_cache.attributes import SLOT
-from dora_cache.audit import EVERY, Auditor
-from dora_cache.binding import Binding, next_token, with_children
-from dora_cache.calls import SPELLINGS, Call, spelled_as
 from dora_cache.copying import Uncopyable
-from dora_cache.deriver import Deriver
+from dora_cache.core.audit import EVERY, Auditor
+from dora_cache.core.binding import Binding, next_token, with_children
+from dora_cache.core.calls import SPELLINGS, Call, spelled_as
+from dora_cache.core.deriver import Deriver
+from dora_cache.core.facts import UncheckableError, read, tensors_in
+from dora_cache.core.holdings import Holdings
+from dora_cache.core.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError
+from dora_cache.core.moved import forget, let_go
+from dora_cache.core.mutex import exclusive
+from dora_cache.core.naming import names_of_owners
+from dora_cache.core.refilled import is_refilled, note_written
+from dora_cache.core.shortcuts import make_shortcut
 from dora_cache.errors import AlreadyAttachedError, ConfigError, DetachedError
-from dora_cache.facts import UncheckableError, read, tensors_in
-from dora_cache.holdings import Holdings
-from dora_cache.keys import ALL_ADAPTERS, PLAIN_KEYS, UnkeyableError
-from dora_cache.moved import forget, let_go
-from dora_cache.mutex import exclusive
-from dora_cache.naming import names_of_owners
-from dora_cache.reasons import Reason
-from dora_cache.refilled import is_refilled, note_written
-from dora_cache.report import Declined
-from dora_cache.shortcuts import make_shortcut
+from dora_cache.reasons import Declined, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dora_cache.backends import Backend, Entry, Value
-    from dora_cache.cells import Cell
     from dora_cache.config import CacheConfig
-    from dora_cache.decorator import Derivation
-    from dora_cache.keys import Adapters
-    from dora_cache.shortcuts import Shortcut
+    from dora_cache.core.cells import Cell
+    from dora_cache.core.decorator import Derivation
+    from dora_cache.core.keys import Adapters
+    from dora_cache.core.shortcuts import Shortcut
 
 __all__ = ["Engine", "NotCachedError", "bypassed_here", "warming_here"]
 
