@@ -784,9 +784,10 @@ def test_whatever_a_value_depends_on_is_watched(example):
     with quiet():
         cache = dora_cache.attach(model)
     run(torch.compile(model, backend="eager", fullgraph=True), x)
-    noticed = 0
+    noticed = filled = 0
     for holder in cache._engine.buffers.holders():
         for buffer in holder.binding.buffers.values():
+            filled += buffer.values is not None
             if buffer.values is None or not buffer.watch.complete:
                 continue
             buffer.fill()  # tensors may be those of other layers, too
@@ -808,7 +809,8 @@ def test_whatever_a_value_depends_on_is_watched(example):
                 buffer.fill()
                 noticed += 1
     cache.detach()
-    assert bool(noticed) is (example.name not in LISTED)
+    assert filled or example.name.startswith("LoKr")  # whose small factors the graph multiplies
+    assert bool(noticed) is (filled > 0 and example.name not in LISTED)
 
 
 SHARED = ("LoRA on", "p-tuning")
