@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
+# Tests with targets of their own.
+ELSEWHERE := --ignore=tests/field --ignore=tests/serve --ignore=tests/release
 DEEP_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -42,7 +44,7 @@ bench-micro: $(READY)
 	$(BIN)/python -m pytest -p no:xdist --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds tests/test_micro.py
 
 test: $(FIELD)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/field --ignore=tests/serve --ignore=tests/release
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ELSEWHERE)
 
 # In other libraries' models: diffusers, torchao, bitsandbytes, accelerate, FSDP and others.
 test-field: $(FIELD)
@@ -57,12 +59,12 @@ test-processors: $(FIELD)
 	for capability in default avx2 ''; do \
 	  for threads in 1 2; do \
 	    env $${capability:+ATEN_CPU_CAPABILITY=$$capability} OMP_NUM_THREADS=$$threads \
-	      $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not machine' || exit 1; \
+	      $(BIN)/python -m pytest $(PYTEST_ARGS) $(ELSEWHERE) -m 'not machine' || exit 1; \
 	  done; \
 	done
 
 test-deep: $(FIELD)
-	$(BIN)/python -m pytest $(DEEP_ARGS) --hypothesis-profile=deep -m machine
+	$(BIN)/python -m pytest $(DEEP_ARGS) $(ELSEWHERE) --hypothesis-profile=deep -m machine
 
 lint: $(READY)
 	$(BIN)/ruff check setup.py backends dora_cache docs tests

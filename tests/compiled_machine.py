@@ -239,6 +239,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
             model.train(train)
             weights = [weight for weight in model.parameters() if weight.requires_grad]
             model(self.x).square().sum().backward()
+            nn.utils.clip_grad_value_(weights, 1.0)  # else steps add up until numbers overflow
             torch.optim.SGD(weights, lr=0.01, fused=fused).step()
             model.zero_grad()
             model.eval()

@@ -218,6 +218,7 @@ class KindsMachine(RuleBasedStateMachine):
             model.train(train)
             weights = [p for p in model.parameters() if p.requires_grad]
             model(model.x).square().sum().backward()
+            nn.utils.clip_grad_value_(weights, 1.0)  # else steps add up until numbers overflow
             torch.optim.SGD(weights, lr=0.01, fused=fused).step()
             model.zero_grad()
             model.eval()
