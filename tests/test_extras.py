@@ -25,7 +25,7 @@ OPTIONAL = {
     ("report/data.py", "matplotlib"),
     ("recipes/lycoris_modules.py", "lycoris"),
     ("serving/metrics.py", "prometheus_client"),
-    ("tracing.py", "opentelemetry"),
+    ("core/tracing.py", "opentelemetry"),
 }
 METERED = {("cli/top.py", "prometheus_client")}  # of the command line, what "metrics" installs
 
