@@ -240,7 +240,7 @@ def test_values_that_are_declined_are_told_like_others(model, x, registry, url, 
         assert found["unstored_total", "declined by the backend"] == 1
         reasons = ["no room under the cap", "declined by the backend"]
         assert [one["reason"] for _, one in told(spans)] == reasons
-        logged = [one[3] for one in records(caplog) if one[0] == "deriver"]
+        logged = [one[3] for one in records(caplog) if one[0] == "core.deriver"]
         assert [one["reason"] for one in logged] == reasons
         seconds = sum(one["seconds"] for one in logged)
         assert seconds == cache.stats().derive_seconds == found["derive_seconds_total",]
@@ -759,14 +759,19 @@ def test_derivations_and_evictions_are_logged(model, x, caplog):
         where = "in base_model.model.layer"
         a, b = ({"adapter": name} | value for name in "ab")
         derived = [
-            ("deriver", "DEBUG", f"derived the DoRA scale of adapter {name} {where}", fields)
+            ("core.deriver", "DEBUG", f"derived the DoRA scale of adapter {name} {where}", fields)
             for name, fields in (("a", a), ("b", b))
         ]
-        gone = ("holdings", "DEBUG", f"evicted the DoRA scale of adapter a {where}", a)
+        gone = ("core.holdings", "DEBUG", f"evicted the DoRA scale of adapter a {where}", a)
         assert sorted(found, key=str) == sorted([*derived, gone], key=str)
         cache.resize(8)
         (found,) = records(caplog)
-        assert found == ("holdings", "DEBUG", f"evicted the DoRA scale of adapter b {where}", b)
+        assert found == (
+            "core.holdings",
+            "DEBUG",
+            f"evicted the DoRA scale of adapter b {where}",
+            b,
+        )
 
 
 @pytest.mark.filterwarnings("ignore::dora_cache.CacheWarning")
@@ -791,7 +796,7 @@ def test_evictions_where_memory_runs_out_are_logged(caplog):
         owner.value("b")
         assert cache.stats().evictions == 1
     found = [(name, level, fields.get("adapter")) for name, level, _, fields in records(caplog)]
-    assert ("holdings", "DEBUG", "a") in found
+    assert ("core.holdings", "DEBUG", "a") in found
     assert ("errors", "WARNING", None) in found
 
 
@@ -895,7 +900,8 @@ def test_a_failing_filter_fails_no_inference(model, x, pool, caplog):
     """What handlers and filters raise is dropped."""
     caplog.set_level(logging.DEBUG, "dora_cache")
     loggers = [
-        logging.getLogger(f"dora_cache.{name}") for name in ("deriver", "holdings", "serving.tiers")
+        logging.getLogger(f"dora_cache.{name}")
+        for name in ("core.deriver", "core.holdings", "serving.tiers")
     ]
     expected = run(twin(model), x)
     for one in loggers:
