@@ -372,6 +372,27 @@ def test_events_fill_buffers_again(event):
         _happen(event, "linear", numerics)
 
 
+@pytest.mark.parametrize("event", ["attribute", "scale", "mode"])
+def test_events_within_compiled_code(event):
+    """TorchDynamo traces what sets them off, and cannot follow who hears of them."""
+    setup = Compiled()
+    setup.check()
+
+    def forward(x):
+        if event == "attribute":
+            setup.layer.note = 3
+        elif event == "scale":
+            setup.layer.set_scale("first", 3.0)
+        else:
+            setup.layer.train()
+            setup.layer.eval()
+        return setup.model(x)
+
+    found = run(torch.compile(forward, backend="aot_eager"), setup.x)
+    assert torch.equal(found, setup.plain())
+    setup.check()
+
+
 @pytest.mark.parametrize("event", ["fused optimizer", "load_state_dict", "merge and unmerge"])
 def test_events_fill_buffers_of_other_layers(event):
     """The same, on embeddings and convolutions."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from cachetools import LRUCache
 
-from dora_cache.ambient import current_device, raw_stream
+from dora_cache.ambient import current_device, raw_stream, storage_of
 from dora_cache.backends import Ready
 from dora_cache.copying import Uncopyable
 from dora_cache.core.contents import digest, is_freed, sums_of
@@ -59,23 +59,22 @@ _SPARE = 16  # blocks: a megabyte of a value is hashed together with what it is 
 _numbers = itertools.count(1)
 
 
-def _period(tensor: Tensor) -> int:
+def _period(nbytes: int, kind: str) -> int:
     """Return at every how-manieth audit of a value a tensor is compared; a power of two."""
-    kind = tensor.device.type
-    times = max(0, _span(tensor)[1] - 1) // SMALL[kind]
+    times = max(0, nbytes - 1) // SMALL[kind]
     return min(MOST, LEAST[kind] << times.bit_length())
 
 
 class _Digest(Uncopyable):
-    """The hash of a tensor in host memory."""
+    """The hashes of tensors in host memory."""
 
-    __slots__ = ("__weakref__", "_digest")
+    __slots__ = ("__weakref__", "_digests")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._digest = digest(tensor)
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._digests = [digest(tensor) for tensor in tensors]
 
-    def equals(self, tensor: Tensor) -> bool:
-        return digest(tensor) == self._digest
+    def equals(self, tensors: Sequence[Tensor]) -> bool:
+        return [digest(tensor) for tensor in tensors] == self._digests
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -99,7 +98,7 @@ class _DeviceDigest(Uncopyable):
         self._stream = raw_stream(self._device)
         self._spans: list[tuple[int, int]] = []
         self._blocks = 0
-        size = sum(map(_blocks, tensors)) + spare
+        size = sum(map(_blocks, map(_span, tensors))) + spare
         with _current(self._device):
             self._expected = torch.empty(size, dtype=torch.int64, device=tensors[0].device)
             self._append(tensors)
@@ -111,8 +110,9 @@ class _DeviceDigest(Uncopyable):
 
     def extend(self, tensors: Sequence[Tensor]) -> bool:
         """Hash further tensors into it; return False if it has no room for them."""
-        blocks = self._blocks + sum(map(_blocks, tensors))
-        if len(self._spans) + len(tensors) > SPANS or blocks > self._expected.numel():
+        if len(self._spans) + len(tensors) > SPANS:
+            return False
+        if self._blocks + sum(map(_blocks, map(_span, tensors))) > self._expected.numel():
             return False
         if raw_stream(self._device) != self._stream:
             return False
@@ -128,8 +128,9 @@ class _DeviceDigest(Uncopyable):
                 [sums_of(tensor) for tensor in tensors], out=self._expected[self._blocks : end]
             )
         else:
-            end = self._blocks + sum(map(_blocks, tensors))
-            self._launch(self._expected, 0, spans, first=self._blocks, blocks=end - self._blocks)
+            blocks = sum(map(_blocks, spans))
+            end = self._blocks + blocks
+            self._launch(self._expected, 0, spans, first=self._blocks, blocks=blocks)
         self._spans += spans
         self._blocks = end
 
@@ -149,7 +150,7 @@ class _DeviceDigest(Uncopyable):
                 differ = (found != self._expected[: found.numel()]).any()
                 flag.copy_(torch.where(differ, number, 0), non_blocking=True)
             else:
-                self._launch(flag, number, spans, blocks=sum(map(_blocks, tensors)))
+                self._launch(flag, number, spans, blocks=sum(map(_blocks, spans)))
 
     def _launch(
         self,
@@ -181,9 +182,9 @@ def _comparable(span: tuple[int, int], hashed: tuple[int, int]) -> bool:
     return size == hashed[1] and (not size or (start != 0 and start % 4 == hashed[0] % 4))
 
 
-def _blocks(tensor: Tensor) -> int:
-    """Return how many hashes a tensor takes."""
-    return 2 if _kernel() is None else -(-_span(tensor)[1] // _BLOCK_BYTES)
+def _blocks(span: tuple[int, int]) -> int:
+    """Return how many hashes the tensor in a span takes."""
+    return 2 if _kernel() is None else -(-span[1] // _BLOCK_BYTES)
 
 
 def _current(device: int) -> AbstractContextManager[object]:
@@ -226,15 +227,14 @@ class _Large:
 
         If the contents have, the earlier one is what other values were derived from, and finds it.
         """
-        storage = tensor.untyped_storage()
-        number = storage._cdata
+        number = storage_of(tensor)
         content = content_of(number) if is_refilled(number) else None
         facts = (number, *_span(tensor), hash(tensor.stride()), tensor._version, content)
         with self._lock:
             found = self._known.get(facts)
         if found is None:
-            kept = _DeviceDigest([tensor], shared=True) if tensor.is_cuda else _Digest(tensor)
-            found = kept, Held(storage)  # type: ignore[no-untyped-call]
+            kept = _DeviceDigest([tensor], shared=True) if tensor.is_cuda else _Digest([tensor])
+            found = kept, Held(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             with self._lock:
                 self._known[facts] = found
                 self._added += 1
@@ -271,19 +271,23 @@ class Audit(Uncopyable):
         self._add(tensors, 0)
 
     def _add(self, tensors: Sequence[Tensor], first: int) -> None:
-        """Hash tensors; the small ones of a CUDA device together, if one launch takes them."""
+        """Hash tensors; the small ones of a device together, on CUDA if one launch takes them."""
         small: dict[torch.device, list[int]] = {}
         for index, tensor in enumerate(tensors, start=first):
-            if not _auditable(tensor):
+            device = tensor.device
+            kind = device.type
+            if kind not in SMALL or not _auditable(tensor, kind):
                 continue
-            period = _period(tensor)
-            if period > LEAST[tensor.device.type]:
-                self._checks.append((period, (index,), self._large.of(tensor)))
-            elif tensor.is_cuda:
-                small.setdefault(tensor.device, []).append(index)
+            nbytes = tensor.numel() * tensor.element_size()
+            if nbytes <= SMALL[kind]:
+                small.setdefault(device, []).append(index)
             else:
-                self._checks.append((period, (index,), _Digest(tensor)))
+                self._checks.append((_period(nbytes, kind), (index,), self._large.of(tensor)))
         for device, indices in small.items():
+            if device.type == "cpu":
+                together = _Digest([tensors[index - first] for index in indices])
+                self._checks.append((LEAST["cpu"], tuple(indices), together))
+                continue
             for start in range(0, len(indices), SPANS):
                 some = tuple(indices[start : start + SPANS])
                 self._hash_together(device, some, [tensors[index - first] for index in some])
@@ -329,7 +333,7 @@ class Audit(Uncopyable):
             if not chosen:
                 continue
             if type(kept) is _Digest:
-                if not kept.equals(chosen[0]):
+                if not kept.equals(chosen):
                     return False
             elif not torch.cuda.is_current_stream_capturing():
                 kept.compare(chosen, flags.on(chosen[0].device), self.number)
@@ -375,9 +379,7 @@ class Auditor:
 
     def begin(self, name: str, dependencies: Iterable[object]) -> Audit:
         """Hash what a value is about to be derived from."""
-        audit = Audit(name, dependencies, self._large)
-        self._audits[audit.number] = audit
-        return audit
+        return Audit(name, dependencies, self._large)
 
     def close(self) -> None:
         """Forget the digests that values share."""
@@ -392,6 +394,7 @@ class Auditor:
             The name of a value whose contents, or those of what it was derived from, have changed
             without being counted: that one or, found by a device meanwhile, another; or None.
         """
+        self._audits[audit.number] = audit  # a device may report it from now on
         if not audit.holds(uses // EVERY, dependencies, value, self._flags):
             self.found += 1
             return audit.name
@@ -403,17 +406,16 @@ class Auditor:
         return None
 
 
-def _auditable(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    if is_freed(tensor):
+def _auditable(tensor: Tensor, kind: str) -> bool:
+    if tensor.layout is not torch.strided or is_freed(tensor):
         return False
-    if kind == "cpu":
-        return tensor.layout is torch.strided
-    return kind == "cuda" and _is_dense(tensor)
+    return kind == "cpu" or _is_dense(tensor)
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a span of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:

@@ -88,12 +88,14 @@ def digest(tensor: Tensor) -> bytes:
 
 def is_freed(tensor: Tensor) -> bool:
     """Whether the tensor's storage has been shrunk below what the tensor needs."""
-    if not tensor.numel():
+    span = tensor.numel()
+    if not span:
         return False
-    last = tensor.storage_offset() + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size()
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in steps)
+    needed = (tensor.storage_offset() + span) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() < needed
 
 
 @functools.cache

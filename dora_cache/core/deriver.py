@@ -111,8 +111,10 @@ class Deriver(Uncopyable):
         try:
             value, entry = self._attempt(pending, call)
             if entry is not None:
-                with suppress(Exception):  # then it cannot be told whether the value still holds
+                try:
                     again = call.again()
+                except Exception:  # noqa: BLE001 - then it cannot be told whether the value holds
+                    again = None
             with self._mutex.held():
                 self._end(pending)
                 self._settle(pending, call, again)
@@ -379,18 +381,23 @@ def _entry_of(
     # No attempt is made in an exception's handler: the exception holds what it came from, and with
     # it the memory of the failed attempt.
     for everything in (False, True):
-        with suppress(torch.OutOfMemoryError):
+        try:
             began = Ready.begin(reading.tensors) if on_device else None
             value, cost = timed(function)
             break
+        except torch.OutOfMemoryError:
+            pass
         relieve(devices, everything)
     else:
         pending.unstored = Reason.OUT_OF_MEMORY
         return timed(function)[0], None
     for last in (False, True):
-        with suppress(torch.OutOfMemoryError), _plainly():
-            kept = storable(value, pending.facts.storages)
+        try:
+            with _plainly():
+                kept = storable(value, pending.facts.storages)
             break
+        except torch.OutOfMemoryError:
+            pass
         if last:
             pending.unstored = Reason.OUT_OF_MEMORY
             return value, None

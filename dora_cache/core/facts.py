@@ -327,9 +327,13 @@ class Facts(Uncopyable):
 
     Args:
         reading: of the dependencies, before the value is derived.
+
+    Attributes:
+        rows: see :class:`Reading`.
+        storages: numbers of the dependencies' storages; valid for as long as this object lives.
     """
 
-    __slots__ = ("_held", "_lasting", "rows")
+    __slots__ = ("_held", "_lasting", "rows", "storages")
 
     def __init__(self, reading: Reading) -> None:
         self.rows = reading.rows
@@ -343,6 +347,7 @@ class Facts(Uncopyable):
             Held(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             for tensor in reading.tensors
         )
+        self.storages = tuple([held.cdata for held in self._held])
         self._lasting = self._held
         if reading.moved:
             pairs = zip(reading.tensors, self._held, strict=True)
@@ -351,11 +356,6 @@ class Facts(Uncopyable):
     def is_at(self, reading: Reading) -> bool:
         """Whether the same contents are where they were when that was last noted."""
         return self.storages == tuple(ambient.storage_of(one) for one in reading.tensors)
-
-    @property
-    def storages(self) -> tuple[int, ...]:
-        """Numbers of the dependencies' storages; valid for as long as this object lives."""
-        return tuple(held.cdata for held in self._held)
 
     @property
     def expired(self) -> bool:

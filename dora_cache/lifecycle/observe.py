@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from dora_cache.attributes import OBSERVER, OWN_ATTRIBUTES
@@ -178,11 +179,24 @@ def _after(
             observer = self.__dict__.get(OBSERVER)
             if observer is not None:
                 if pass_on:
-                    handler(observer)(self, *args, **kwargs)
+                    _tell(handler(observer), self, *args, **kwargs)
                 else:
-                    handler(observer)(self)
+                    _tell(handler(observer), self)
 
     return method
+
+
+def _tell(handler: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    """Call an observer's handler, which TorchDynamo cannot follow: outside compiled code."""
+    if torch.compiler.is_dynamo_compiling():
+        _tell_uncompiled(handler, *args, **kwargs)
+    else:
+        handler(*args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _tell_uncompiled(handler: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    handler(*args, **kwargs)
 
 
 def _set_attribute(plain: Any) -> Callable[..., None]:
@@ -194,11 +208,11 @@ def _set_attribute(plain: Any) -> Callable[..., None]:
         observer = self.__dict__.get(OBSERVER)
         if observer is not None:
             if switched:
-                observer.mode_switched(self)
+                _tell(observer.mode_switched, self)
             elif name in observer.assigned:
-                observer.assigned[name](self)
+                _tell(observer.assigned[name], self)
             elif name != "training":
-                observer.changed(self)
+                _tell(observer.changed, self)
 
     return set_attribute
 
