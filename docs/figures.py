@@ -144,7 +144,9 @@ def headline() -> str:
             *bars(times, 36, left=left, width=width),
             text(16, 186, "Memory in addition to plain LoRA's", "title"),
             *bars(sizes, 196, left=left, width=width),
-            text(16, 310, "Llama-3.1-8B shape, rank 16, batch 1, one NVIDIA H100", "note"),
+            text(
+                16, 310, "16 layers of Llama-3.1-8B's shape, rank 16, batch 1, NVIDIA H200", "note"
+            ),
         ],
     )
 
@@ -169,7 +171,8 @@ def headline_table() -> str:
             *lines,
             "",
             "Time of one token of greedy decoding, batch 1, relative to plain LoRA; memory in",
-            "addition to plain LoRA's. GPU: NVIDIA H100, Llama-3.1-8B shape, rank 16.",
+            "addition to plain LoRA's. GPU: NVIDIA H200, 16 of the 32 layers of the",
+            "Llama-3.1-8B shape, rank 16.",
             "CPU: two threads of an AMD EPYC, SmolLM2-135M shape, rank 8.",
             "",
         ]

@@ -25,6 +25,7 @@ from dora_cache.backends.lru import LRUBackend
 from dora_cache.reasons import Reason
 from dora_cache.recipes import buffer as buffer_module
 from dora_cache.recipes.buffer import Buffer
+from dora_cache.recipes.dynamo import traced_writes_show
 
 KINDS = ["linear", "embedding", "conv2d"]
 EVERY_KIND = [*KINDS, "conv1d_transformers", "conv1d", "conv3d"]
@@ -186,6 +187,7 @@ def test_inductor_follows_the_buffers():
 def test_compiled_for_a_gpu(mode, kind, numerics):
     """Whole graphs, CUDA graphs too; right after every change, and compiled once."""
     setup = Compiled(kind, numerics=numerics, device="cuda")
+    traced_writes_show()  # once in a process, which compiles
     compiled = torch.compile(setup.model, mode=mode, fullgraph=True)
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
