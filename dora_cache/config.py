@@ -113,7 +113,7 @@ class CacheConfig(BaseSettings):
     guard: Literal["version", "content"] = "version"
     """``content`` also compares what the values depend on, element by element, at each use."""
     audit: bool = True
-    """Compare, in turn, contents that values were derived from: a little at each 32nd use."""
+    """Compare contents that values were derived from, in turn: some at each 32nd use, or 64th."""
     compiled_check: bool = True
     """Notice what raises no event where compiled code is entered, such as a write to a weight."""
     options: dict[str, Any] = Field(default_factory=dict)

@@ -293,6 +293,23 @@ def test_readings_come_apart():
     assert changed == [True, True, False, False, True, False, False, True]
 
 
+def test_tensors_with_tensors_of_their_own_are_one_dependency():
+    """What a quantized weight has beside its data belongs to it, and not to what follows."""
+
+    class Scaled(torch.Tensor):
+        pass
+
+    scaled, weight = torch.ones(3).as_subclass(Scaled), torch.ones(3)
+    scaled.scale = torch.ones(1)
+    old = pieces(state([scaled, weight]))
+    scaled.scale.add_(1)
+    new = pieces(state([scaled, weight]))
+    assert [one != two for one, two in zip(old, new, strict=True)] == [True, False]
+    weight.add_(1)
+    newest = pieces(state([scaled, weight]))
+    assert [one != two for one, two in zip(new, newest, strict=True)] == [False, True]
+
+
 def test_attributes_that_have_gone_do_not_confuse_it():
     """Names are those of what is there; what is left is not named."""
     module = Restless(None)

@@ -21,8 +21,8 @@ from dora_cache.reasons import Reason
 # many workers. The model's machine has two rows, for two workers in the quick profile.
 MACHINES = [
     (DecoratorMachine, 125, 2500, 5),
-    (ModelMachine, 15, 500, 10),
-    (ModelMachine, 15, 500, 10),
+    (ModelMachine, 15, 300, 6),
+    (ModelMachine, 15, 300, 6),
     (FastModelMachine, 8, 125, 5),
     (ContentModelMachine, 8, 125, 5),
     (AuditedModelMachine, 2, 50, 5),  # each step is 35 forwards
@@ -62,6 +62,20 @@ def test_machine(machine, runs, record_property):
     finally:
         record_property("machine", (machine.__name__, Counted.runs, Counted.steps))
     assert Counted.runs >= runs
+
+
+def test_what_is_put_off_while_a_derivation_fails_is_done():
+    """A weight is replaced while the lock is held for a moment: the entry goes as well."""
+    machine = DecoratorMachine()
+    machine.start(which={"backend": "paused-dict"})
+    try:
+        machine.replaces(name="a", back=False, quietly=True)
+        machine.calls_value(name="a", keyword=False, far=100)
+        machine.calls_value(name="b", keyword=False, far=1, fails=True)
+        machine.replaces(name="a", back=True, quietly=True)
+        machine.all_go_on()  # compares what is counted with what the backend holds
+    finally:
+        machine.teardown()
 
 
 @pytest.mark.parametrize("how", ["touched", "clear", "adapter"])

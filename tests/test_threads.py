@@ -15,6 +15,7 @@ from zoo import balanced, dora_model, run, sample
 
 import dora_cache
 from dora_cache import cached
+from dora_cache.reasons import Reason
 
 
 class Slow(nn.Module):
@@ -70,6 +71,32 @@ def test_concurrent_requests_for_one_value_compute_it_once(slow):
         assert all(torch.equal(result, torch.full((4,), 2.0)) for result in results)
         stats = cache.stats()
     assert (stats.misses, stats.hits, stats.stores) == (1, 7, 1)
+
+
+@pytest.mark.parametrize("backend", ["lru", "budget"])
+def test_what_another_thread_puts_off_meanwhile_is_done_after_the_call(slow, monkeypatch, backend):
+    """Another thread that finds the lock taken for a moment leaves its part to whoever has it."""
+    slow.go.set()
+    done = []
+    hits = backend == "lru"
+    with dora_cache.attach(slow, backend=backend, max_bytes=1000 if hits else 8) as cache:
+        engine = cache._engine
+        for _ in range(4):
+            slow.value("a")
+        # The last one was a hit by the shortcut, or a value that the backend declines.
+        assert cache.stats().hits == (3 if hits else 0)
+        assert engine.reasons[Reason.DECLINED] == (not hits)
+        owner, name = (engine._backend, "get") if hits else (engine.holdings, "derived")
+        plain = getattr(owner, name)
+
+        def locked(*args):
+            assert engine.mutex.is_owned
+            engine.mutex.later(lambda: done.append(name), now=True)
+            return plain(*args)
+
+        monkeypatch.setattr(owner, name, locked)
+        slow.value("a")
+        assert done == [name]
 
 
 def test_a_failing_computation_fails_its_waiters_once(slow):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["EVERY", "MOST", "SMALL", "Audit", "Auditor"]
 
 EVERY = 32
-"""Uses of a value, a power of two, at the last of which it is audited."""
+"""A value is audited at each use whose number is a multiple of this; a power of two."""
 
 MOST = 32
 """At every how-manieth audit of a value everything is compared; a power of two."""
@@ -313,7 +313,7 @@ class Audit(Uncopyable):
 
         Args:
             turn: the how-manieth audit of the value it is.
-            dependencies: as they were, by their signature.
+            dependencies: unchanged as far as version counters and addresses tell.
             value: the tensors of the value.
             flags: where CUDA devices write what they find.
 

@@ -64,7 +64,7 @@ class Buffers(Uncopyable):
 
     def copied(self, container: nn.Module, holder: Holder) -> None:
         """Take note that compiled code reads a copy of a container of modules or parameters."""
-        with self._mutex.lock:
+        with self._mutex.held():
             self._copied.setdefault(id(container), WeakSet()).add(holder)
 
     def comes(self, parent: nn.Module, table: str, name: str, new: object) -> None:

@@ -56,13 +56,14 @@ class Family(list["Cell"]):
 
 
 class Cell(Uncopyable):
-    """One owner x derivation x arguments; changed with the cache's lock held, but for ``short``.
+    """One owner x derivation x arguments.
+
+    It is changed with the cache's lock held, except for ``short``, ``due``, and :meth:`void`.
 
     Attributes:
         key: of the entry in the backend.
         adapter: the adapter, or several, that the value belongs to.
         binding: returns the owner's binding, or None once it is gone.
-        derivation: returns the derivation, or None once it is gone.
         kind: the derivation's name.
         number: the derivation's number.
         owner: token of the binding.

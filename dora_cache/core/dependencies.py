@@ -37,7 +37,7 @@ _READY = frozenset(
         torch.Size,
     }
 )
-"""Types of what is signed as it is, without a look inside."""
+"""Types of what :func:`dora_cache.core.facts.read` takes as it is."""
 
 _INSTEAD = "return a list of tensors and plain values, such as [self.weight, self.scale]"
 
@@ -119,7 +119,7 @@ def _items(found: Any) -> tuple[Iterable[object], str]:
 
 
 def _open(result: Listed) -> None:
-    """Bring the items of a list into terms of what can be signed."""
+    """Replace the items of a list by what :func:`dora_cache.core.facts.read` takes."""
     iterators = list(result.iterators)
     opened = [_opened(item, iterators) for item in result]
     if any(new is not old for new, old in zip(opened, result, strict=True)):
@@ -128,7 +128,7 @@ def _open(result: Listed) -> None:
 
 
 def _opened(item: object, iterators: list[object]) -> object:
-    """Return an item in terms of what can be signed; itself if there is nothing to change.
+    """Return what :func:`dora_cache.core.facts.read` takes for an item; itself if it does already.
 
     Args:
         item: what is among the dependencies.

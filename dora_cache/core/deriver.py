@@ -128,6 +128,7 @@ class Deriver(Uncopyable):
                     self._end(pending)
             finally:
                 pending.done.set()
+            self._mutex.catch_up()
         family = pending.cell.family
         if again is not None and not self._advise(call, again) and family.unsettled == UNSETTLED:
             self._tell_unsettled(call, again)
@@ -243,6 +244,7 @@ class Deriver(Uncopyable):
                 self._holdings.note(Reason.DECLINED, call.binding)
                 self._holdings.derived(cell, cost)
                 self._holdings.sample()
+            self._mutex.catch_up()
             if fields is not None:
                 fields["seconds"] = cost
                 self._tell_derived(fields, Reason.DECLINED)

@@ -76,15 +76,9 @@ class Engine(Uncopyable):
 
     Attributes:
         token: a number that no other cache has.
-        holdings: what is held; the next ones are parts of it.
-        cells: what is known of each value.
-        memory: the backend, the caps and the pins.
-        bindings: of the owners, by token.
-        mutex: the lock.
+        holdings: what is held. Its attributes ``bindings``, ``buffers``, ``cells``, ``counts``,
+            ``memory``, ``mutex`` and ``reasons`` are attributes of the engine too.
         parts: the models that are attached, held weakly, by what their modules' names begin with.
-        buffers: what compiled code reads.
-        counts: events by name, as in ``CacheStats``.
-        reasons: how often calls went past the cache, or values were not kept, and why.
         declined: what could have been cached and is not.
         closed: whether the cache is detached.
         bake: makes what the model derives constants of programs; see ``recipes.baking``.
@@ -211,14 +205,14 @@ class Engine(Uncopyable):
         # The backend may copy it to the device, and caps are held elsewhere.
         if self._keeps_everything or facts is None or self.memory.reserved or self.mutex.is_owned:
             return None
+        entry: Entry | None = None
         with self.mutex.lock:
-            try:
+            with suppress(Exception):  # the long way deals with it
                 entry = self._backend.get(shortcut.key)
-            except Exception:  # noqa: BLE001 - the long way deals with it
-                return None
-            if entry is None or entry.stamp is not facts or shortcut.facts is not facts:
-                return None
-            return entry
+            if entry is not None and (entry.stamp is not facts or shortcut.facts is not facts):
+                entry = None
+        self.mutex.catch_up()
+        return entry
 
     def _audited(
         self, shortcut: Shortcut, uses: int, dependencies: Sequence[object], entry: Entry
@@ -236,6 +230,7 @@ class Engine(Uncopyable):
             if cell is not None:
                 cell.due = not plain
                 cell.add(hit=True, count=-1)
+        self.mutex.catch_up()
         return False
 
     def _passes_audit(
@@ -512,8 +507,8 @@ class Engine(Uncopyable):
         """Drop those entries of a binding whose dependencies' memory has been freed.
 
         For operations that replace some dependencies or none, to free memory early: what this
-        misses would still not be used. Buffers, which nothing checks at their use, are filled
-        again if any of their dependencies has changed.
+        misses would still not be used. Buffers are filled again if any of their dependencies has
+        changed, so that compiled code need not be entered to notice it.
 
         Returns:
             How many entries went.

@@ -150,8 +150,10 @@ class Reading:
         for item in dependencies:
             if isinstance(item, Tensor):
                 if _plain_types.get(type(item)) or is_plain(type(item)):
+                    before = len(self.rows)
                     self._add_tensor(item)
-                    plain.append(Tensor)
+                    exact = type(item) in EXACT
+                    plain.append(Tensor if exact else (Tensor,) * (len(self.rows) - before))
                 else:
                     plain.append(self._add_wrapper(item))
             elif item is None:

@@ -40,7 +40,7 @@ _FRUITLESS = 32  # calls for each owner without one hit, after which a warning s
 class Holdings(Uncopyable):
     """The cells of a cache, and the backend that holds their entries.
 
-    Every method is called with the lock held.
+    Every method but :meth:`now` is called with the lock held.
 
     Args:
         config: the settings.

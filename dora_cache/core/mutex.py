@@ -30,7 +30,8 @@ class Mutex(Uncopyable):
         settle: called with the lock held, when it has been acquired and before it is released.
 
     Attributes:
-        lock: the lock itself, for short sections that put nothing off.
+        lock: the lock itself, for short sections. :meth:`catch_up` has to be called after them:
+            another thread may have put something off meanwhile.
     """
 
     def __init__(self, settle: Callable[[], object]) -> None:

@@ -1,8 +1,9 @@
 """Track storages that are freed and filled again, and what is known of their contents.
 
 A refill leaves no trace in a tensor: the version counter stays, the storage stays, and the address
-may be another each time. So of such a storage a number stands for its content. Whoever fills it
-from a known source says so with :func:`filled`; in all other cases the number is None.
+may be another each time. So each content of such a storage has a number, which is compared in
+place of the address. Whoever fills it from a known source says so with :func:`filled`; in all other
+cases the number is None, and nothing that depends on it is cached.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parameters and buffers that modules are given while a value is derived.
 
 One that is replaced during a derivation, and put back before its end, leaves no trace: the
-signatures before and after are the same, and the value is of both.
+dependencies are the same before and after, and the value is of both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What to store for each kind of adapter: one small module for each family.
 
 To add an adapter kind, write a module with a ``RECIPE`` (most are a ``hooks.LayerRecipe``;
-``fourierft.py`` is the shortest example) and add its row to ``RECIPES``. From another package, use
+``fourierft.py`` is a short example) and add its row to ``RECIPES``. From another package, use
 :func:`register_recipe` or an entry point.
 """
 

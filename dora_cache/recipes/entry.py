@@ -402,7 +402,7 @@ def enter(cache: Engine, holder: Checked) -> None:
         cache.buffers.entries[check] = entry
         guard = EntryGuard(check)
         guards[cache.token] = guard, reference
-    with cache.mutex.lock:
+    with cache.mutex.held():
         entry.add(holder)
     guard.install()
 

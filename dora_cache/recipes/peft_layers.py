@@ -120,6 +120,8 @@ def why_training(
 ) -> Reason | None:
     """Return why a layer whose ``training`` is True does more than inference, or None.
 
+    A forward that wants gradients is remembered in ``binding.trains``.
+
     Transformers and Diffusers put layers into models in eval mode, and leave ``training`` True in
     the layers. So what counts is a switch to training mode since the layer was attached, a forward
     that wants gradients, and dropout.
@@ -263,7 +265,8 @@ def follow_layer(
         cache.event(binding)
 
     def changed(*_: object, **__: object) -> None:
-        # Eager calls compare what they depend on. Compiled code does not: its buffers are refilled.
+        # Eager calls compare what they depend on. What compiled code reads is filled again here:
+        # with compiled_check=False nothing compares it where the code is entered.
         cache.revalidate(binding)
 
     observer = Observer(
