@@ -64,7 +64,7 @@ def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
     if mutant.rare and not deep:
         pytest.skip("a search that may take long: make test-deep runs it")
     mutant.seed(monkeypatch)
-    steps, error = caught(mutant.machine, examples=3000 if deep else 300)
+    steps, error = caught(mutant.machine, examples=3000 if mutant.rare else 300)
     record_property("mutant", (mutant.name, mutant.machine.__name__, steps))
     assert error is not None, f"not caught in {steps} steps"
     assert isinstance(error, (AssertionError, DoraCacheError)), repr(error)
