@@ -73,7 +73,7 @@ def _(patch):
     _checks_only(patch, "addresses", "scalars", "layouts")
 
 
-@mutant("a replaced part is not noticed", CompiledKindsMachine)
+@mutant("a replaced part is not noticed", CompiledKindsMachine, rare=True)
 def _(patch):
     patch.setattr(Buffers, "comes", lambda self, parent, table, name, new: None)
 

@@ -16,7 +16,7 @@ _COMMON = {
 }
 settings.register_profile("quick", max_examples=50, stateful_step_count=30, **_COMMON)
 settings.register_profile(
-    "deep", max_examples=2000, stateful_step_count=50, print_blob=True, **_COMMON
+    "deep", max_examples=1000, stateful_step_count=50, print_blob=True, **_COMMON
 )
 settings.register_profile("debug", phases=[Phase.generate], parent=settings.get_profile("quick"))
 if not os.environ.get("HYPOTHESIS_PROFILE"):

@@ -21,8 +21,8 @@ from dora_cache.reasons import Reason
 # many workers. The model's machine has two rows, for two workers in the quick profile.
 MACHINES = [
     (DecoratorMachine, 125, 2500, 5),
-    (ModelMachine, 15, 300, 6),
-    (ModelMachine, 15, 300, 6),
+    (ModelMachine, 15, 200, 4),
+    (ModelMachine, 15, 200, 4),
     (FastModelMachine, 8, 125, 5),
     (ContentModelMachine, 8, 125, 5),
     (AuditedModelMachine, 2, 50, 5),  # each step is 35 forwards

@@ -9,7 +9,7 @@ import pytest
 from compiled_machine import CompiledKindsMachine, FastCompiledKindsMachine
 from compiled_mutants import MUTANTS
 from decorator_machine import DecoratorMachine, InferenceMachine
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from model_machine import AuditedModelMachine, ModelMachine
@@ -18,10 +18,23 @@ from zoo import quiet
 
 from dora_cache import DoraCacheError
 
+ROUND = 20
+"""Examples for each seed: a longer search of Hypothesis mostly varies what it has tried already."""
+
 
 def caught(machine, examples):
     """Run a machine until it fails; return the steps that took and the failure, or None."""
+    steps = 0
+    for number, done in enumerate(range(0, examples, ROUND)):
+        taken, error = _searched(machine, min(ROUND, examples - done), number)
+        steps += taken
+        if error is not None:
+            return steps, error
+    return steps, None
 
+
+def _searched(machine, examples, number):
+    @seed(number)
     class Counted(machine):
         steps = 0
         failure = None
@@ -40,7 +53,6 @@ def caught(machine, examples):
                     max_examples=examples,
                     stateful_step_count=50,
                     deadline=None,
-                    derandomize=True,
                     database=None,
                     phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck),
