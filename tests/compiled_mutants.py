@@ -35,7 +35,7 @@ def _(patch):
     patch.setattr(Buffers, "refill_later", lambda self, bindings: None)
 
 
-@mutant("a buffer is refilled at another address", CompiledKindsMachine)
+@mutant("a buffer is refilled at another address", CompiledKindsMachine, rare=True)
 def _(patch):
     patch.setattr(buffer_module, "_alike", lambda ours, theirs: False)
 

@@ -250,7 +250,7 @@ def _(patch):
 # What the audit compares
 
 
-@mutant("an audit that compares nothing", AuditedModelMachine)
+@mutant("an audit that compares nothing", AuditedModelMachine, rare=True)
 def _(patch):
     patch.setattr(Audit, "holds", lambda *_: True)
 
