@@ -61,6 +61,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
 
     kinds = KINDS
     numerics = "peft"
+    check = True
     steps = 0
 
     @initialize(data=st.data(), which=st.sampled_from(SETTINGS), part=st.booleans())
@@ -73,7 +74,9 @@ class CompiledKindsMachine(RuleBasedStateMachine):
         for model in (self.plain, self.cached):
             model.base_model.set_adapter("ada")
         with quiet():
-            self.cache = dora_cache.attach(self.cached, numerics=self.numerics, **which)
+            self.cache = dora_cache.attach(
+                self.cached, numerics=self.numerics, compiled_check=self.check, **which
+            )
         torch._dynamo.reset()
         self.limits = torch._dynamo.config.patch(
             recompile_limit=1 << 10, accumulated_recompile_limit=1 << 10
@@ -102,6 +105,12 @@ class CompiledKindsMachine(RuleBasedStateMachine):
         expected, found = outcome(act, self.plain), outcome(act, self.cached)
         if isinstance(expected, Exception) or isinstance(found, Exception):
             assert type(found) is type(expected), (found, expected)
+
+    def silently(self, act):
+        """Do to both what raises no event."""
+        self.both(act)
+        if not self.check:
+            self.cache.refresh()
 
     @invariant()
     def fresh(self):
@@ -165,7 +174,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
                 else:
                     value.set_(new)
 
-        self.both(act)
+        self.silently(act)
 
     @rule(name=some_name, index=st.integers(0, 9), value=st.sampled_from([0.5, 2.0, 3.25]))
     def scale_by_hand(self, name, index, value):
@@ -173,7 +182,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
             layers = layers_of(model)
             layers[index % len(layers)].scaling[name] = value
 
-        self.both(act)
+        self.silently(act)
 
     @rule(index=st.integers(0, 99))
     def load_a_part(self, index):
@@ -183,7 +192,7 @@ class CompiledKindsMachine(RuleBasedStateMachine):
                 state = {key: _changed(value) for key, value in owner.state_dict().items()}
                 owner.load_state_dict(state)
 
-        self.both(act)
+        self.silently(act)
 
     @rule(index=st.integers(0, 99))
     def replace(self, index):
@@ -197,6 +206,22 @@ class CompiledKindsMachine(RuleBasedStateMachine):
         self.may_compile = True
         self.replaced += 1
         self.both(act)
+
+    @rule(index=st.integers(0, 9), factor=st.sampled_from([0.5, 2.0]))
+    def come_and_go(self, index, factor):
+        """As with offloading: a weight is never the same object again."""
+
+        def act(model):
+            layers = layers_of(model)
+            base = layers[index % len(layers)].base_layer
+            if isinstance(base.weight, nn.Parameter):
+                base.weight = nn.Parameter(factor * base.weight.detach(), requires_grad=False)
+
+        for _ in range(_REPLACED + 2):
+            self.may_compile = True
+            self.replaced += 1
+            self.both(act)
+            self.fresh()
 
     @staticmethod
     def _chosen(model, index):
@@ -289,6 +314,12 @@ class CompiledKindsMachine(RuleBasedStateMachine):
         expected, found = outcome(self._run, self.plain), outcome(self._run, self.cached)
         if isinstance(expected, torch.Tensor):
             self.assert_same(found, expected)
+
+
+class UncheckedKindsMachine(CompiledKindsMachine):
+    """Without the check where compiled code is entered: refresh() follows what raises no event."""
+
+    check = False
 
 
 class FastCompiledKindsMachine(CompiledKindsMachine):

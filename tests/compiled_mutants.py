@@ -1,6 +1,6 @@
 """Bugs to seed in what compiled code reads: each is a way that it could get stale numbers."""
 
-from compiled_machine import CompiledKindsMachine
+from compiled_machine import CompiledKindsMachine, UncheckedKindsMachine
 from mutants import mutant
 from pool_mutants import MUTANTS
 
@@ -83,7 +83,7 @@ def _(patch):
     patch.setattr(holder_module, "looks_of", lambda view, *, shallow: None)
 
 
-@mutant("values that were given up are shown again", CompiledKindsMachine, rare=True)
+@mutant("values that were given up are shown again", UncheckedKindsMachine, rare=True)
 def _(patch):
     plain = Holder.want
 

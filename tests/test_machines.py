@@ -1,7 +1,11 @@
 """The state machines; `make test-deep` runs them at length and prints how long that was."""
 
 import pytest
-from compiled_machine import CompiledKindsMachine, FastCompiledKindsMachine
+from compiled_machine import (
+    CompiledKindsMachine,
+    FastCompiledKindsMachine,
+    UncheckedKindsMachine,
+)
 from decorator_machine import DecoratorMachine
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -29,6 +33,7 @@ MACHINES = [
     (CompiledModelMachine, 2, 20, 5),  # it compiles again and again
     (CompiledKindsMachine, 8, 200, 10),
     (FastCompiledKindsMachine, 5, 100, 5),
+    (UncheckedKindsMachine, 3, 50, 5),
     (KindsMachine, 12, 125, 5),
     (FastKindsMachine, 5, 50, 5),
     (PoolMachine, 20, 500, 5),

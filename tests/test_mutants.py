@@ -6,7 +6,11 @@ Some bugs show themselves only after a long search, which `make test-deep` allow
 import sys
 
 import pytest
-from compiled_machine import CompiledKindsMachine, FastCompiledKindsMachine
+from compiled_machine import (
+    CompiledKindsMachine,
+    FastCompiledKindsMachine,
+    UncheckedKindsMachine,
+)
 from compiled_mutants import MUTANTS
 from decorator_machine import DecoratorMachine, InferenceMachine
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -94,6 +98,7 @@ def test_a_seeded_bug_is_caught(mutant, monkeypatch, record_property):
         (PoolMachine, 45),
         (CompiledKindsMachine, 18),
         (FastCompiledKindsMachine, 9),
+        (UncheckedKindsMachine, 9),
     ],
 )
 def test_without_a_bug_the_same_search_finds_none(machine, examples):

@@ -102,14 +102,15 @@ def is_hooked(*modules: nn.Module) -> bool:
 def why_uncached(layer: nn.Module, binding: Binding) -> Reason | None:
     """Return why PEFT's own forward has to run at present, or None; gradients are another matter.
 
-    In training mode, within ``bypass()``, under tracing, and with hooks on all modules.
+    Within ``bypass()``, in training mode, under tracing, and with hooks on all modules: of several
+    reasons the one that a lookup would give.
     """
+    if binding.cache.bypassing:
+        return Reason.BYPASS
     if layer.__dict__["training"]:
         reason = binding.why_training(layer)
         if reason is not None:
             return reason
-    if binding.cache.bypassing:
-        return Reason.BYPASS
     if untraceable():
         return Reason.TRACED
     return Reason.HOOKED if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
