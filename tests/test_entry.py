@@ -702,6 +702,10 @@ def by_name(layer):
     layer.lora_B.first = another(layer.lora_B.first)
 
 
+def container(layer):
+    layer.lora_A = another(layer.lora_A)
+
+
 def base_layer(layer):
     layer.base_layer = another(layer.base_layer)
 
@@ -721,16 +725,23 @@ def parameter_by_name(layer):
     [
         ("linear", by_item),
         ("linear", by_name),
+        ("linear", container),
         ("linear", base_layer),
         ("embedding", parameter_by_item),
         ("embedding", parameter_by_name),
     ],
 )
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("checked", [True, False])
-def test_parts_that_are_replaced(kind, replace, checked):
-    """The next call runs with the new one; the graph remains, if the check is on."""
+def test_parts_that_are_replaced(kind, replace, checked, stored):
+    """The next call runs with the new one; the graph remains, if the check is on.
+
+    If there is a stored value as well, the event that voids it comes before the part is in place.
+    """
     setup = Compiled(kind, compiled_check=checked)
     before = setup.check()
+    if stored:
+        run(setup.model, setup.x)
     replace(setup.layer)
     assert not torch.equal(setup.check(), before)
     setup.check()

@@ -359,6 +359,8 @@ class Holder(Uncopyable):
                 pending = watch_later([one[:2] for one in list(self._coming.values())])
                 found = [buffer.watch for buffer in self._filled() if buffer.watch is not None]
                 self._note(joined([self._places, pending, *found]))
+            if coming and not self.face.key[0].checks:  # nobody would see that they have come
+                self.clear()
 
     def _is_surprised(self) -> bool:
         """Take note that what was traced no longer holds; return whether to give up.
