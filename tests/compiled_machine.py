@@ -194,8 +194,12 @@ class CompiledKindsMachine(RuleBasedStateMachine):
 
         self.silently(act)
 
-    @rule(index=st.integers(0, 99))
-    def replace(self, index):
+    @rule(index=st.integers(0, 99), stored=st.booleans())
+    def replace(self, index, stored):
+        """If there is a stored value, its event comes before the parameter is in its place."""
+        if stored:
+            outcome(self._run, self.cached)
+
         def act(model):
             owner, last = self._chosen(model, index)
             value = _get(owner, last)

@@ -100,6 +100,6 @@ def _(patch):
     patch.setattr(Holder, "refresh", refresh)
 
 
-@mutant("parts that are yet to come are not awaited", UncheckedKindsMachine)
+@mutant("parts that are yet to come are not awaited", UncheckedKindsMachine, rare=True)
 def _(patch):
     patch.setattr(holder_module, "_is_pending", lambda table, name, new: False)
