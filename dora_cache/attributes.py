@@ -3,7 +3,11 @@
 __all__ = ["FACE", "OBSERVER", "OWN_ATTRIBUTES", "POOL", "POOLED", "SLOT"]
 
 SLOT = "_dora_cache_binding"
-"""Where an attached owner keeps its :class:`dora_cache.core.binding.Binding`."""
+"""Where an attached owner keeps its :class:`dora_cache.core.binding.Binding`.
+
+Views of a layer for compiled code have a :class:`dora_cache.recipes.compiled.Face` there, and
+copies for export have their constants: see :mod:`dora_cache.recipes.baking`.
+"""
 
 FACE = "_dora_cache_face"
 """Where compiled code begins to look."""

@@ -50,7 +50,10 @@ class Reader(Protocol):
 
 
 class Resolver(Protocol):
-    """Resolves the calls of one owner: a :class:`dora_cache.core.binding.Binding`.
+    """Resolves the calls of one owner: what it has as its attribute ``SLOT``.
+
+    That is a :class:`dora_cache.core.binding.Binding`. What stands in for an owner, in compiled
+    code or for export, has a resolver of its own there: see :mod:`dora_cache.attributes`.
 
     Attributes:
         cache: looks values up.
