@@ -16,6 +16,8 @@ import dora_cache
 from dora_cache.core import cells
 from dora_cache.lab.field.of_transformers import llama
 from dora_cache.reasons import Declined, Reason
+from dora_cache.recipes import RECIPES, load_recipes
+from dora_cache.recipes.examples import make_model
 
 
 def rows(report):
@@ -222,6 +224,21 @@ def test_a_reason_has_the_layers_that_it_applies_to():
         assert (second.reason, second.count, set(second.layers.values())) == (Reason.BYPASS, 4, {1})
         assert second.where == "model.layers.{0,1}.self_attn.{q,v}_proj"
         assert all(model.get_submodule(name) for name in second.layers)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [recipe.examples[0] for recipe in load_recipes() if recipe.name in RECIPES and recipe.examples],
+    ids=lambda example: example.name,
+)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_of_two_reasons_every_kind_gives_the_same(example):
+    """A training forward within ``bypass()``."""
+    model, x = make_model(example, layers=1)
+    with dora_cache.attach(model) as cache, cache.bypass():
+        model.train()
+        model(x)
+        assert {row.reason for row in cache.report().reasons} == {Reason.BYPASS}
 
 
 def test_values_that_find_no_room_have_their_layers_too():

@@ -83,9 +83,6 @@ def _plan(outermost: Any, kwargs: dict[str, Any]) -> Plan | None:
     if "adapter_names" in kwargs:
         msg = "adapter_names"
         raise UnusualError(msg, Reason.UNUSUAL_INPUT)
-    if wants_gradients(outermost):
-        msg = "a parameter requires gradients"
-        raise UnusualError(msg, Reason.GRADIENTS)
     base = base_layer(outermost)
     state = base.__dict__
     plan = Plan()
@@ -99,6 +96,9 @@ def _plan(outermost: Any, kwargs: dict[str, Any]) -> Plan | None:
             unmerges = True
         elif not is_plain(layer) and (adapters := active_in(layer, "lora_A")):
             check_cached(layer)
+            if not plan.layers and wants_gradients(outermost):
+                msg = "a parameter requires gradients"
+                raise UnusualError(msg, Reason.GRADIENTS)
             name = layer.parameter_name
             place = (id(base), name)
             parameter = state["_parameters"].get(name)

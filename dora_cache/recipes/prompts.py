@@ -152,7 +152,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # the input has anot
     if torch.compiler.is_dynamo_compiling() or binding is None:
         return original(self, *args, **kwargs)
     if torch.is_grad_enabled():  # LSTMs then compute in another way, to other bits
-        binding.passed_by(Reason.GRADIENTS)
+        binding.passed_by(Reason.BYPASS if binding.cache.bypassing else Reason.GRADIENTS)
         return original(self, *args, **kwargs)
     indices = args[0] if len(args) == 1 and not kwargs else None
     if (
