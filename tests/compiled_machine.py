@@ -4,6 +4,7 @@ As in ``model_machine.py`` there are two models alike, and only one has a cache 
 kind is added by the name of its example.
 """
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -215,16 +216,17 @@ class CompiledKindsMachine(RuleBasedStateMachine):
     def come_and_go(self, index, factor):
         """As with offloading: a weight is never the same object again."""
 
-        def act(model):
+        def act(factor, model):
             layers = layers_of(model)
             base = layers[index % len(layers)].base_layer
             if isinstance(base.weight, nn.Parameter):
                 base.weight = nn.Parameter(factor * base.weight.detach(), requires_grad=False)
 
-        for _ in range(_REPLACED + 2):
+        for turn in range(_REPLACED + 2):
             self.may_compile = True
             self.replaced += 1
-            self.both(act)
+            # In turn, else numbers grow until rounding shows.
+            self.both(partial(act, factor if turn % 2 == 0 else 1 / factor))
             self.fresh()
 
     @staticmethod

@@ -357,6 +357,22 @@ def test_prefetched_is_a_hit(served):
     assert (stats.hits, stats.misses, stats.loads) == (2, 0, 2)
 
 
+def test_prefetched_ones_do_not_make_room_for_one_another(net_folders):
+    """One that is there already stays, though it is the least recently used."""
+    first, other, last = list(NET_KINDS)[:3]
+    costs = {kind: cost(net_folders, kind) for kind in (first, other, last)}
+    cap = max(costs[first] + costs[other], costs[first] + costs[last])
+    served = Served(net, net_folders, NET_KINDS, device_bytes=cap)
+    served.check([first])
+    served.check([other])
+    served.pool.prefetch([last, first]).result(60)
+    before = served.pool.stats()
+    served.check([first, last])
+    after = served.pool.stats()
+    assert (after.hits, after.misses) == (before.hits + 2, before.misses)
+    assert after.loads == 3
+
+
 def test_pinned_is_not_evicted(net_folders):
     """A pinned adapter stays on the device while others come and go."""
     cap = max(cost(net_folders, "dora", kind) for kind in NET_KINDS)

@@ -453,6 +453,7 @@ class AdapterPool(Uncopyable):
         return self._executor.submit(self._prefetch, wanted)
 
     def _prefetch(self, wanted: Sequence[Adapter]) -> None:
+        self._tiers.expect(wanted)  # else they would make room for one another
         for one in wanted:
             try:
                 self._tiers.prefetch(one)

@@ -453,6 +453,13 @@ class Tiers:
 
     # Without a batch
 
+    def expect(self, adapters: Sequence[Adapter]) -> None:
+        """Have those that are on the device be evicted after others."""
+        with self.lock:
+            for one in adapters:
+                if one.resident is not None:
+                    self._device.get(one.number)
+
     def prefetch(self, adapter: Adapter) -> None:
         """Bring an adapter to the device if there is room beside what is in use."""
         with self.lock:
