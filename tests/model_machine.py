@@ -296,11 +296,13 @@ class FastModelMachine(ModelMachine):
     def assert_same(self, found, expected):
         # Some layers may be of another dtype than the output, and round as that one does; under
         # autocast that shows in what else comes out.
-        weights = self.plain.model.parameters()
+        weights = [one.detach() for one in self.plain.model.parameters()]
         dtypes = {found.dtype, *(one.dtype for one in (*weights, *self.outputs))}
         loose = max({torch.float64: 1e-9, torch.float32: 1e-3}.get(one, 0.1) for one in dtypes)
         # Rounded by the largest numbers that take part: small ones may be what is left of these.
-        finite = [one.detach()[one.isfinite()].abs() for one in (expected, *self.outputs)]
+        # An optimizer may have made weights that are a hundred million times as large as outputs.
+        numbers = (expected, *self.outputs, *weights)
+        finite = [one.detach()[one.isfinite()].abs() for one in numbers]
         largest = max([1.0, *(float(one.max()) for one in finite if one.numel())])
         torch.testing.assert_close(
             found, expected, rtol=loose, atol=loose * largest, equal_nan=True
