@@ -63,7 +63,7 @@ def _(patch):
     _checks_only(patch, "versions", "addresses", "layouts")
 
 
-@mutant("the entry check ignores addresses", CompiledKindsMachine)
+@mutant("the entry check ignores addresses", CompiledKindsMachine, rare=True)
 def _(patch):
     _checks_only(patch, "versions", "scalars", "layouts")
 

@@ -31,9 +31,9 @@ MACHINES = [
     (ContentModelMachine, 8, 125, 5),
     (AuditedModelMachine, 2, 50, 5),  # each step is 35 forwards
     (CompiledModelMachine, 2, 20, 5),  # it compiles again and again
-    (CompiledKindsMachine, 8, 200, 10),
-    (FastCompiledKindsMachine, 5, 100, 5),
-    (UncheckedKindsMachine, 3, 50, 5),
+    (CompiledKindsMachine, 5, 200, 10),
+    (FastCompiledKindsMachine, 3, 100, 5),
+    (UncheckedKindsMachine, 2, 50, 5),
     (KindsMachine, 12, 125, 5),
     (FastKindsMachine, 5, 50, 5),
     (PoolMachine, 20, 500, 5),
