@@ -102,8 +102,8 @@ def is_hooked(*modules: nn.Module) -> bool:
 def why_uncached(layer: nn.Module, binding: Binding) -> Reason | None:
     """Return why PEFT's own forward has to run at present, or None; gradients are another matter.
 
-    Within ``bypass()``, in training mode, under tracing, and with hooks on all modules: of several
-    reasons the one that a lookup would give.
+    Within ``bypass()``, in training mode, under tracing, and with hooks on all modules. If several
+    apply, the first of these is returned; a lookup has the same order.
     """
     if binding.cache.bypassing:
         return Reason.BYPASS
